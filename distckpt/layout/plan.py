@@ -1,0 +1,101 @@
+"""What to read for a restore, and whether the shards that a file claims can be true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distckpt.layout.box import MAX_NDIM, Box, pieces
+from distckpt.layout.dtypes import dtype_info, is_known
+from distckpt.layout.records import Shard, Variable
+from distckpt.layout.tiling import find_gap, find_overlap
+
+_FEW_SHARDS = 16
+_MAX_NBYTES = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class ReadItem:
+    """A box to read.
+
+    Attributes:
+        box: In the global tensor; all or a part of one piece.
+        checksum: Index of its checksum in the file's checksum dataset when `box` is a whole piece, else -1.
+    """
+
+    box: Box
+    checksum: int
+
+
+def read_items(variable: Variable, firsts: Sequence[int], want: Box) -> list[ReadItem]:
+    """The boxes to read so that all of `want` is there: disjoint, in the order of shards and pieces.
+
+    Args:
+        variable: The stored tensor; its shards tile its shape.
+        firsts: Its entry of `ChecksumIndex.firsts`.
+        want: A box of it; an empty one needs nothing.
+    """
+    if want.numel == 0:
+        return []
+    itemsize = dtype_info(variable.dtype).itemsize
+    items: list[ReadItem] = []
+    for index in _touched(variable.shards, want):
+        shard = variable.shards[index]
+        box = Box(shard.offset, shard.shape)
+        covered = box == want  # the usual case: nothing was resharded
+        for number, piece in enumerate(pieces(box, itemsize)):
+            common = piece if covered else piece.intersect(want)
+            if common:
+                items.append(ReadItem(common, firsts[index] + number if common == piece else -1))
+    return items
+
+
+def _touched(shards: Sequence[Shard], want: Box) -> Sequence[int]:
+    """Indices of shards that may have elements of `want`: of many shards exactly those, of few all."""
+    if len(shards) <= _FEW_SHARDS:
+        same = (i for i, shard in enumerate(shards) if shard.offset == want.offset and shard.shape == want.shape)
+        found = next(same, None)
+        return range(len(shards)) if found is None else (found,)
+    starts = np.array([shard.offset for shard in shards], np.int64)
+    stops = starts + np.array([shard.shape for shard in shards], np.int64)
+    offset = np.array(want.offset, np.int64)
+    touched = np.all((starts < offset + np.array(want.shape, np.int64)) & (stops > offset), axis=1)
+    indices: list[int] = np.flatnonzero(touched).tolist()
+    return indices
+
+
+def validate_shards(variable: Variable) -> list[str]:
+    """What is wrong with a variable of a manifest that nobody vouches for; empty when its shards tile its shape."""
+    shape = variable.shape
+    if not is_known(variable.dtype):
+        return [f"{variable.key}: unknown dtype {variable.dtype!r}."]
+    too_large = math.prod(shape) * dtype_info(variable.dtype).itemsize > _MAX_NBYTES
+    if len(shape) > MAX_NDIM or any(size < 0 for size in shape) or too_large:
+        return [f"{variable.key}: impossible shape {_text(shape)}."]
+    boxes = [Box(shard.offset, shard.shape) for shard in variable.shards]
+    wrong = [i for i, box in enumerate(boxes) if not box.within(shape) or box.numel == 0]
+    if wrong:
+        more = f", and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
+        return [f"{_shard(variable, wrong[0])} is empty or outside of the shape {shape}{more}."]
+    overlap = find_overlap(boxes)
+    if overlap:
+        return [f"{_shard(variable, overlap.first)} overlaps {_shard(variable, overlap.second)}."]
+    gap = find_gap(boxes, shape)
+    if gap:
+        first = f", the first ones at {gap.first.offset}, {gap.first.shape}" if gap.first else ""
+        return [f"{variable.key}: {gap.numel} elements of the shape {shape} are in no shard{first}."]
+    return []
+
+
+def _shard(variable: Variable, index: int) -> str:
+    shard = variable.shards[index]
+    return f"{variable.key}: shard {index} at offset {_text(shard.offset)} of shape {_text(shard.shape)}"
+
+
+def _text(numbers: Sequence[int]) -> str:
+    """A shape of bounded length: that of a hostile manifest may be anything."""
+    text = str(tuple(numbers[:MAX_NDIM]))
+    return text if len(text) <= 200 else f"{text[:200]}..."

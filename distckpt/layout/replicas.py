@@ -1,0 +1,249 @@
+"""Compare what several ranks hold, and find out how they cover each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from distckpt.layout.box import Shape
+from distckpt.layout.cover import Cover, cover, describe
+from distckpt.layout.records import LocalLayout
+from distckpt.layout.values import Holding, Value
+from distckpt.layout.wording import listing, rank_list, shortened
+
+_WAY_OUT = (
+    "Make it the same on every rank, or wrap it in PerRank to save each rank's own "
+    '(SaveOptions(replicas="first") takes the lowest rank\'s).'
+)
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What comparing replicas found.
+
+    Attributes:
+        enabled: Replicas are compared at all.
+        problems: Replicas that differ.
+        differing_buffers: Keys of module buffers whose replicas differ, which is allowed.
+    """
+
+    enabled: bool
+    problems: list[str] = field(default_factory=list)
+    differing_buffers: list[str] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """One warning about all buffers."""
+        keys = self.differing_buffers
+        if not keys:
+            return []
+        warning = (
+            f"{len(keys)} module buffer(s) differ between ranks ({listing(keys, 3)}); the values of the lowest rank "
+            "that holds each are saved. That is usual for running statistics under data parallelism; if it is not "
+            "meant, broadcast the buffers before saving, or wrap them in PerRank."
+        )
+        return [warning]
+
+
+def compare_python_values(
+    values: Sequence[Value], holdings: Sequence[Holding], layouts: Sequence[LocalLayout], comparison: Comparison
+) -> dict[str, bytes]:
+    """Checkpoint key to the encoded value of the lowest holder; sets the weights of compared values.
+
+    Args:
+        values: All values; tensors are skipped.
+        holdings: What each group of ranks holds.
+        layouts: By rank.
+        comparison: Receives the values that differ.
+    """
+    state: dict[str, bytes] = {}
+    for value in values:
+        if value.attribute.dtype is None and value.agreed:
+            ranks = _ranks_by_content(value, holdings, layouts)
+            state[value.key] = next(iter(ranks))
+            if comparison.enabled:
+                _set_weights(value, holdings)
+                if len(ranks) > 1:
+                    comparison.problems.append(_python_difference(value.key, ranks))
+    return state
+
+
+def _ranks_by_content(
+    value: Value, holdings: Sequence[Holding], layouts: Sequence[LocalLayout]
+) -> dict[bytes, list[int]]:
+    """The holders by what they hold; the lowest holder's value comes first."""
+    ranks: dict[bytes, list[int]] = {}
+    for index, position in zip(value.groups, value.positions, strict=True):
+        ordinal = holdings[index].ordinals[position]
+        for rank in holdings[index].ranks:
+            ranks.setdefault(layouts[rank].python_values[ordinal], []).append(rank)
+    return ranks
+
+
+def _set_weights(value: Value, holdings: Sequence[Holding]) -> None:
+    count = sum(len(holdings[index].ranks) for index in value.groups)
+    if count > 1:
+        for index, position in zip(value.groups, value.positions, strict=True):
+            holdings[index].weights[:, position] = 1
+        holdings[value.groups[0]].weights[0, value.positions[0]] = 1 - count
+
+
+def _python_difference(key: str, ranks: dict[bytes, list[int]]) -> str:
+    (expected, first), *others = ranks.items()
+    got = listing([f"{shortened(encoded)} on {rank_list(where)}" for encoded, where in others], 3)
+    return f"{key}: value differs. Expected {shortened(expected)}, as on {rank_list(first)}. Got {got}. {_WAY_OUT}"
+
+
+def cover_tensors(
+    tensors: Sequence[Value], holdings: Sequence[Holding], comparison: Comparison, problems: list[str]
+) -> list[Cover]:
+    """The cover of each tensor that the holders agree on, in order; sets the weights of compared ones.
+
+    Args:
+        tensors: The tensors.
+        holdings: What each group of ranks holds.
+        comparison: Receives replicas that differ.
+        problems: Receives shards that do not tile.
+    """
+    covers: dict[int, Cover] = {}
+    for alike in _by_holders(tensors):
+        bucket = _gather([tensors[i] for i in alike], holdings)
+        for shared in _share_covers(bucket):
+            for member in shared.members:
+                covers[alike[member]] = shared.cover
+                problems += [f"{bucket.values[member].key}: {problem}" for problem in shared.cover.problems]
+            if comparison.enabled and shared.cover.replicated:
+                bucket.weights[:, shared.members] = shared.cover.weights[:, None]
+                _compare(bucket, shared, comparison)
+        _scatter_weights(bucket, holdings)
+    if comparison.differing_buffers:
+        _clear_buffer_weights(tensors, holdings)
+    return [covers[i] for i in sorted(covers)]
+
+
+def _by_holders(tensors: Sequence[Value]) -> list[list[int]]:
+    """Indices of tensors that the same ranks hold and that have equally many dimensions."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, value in enumerate(tensors):
+        if value.agreed:
+            alike.setdefault((len(value.attribute.global_shape), *value.groups), []).append(i)
+    return list(alike.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Tensors of equally many dimensions that the same ranks hold; rows are those ranks, ascending.
+
+    Attributes:
+        values: The tensors.
+        ranks: The ranks.
+        order: For each row: its place when the ranks are listed group by group.
+        positions: For each group: which of its attributes the tensors are.
+        boxes: Offset and extent in elements: tensors x ranks x (2 * ndim).
+        fingerprints: Ranks x tensors.
+        weights: Ranks x tensors.
+    """
+
+    values: list[Value]
+    ranks: list[int]
+    order: npt.NDArray[np.intp]
+    positions: list[npt.NDArray[np.intp]]
+    boxes: npt.NDArray[np.int64]
+    fingerprints: npt.NDArray[np.uint64]
+    weights: npt.NDArray[np.int64]
+
+
+def _gather(values: list[Value], holdings: Sequence[Holding]) -> _Bucket:
+    groups = values[0].groups
+    box_columns = np.arange(2 * len(values[0].attribute.global_shape))
+    positions: list[npt.NDArray[np.intp]] = []
+    boxes: list[npt.NDArray[np.int64]] = []
+    fingerprints: list[npt.NDArray[np.uint64]] = []
+    for i, index in enumerate(groups):
+        at = np.array([value.positions[i] for value in values], np.intp)
+        positions.append(at)
+        boxes.append(holdings[index].boxes[:, holdings[index].columns[at][:, None] + box_columns])
+        fingerprints.append(holdings[index].fingerprints[:, at])
+    ranks = np.concatenate([holdings[index].ranks for index in groups])
+    order = np.argsort(ranks)
+    return _Bucket(
+        values,
+        ranks[order].tolist(),
+        order,
+        positions,
+        np.concatenate(boxes)[order].transpose(1, 0, 2),
+        np.concatenate(fingerprints)[order],
+        np.zeros((len(ranks), len(values)), np.int64),
+    )
+
+
+def _scatter_weights(bucket: _Bucket, holdings: Sequence[Holding]) -> None:
+    weights = np.empty_like(bucket.weights)
+    weights[bucket.order] = bucket.weights
+    start = 0
+    for index, positions in zip(bucket.values[0].groups, bucket.positions, strict=True):
+        stop = start + len(holdings[index].ranks)
+        holdings[index].weights[:, positions] = weights[start:stop]
+        start = stop
+
+
+def _clear_buffer_weights(tensors: Sequence[Value], holdings: Sequence[Holding]) -> None:
+    """Buffers that differ once go on to differ: comparing them again would only repeat the merge on each save."""
+    for value in tensors:
+        if value.buffer:
+            for index, position in zip(value.groups, value.positions, strict=True):
+                holdings[index].weights[:, position] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedCover:
+    """A cover, and the places of the tensors in the bucket that have it."""
+
+    cover: Cover
+    members: list[int]
+
+
+def _share_covers(bucket: _Bucket) -> list[_SharedCover]:
+    """Tensors with the same shape and the same box on each rank are sorted out once: a model has few such patterns."""
+    members: dict[tuple[Shape, bytes], list[int]] = {}
+    encoded = bucket.boxes.tobytes()
+    width = len(encoded) // len(bucket.values)
+    for i, value in enumerate(bucket.values):
+        pattern = (value.attribute.global_shape, encoded[i * width : (i + 1) * width])
+        members.setdefault(pattern, []).append(i)
+    return [
+        _SharedCover(cover(bucket.ranks, bucket.boxes[alike[0]].tolist(), shape), alike)
+        for (shape, _), alike in members.items()
+    ]
+
+
+def _compare(bucket: _Bucket, shared: _SharedCover, comparison: Comparison) -> None:
+    """Fingerprints of the holders of each box must agree; 0 stands for one that was not computed."""
+    starts = shared.cover.starts
+    fingerprints = bucket.fingerprints[shared.cover.order][:, shared.members]
+    highest = np.maximum.reduceat(fingerprints, starts, axis=0)
+    fingerprints[fingerprints == 0] = np.iinfo(np.uint64).max
+    lowest = np.minimum.reduceat(fingerprints, starts, axis=0)
+    differs = (highest != 0) & (highest != lowest)
+    for member, box in np.argwhere(differs.T).tolist():
+        value = bucket.values[shared.members[member]]
+        if not value.buffer:
+            comparison.problems.append(_difference(bucket, shared, member, box))
+        elif value.key not in comparison.differing_buffers:
+            comparison.differing_buffers.append(value.key)
+
+
+def _difference(bucket: _Bucket, shared: _SharedCover, member: int, box: int) -> str:
+    holders, start = shared.cover.holders[box], shared.cover.starts[box]
+    rows = shared.cover.order[start : start + len(holders)]
+    ranks: dict[int, list[int]] = {}
+    for rank, fingerprint in zip(holders, bucket.fingerprints[rows, shared.members[member]].tolist(), strict=True):
+        if fingerprint:
+            ranks.setdefault(fingerprint, []).append(rank)
+    first, *others = ranks.values()
+    what = "replicas" if len(shared.cover.boxes) == 1 else f"replicas of {describe(shared.cover.boxes[box])}"
+    got = listing([f"others on {rank_list(where)}" for where in others], 3)
+    key = bucket.values[shared.members[member]].key
+    return f"{key}: {what} differ. Expected the bytes of {rank_list(first)}. Got {got}. {_WAY_OUT}"

@@ -1,0 +1,130 @@
+"""Who writes what, so that all ranks write about equally many bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from operator import attrgetter
+
+from distckpt.layout.box import Box, flat_boxes
+from distckpt.layout.cover import Cover
+from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.records import Shard
+from distckpt.layout.values import Value
+
+#: A box is split so far only that each of its writers gets about this many bytes.
+MIN_PART_NBYTES = 256 << 10
+
+# Parts that are whole multiples of a row are longer runs in the file; with this many rows for each writer the largest
+# part is at most 1/16 above the mean.
+_MIN_ROWS_PER_PART = 16
+
+
+def assign_shards(
+    tensors: Sequence[Value], covers: Sequence[Cover], size: int, trust_lowest: bool
+) -> list[list[Shard]]:
+    """The shards of each tensor with the rank that writes it, ascending by offset.
+
+    Args:
+        tensors: In file order.
+        covers: Who holds what, parallel to `tensors`.
+        size: Number of ranks.
+        trust_lowest: The lowest holder writes each box; else the holders share the work, except for buffers.
+    """
+    loads = [0] * size
+    lowest = _LowestHolders(loads)
+    shards: list[list[Shard]] = []
+    replicas: list[_Replica] = []
+    for variable, (value, cover) in enumerate(zip(tensors, covers, strict=True)):
+        itemsize = dtype_info(str(value.attribute.dtype)).itemsize
+        if trust_lowest or value.buffer or not cover.replicated:
+            shards.append(lowest.write(cover, itemsize))
+        else:
+            shards.append([])
+            replicas += [
+                _Replica(variable, box, box.numel * itemsize, holders)
+                for box, holders in zip(cover.boxes, cover.holders, strict=True)
+            ]
+    lowest.add_loads()
+    _assign_replicas(replicas, loads, shards)
+    return shards
+
+
+class _LowestHolders:
+    """Shards where nothing is to be chosen; tensors with the same cover share one list of them."""
+
+    def __init__(self, loads: list[int]) -> None:
+        self._loads = loads
+        self._shards: dict[int, list[Shard]] = {}
+        self._nbytes_per_element: Counter[int] = Counter()
+
+    def write(self, cover: Cover, itemsize: int) -> list[Shard]:
+        """Let the lowest holder of each box write it."""
+        shards = self._shards.get(id(cover))
+        if shards is None:
+            shards = self._shards[id(cover)] = cover.lowest_holders_shards()
+        self._nbytes_per_element[id(cover)] += itemsize
+        return shards
+
+    def add_loads(self) -> None:
+        """Count the bytes of all that was written so far."""
+        for cover, nbytes in self._nbytes_per_element.items():
+            for shard in self._shards[cover]:
+                self._loads[shard.rank] += nbytes * math.prod(shard.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    """A box that any of its holders may write; usually there are several."""
+
+    variable: int
+    box: Box
+    nbytes: int
+    holders: list[int]
+
+
+def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: Sequence[list[Shard]]) -> None:
+    """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size."""
+    for replica in sorted(replicas, key=lambda replica: (len(replica.holders) > 1, -replica.nbytes)):
+        if replica.nbytes < 2 * MIN_PART_NBYTES:
+            rank = min(replica.holders, key=loads.__getitem__)
+            loads[rank] += replica.nbytes
+            shards[replica.variable].append(Shard(rank, *replica.box))
+        else:
+            _assign_parts(replica, loads, shards[replica.variable])
+    for variable in {replica.variable for replica in replicas}:
+        shards[variable].sort(key=attrgetter("offset"))
+
+
+def _assign_parts(replica: _Replica, loads: list[int], shards: list[Shard]) -> None:
+    writers = replica.holders
+    count = replica.nbytes // MIN_PART_NBYTES
+    if count < len(writers):
+        writers = sorted(sorted(writers, key=loads.__getitem__)[:count])
+    itemsize = replica.nbytes // replica.box.numel
+    for rank, part in zip(writers, even_parts(replica.box, len(writers)), strict=True):
+        for box in part:
+            loads[rank] += itemsize * box.numel
+            shards.append(Shard(rank, *box))
+
+
+@lru_cache(maxsize=1024)
+def even_parts(box: Box, count: int) -> list[list[Box]]:
+    """Cut a box into `count` parts of nearly equal size, in row-major order; a part is one or a few boxes."""
+    row_numel = _row_numel(box, count)
+    rows = box.numel // row_numel
+    bounds = [rows * i // count * row_numel for i in range(count + 1)]
+    return [flat_boxes(box, start, stop) for start, stop in pairwise(bounds)]
+
+
+def _row_numel(box: Box, count: int) -> int:
+    """Elements of the largest rows that can be dealt out to `count` parts without making them uneven."""
+    for axis in range(1, len(box.shape)):
+        rows = math.prod(box.shape[:axis])
+        if rows % count == 0 or rows >= _MIN_ROWS_PER_PART * count:
+            return math.prod(box.shape[axis:])
+    return 1

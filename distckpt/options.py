@@ -1,0 +1,114 @@
+"""Options of save and restore: frozen, checked at construction, every default suits most people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Transport = Literal["auto", "mpio", "posix"]
+Replicas = Literal["check", "check_all", "first"]
+OnMismatch = Literal["error", "skip"]
+PerRankPolicy = Literal["keep", "error"]
+
+
+def _require_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}. Got {value!r}.")
+
+
+def _require_timeout(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"timeout: expected seconds > 0. Got {value!r}.")
+
+
+def _require_bools(options: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False. Got {value!r}.")
+
+
+def _require_str_mapping(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}: expected a mapping with str keys, or None. Got {value!r}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How to save. All ranks pass the same options.
+
+    Attributes:
+        timeout: Seconds to wait for all ranks to arrive; it does not bound the write itself.
+        transport: "mpio" writes large pieces through parallel HDF5, "posix" with `pwrite` at the datasets' offsets;
+            both give the same file. "auto" is "mpio" when h5py has MPI and there is more than one rank.
+        collective: With "mpio": collective instead of independent transfers (Lustre, GPFS).
+        hints: With "mpio": MPI-IO hints, such as {"cb_nodes": "8"}.
+        durable: fsync file and directory before the checkpoint becomes visible.
+        checksums: Store an xxh3-64 checksum of every piece.
+        replicas: "check" compares small replicated values whole and a sample of large ones, "check_all" hashes
+            everything, "first" trusts the lowest rank that holds a value.
+        metadata: Python values to store beside the state, readable without restoring.
+    """
+
+    timeout: float = 600.0
+    transport: Transport = "auto"
+    collective: bool = False
+    hints: Mapping[str, str] | None = None
+    durable: bool = True
+    checksums: bool = True
+    replicas: Replicas = "check"
+    metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Reject bad values at construction.
+
+        Raises:
+            ValueError: A value is not among those documented above.
+        """
+        _require_timeout(self.timeout)
+        _require_choice("transport", self.transport, get_args(Transport))
+        _require_choice("replicas", self.replicas, get_args(Replicas))
+        _require_bools(self, ("collective", "durable", "checksums"))
+        _require_str_mapping("hints", self.hints)
+        _require_str_mapping("metadata", self.metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """How to restore. All ranks pass the same options.
+
+    Attributes:
+        timeout: Seconds to wait for all ranks to arrive.
+        strict: Raise `RestoreMismatchError` where one saved node meets two live objects, or two differing saved
+            values one live tensor; otherwise a warning.
+        on_mismatch: "error" raises when kind, shape or dtype differ, "skip" leaves such live values alone.
+        cast: Convert between floating-point types, and between integer types, where saved and live dtype differ.
+        rename: Saved key prefix to live key prefix, whole components; the longest match wins.
+        per_rank: On another number of ranks: "keep" the live per-rank values that have no saved one, or "error".
+        expect_partial: Give no warning about values that stay missing or pending.
+        verify: Compare checksums while reading.
+    """
+
+    timeout: float = 600.0
+    strict: bool = False
+    on_mismatch: OnMismatch = "error"
+    cast: bool = False
+    rename: Mapping[str, str] | None = None
+    per_rank: PerRankPolicy = "keep"
+    expect_partial: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject bad values at construction.
+
+        Raises:
+            ValueError: A value is not among those documented above.
+        """
+        _require_timeout(self.timeout)
+        _require_choice("on_mismatch", self.on_mismatch, get_args(OnMismatch))
+        _require_choice("per_rank", self.per_rank, get_args(PerRankPolicy))
+        _require_bools(self, ("strict", "cast", "expect_partial", "verify"))
+        _require_str_mapping("rename", self.rename)
