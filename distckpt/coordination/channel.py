@@ -1,0 +1,180 @@
+"""Short messages between ranks: sent without waiting for the receiver, received by polling."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from distckpt.coordination.interrupts import INTERRUPTS
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# kind, flag, call, generation, digest, balance; the absent ranks follow as one bit per rank.
+_HEADER = struct.Struct("<BBQQQQ")
+#: MPI progresses and then misses what it has just received, so a single empty probe does not prove an empty inbox.
+_EMPTY_PROBES = 3
+
+
+class Kind(enum.IntEnum):
+    """What a message says. "Root" is rank 0."""
+
+    ARRIVE = 1
+    """To root: I am in a call; with what all ranks must agree on. The flag says that I was told of a give-up."""
+    GO = 2
+    """From root: all ranks are here. Do you still wait?"""
+    CONFIRM = 3
+    """To root: yes, and I shall not leave any more."""
+    START = 4
+    """From root: all confirmed. The flag is the verdict on what they must agree on."""
+    WITHDRAW = 5
+    """To root: I have left the call."""
+    ABORT = 6
+    """From root, to all ranks: given up; with the ranks that did not come."""
+    ROLL = 7
+    """From any rank, to all: root does not answer; who else is here? Whoever waits answers with a ROLL to all."""
+    WAIT = 8
+    """From root: I am in a call that began after the give-up you were told of."""
+
+
+class Message(NamedTuple):
+    """One message of the arrival protocol.
+
+    Attributes:
+        kind: What it says.
+        call: Number of the call it belongs to, as the rank counts that is not root; 0 is no call.
+        generation: Number of give-ups the sender knows of.
+        flag: Depends on the kind.
+        digest: With ARRIVE: uint64 that must be the same on all ranks.
+        balance: With ARRIVE: uint64 whose sum over all ranks must be 0 modulo 2**64.
+        absent: With ABORT: ranks that did not come, ascending.
+        source: Sending rank, set by the receiver.
+    """
+
+    kind: Kind
+    call: int
+    generation: int
+    flag: bool = False
+    digest: int = 0
+    balance: int = 0
+    absent: tuple[int, ...] = ()
+    source: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The protocol's times, in seconds.
+
+    Attributes:
+        grace: What others than root wait longer than root, and how long they collect the answers to a ROLL.
+        notice: How long a rank waits that knows that the others have given up.
+        spin: How long to poll without a pause.
+        nap: Pause between two polls after that.
+    """
+
+    grace: float = 0.5
+    notice: float = 1.0
+    spin: float = 0.0005
+    nap: float = 0.001
+
+
+class Channel:
+    """This rank's end of the messages over one communicator and tag."""
+
+    def __init__(self, comm: MPI.Intracomm, tag: int, timing: Timing) -> None:
+        from mpi4py import MPI
+
+        self.rank = comm.rank
+        self.size = comm.size
+        self.timing = timing
+        self._comm = comm
+        self._tag = tag
+        self._any, self._byte, self._status = MPI.ANY_SOURCE, MPI.BYTE, MPI.Status()
+        self._inbox = bytearray(_HEADER.size + (self.size + 7) // 8)
+        self._under_way: list[MPI.Request] = []
+
+    def send(self, destination: int, message: Message) -> None:
+        """Send without waiting, even if the destination never receives."""
+        request = self._comm.Isend((_encode(message, self.size), self._byte), destination, self._tag)
+        self._under_way = [sent for sent in (*self._under_way, request) if not sent.Test()]
+
+    def receive(self, deadline: float, *, interruptible: bool = False) -> Message | None:
+        """Wait for the next message until the deadline.
+
+        Args:
+            deadline: When to stop waiting, on the clock of `time.monotonic`; may be infinite.
+            interruptible: Let KeyboardInterrupt through while waiting; no message is lost by it.
+
+        Returns:
+            The message; None at the deadline, when nothing has arrived.
+        """
+        spin_end = 0.0
+        while (message := self._probe()) is None:
+            now = time.monotonic()
+            spin_end = spin_end or now + self.timing.spin
+            if now >= deadline:
+                return next(self.drain(), None)
+            if now < spin_end:
+                os.sched_yield()  # the rank that is waited for may need this core
+            else:
+                self._nap(interruptible)
+        return message
+
+    def receive_surely(self) -> Message:
+        """Wait for the next message, which is certain to come."""
+        while (message := self.receive(math.inf)) is None:
+            pass
+        return message
+
+    def drain(self) -> Iterator[Message]:
+        """Yield what has already arrived."""
+        empty = 0
+        while empty < _EMPTY_PROBES:
+            message = self._probe()
+            if message is None:
+                empty += 1
+            else:
+                empty = 0
+                yield message
+
+    def _nap(self, interruptible: bool) -> None:
+        if interruptible:
+            with INTERRUPTS.allowed():
+                time.sleep(self.timing.nap)
+        else:
+            time.sleep(self.timing.nap)
+
+    def _probe(self) -> Message | None:
+        # A matched probe takes the message out of the queue, so that no other thread can receive it in between.
+        matched = self._comm.Improbe(self._any, self._tag, self._status)
+        if matched is None:
+            return None
+        matched.Recv((self._inbox, self._byte), self._status)
+        return _decode(self._inbox, self._status.Get_count(self._byte), self._status.source, self.size)
+
+
+def _encode(message: Message, size: int) -> bytes:
+    kind, call, generation, flag, digest, balance, absent, _ = message
+    header = _HEADER.pack(kind, flag, call, generation, digest, balance)
+    if not absent:
+        return header
+    missing = np.zeros(size, dtype=np.bool_)
+    missing[list(absent)] = True
+    return header + np.packbits(missing).tobytes()
+
+
+def _decode(inbox: bytearray, nbytes: int, source: int, size: int) -> Message:
+    kind, flag, call, generation, digest, balance = _HEADER.unpack_from(inbox)
+    absent: tuple[int, ...] = ()
+    if nbytes > _HEADER.size:
+        bits = np.frombuffer(inbox, dtype=np.uint8, count=nbytes - _HEADER.size, offset=_HEADER.size)
+        absent = tuple(np.flatnonzero(np.unpackbits(bits, count=size)).tolist())
+    return Message(Kind(kind), call, generation, bool(flag), digest, balance, absent, source)

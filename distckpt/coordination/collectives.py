@@ -1,0 +1,149 @@
+"""Bytes and arrays between ranks: plain MPI collectives on buffers that exist already, so that none fails halfway."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Buffer = bytes | bytearray | memoryview
+
+_TAG = 1
+#: Bytes per MPI call; counts and displacements are 32-bit.
+CALL_LIMIT = 1 << 30
+
+
+class Collectives(Protocol):
+    """What the coordinator needs from the ranks. Every method is collective over the communicator."""
+
+    rank: int
+    size: int
+
+    def any_set(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+
+    def maximum(self, array: np.ndarray[Any, Any]) -> None:
+        """Replace the array, uint8, by its elementwise maximum over all ranks."""
+
+    def lengths(self, length: int) -> list[int]:
+        """The length that each rank passes."""
+
+    def broadcast(self, buffer: Buffer) -> None:
+        """Fill the buffer with that of rank 0, of the same length."""
+
+    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """Put the values of all ranks behind one another into the buffer of rank 0; others pass an empty one."""
+
+    def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """Hand out rank 0's values, which lie behind one another; others pass none. Fills the buffer."""
+
+
+class SingleRank:
+    """Collectives of a process that is alone; needs no MPI."""
+
+    rank = 0
+    size = 1
+
+    def any_set(self, flag: bool) -> bool:
+        """See `Collectives.any_set`."""
+        return flag
+
+    def maximum(self, array: np.ndarray[Any, Any]) -> None:
+        """See `Collectives.maximum`."""
+
+    def lengths(self, length: int) -> list[int]:
+        """See `Collectives.lengths`."""
+        return [length]
+
+    def broadcast(self, buffer: Buffer) -> None:
+        """See `Collectives.broadcast`."""
+
+    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """See `Collectives.gather`."""
+        buffer[:] = value
+
+    def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """See `Collectives.scatter`."""
+        buffer[:] = values
+
+
+class MpiCollectives:
+    """Collectives over an mpi4py communicator that nobody else speaks on."""
+
+    def __init__(self, comm: MPI.Intracomm, call_limit: int = CALL_LIMIT) -> None:
+        from mpi4py import MPI
+
+        self.rank = comm.rank
+        self.size = comm.size
+        self._comm = comm
+        self._byte, self._max, self._in_place = MPI.BYTE, MPI.MAX, MPI.IN_PLACE
+        self._limit = call_limit
+
+    def any_set(self, flag: bool) -> bool:
+        """See `Collectives.any_set`."""
+        value = np.array([flag], dtype=np.uint8)
+        self._comm.Allreduce(self._in_place, value, op=self._max)
+        return bool(value[0])
+
+    def maximum(self, array: np.ndarray[Any, Any]) -> None:
+        """See `Collectives.maximum`."""
+        for start in range(0, array.size, self._limit):
+            self._comm.Allreduce(self._in_place, array[start : start + self._limit], op=self._max)
+
+    def lengths(self, length: int) -> list[int]:
+        """See `Collectives.lengths`."""
+        lengths = np.empty(self.size, dtype=np.int64)
+        self._comm.Allgather(np.array([length], dtype=np.int64), lengths)
+        return lengths.tolist()
+
+    def broadcast(self, buffer: Buffer) -> None:
+        """See `Collectives.broadcast`."""
+        for part in self._parts(buffer):
+            self._comm.Bcast((part, self._byte))
+
+    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """See `Collectives.gather`."""
+        if sum(lengths) <= self._limit:
+            target = (buffer, list(lengths), _starts(lengths), self._byte) if self.rank == 0 else None
+            self._comm.Gatherv((value, self._byte), target)
+        elif self.rank == 0:
+            buffer[: len(value)] = value
+            for rank, part in self._parts_of_others(buffer, lengths):
+                self._comm.Recv((part, self._byte), rank, _TAG)
+        else:
+            for part in self._parts(value):
+                self._comm.Send((part, self._byte), 0, _TAG)
+
+    def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+        """See `Collectives.scatter`."""
+        if sum(lengths) <= self._limit:
+            source = (values, list(lengths), _starts(lengths), self._byte) if self.rank == 0 else None
+            self._comm.Scatterv(source, (buffer, self._byte))
+        elif self.rank == 0:
+            buffer[:] = memoryview(values)[: lengths[0]]
+            for rank, part in self._parts_of_others(values, lengths):
+                self._comm.Send((part, self._byte), rank, _TAG)
+        else:
+            for part in self._parts(buffer):
+                self._comm.Recv((part, self._byte), 0, _TAG)
+
+    def _parts(self, buffer: Buffer) -> Iterator[memoryview]:
+        """The buffer in parts that one MPI call can move."""
+        view = memoryview(buffer)
+        for start in range(0, len(view), self._limit):
+            yield view[start : start + self._limit]
+
+    def _parts_of_others(self, buffer: Buffer, lengths: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
+        """The parts of rank 0's buffer that belong to the other ranks, in the order in which these move them."""
+        for rank, (start, length) in enumerate(zip(_starts(lengths), lengths, strict=True)):
+            for part in self._parts(memoryview(buffer)[start : start + length]) if rank else ():
+                yield rank, part
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)][:-1]

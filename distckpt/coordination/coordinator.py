@@ -1,0 +1,415 @@
+"""The coordinator: what ranks do together, so that a failure on one of them is the same error on all."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
+
+import msgspec
+import numpy as np
+import xxhash
+
+from distckpt.coordination import agreement, job_end
+from distckpt.coordination.arrival import Call
+from distckpt.coordination.collectives import Buffer, Collectives
+from distckpt.coordination.interrupts import INTERRUPTS
+from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
+from distckpt.errors import LayoutError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+# What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
+_PACKET_HEADER = struct.Struct("<?Q")
+_PACKET_SIZE = agreement.TEXT_LIMIT + 512
+_INLINE_LIMIT = _PACKET_SIZE - _PACKET_HEADER.size
+#: Seconds for the first call of all, where it is not an `arrive`.
+_FIRST_CALL_TIMEOUT = 600.0
+
+
+class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
+    """Of an array that is about to be shared."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Coordinator:
+    """What the ranks of a communicator do together.
+
+    Every method is collective over the communicator, in the same order on all ranks, unless it says otherwise. The
+    first one duplicates the communicator, once for all coordinators over it. Functions and `with` bodies given to a
+    coordinator are local: whatever they raise is caught, the ranks agree, and then all raise. `LayoutError`,
+    `RestoreMismatchError`, `CorruptCheckpointError` and `CheckpointNotFoundError` are raised as they are on the lowest
+    rank that has one; anything else becomes a `CollectiveError` naming the ranks. The exception that was caught is the
+    `__cause__` where it happened. Only a rank that is told to exit (KeyboardInterrupt, SystemExit) raises just that.
+    """
+
+    def __init__(self, comm: object | None = None) -> None:
+        """Local; talks to nobody.
+
+        Args:
+            comm: An mpi4py intracommunicator; None is COMM_WORLD, looked up at the first use, or this process alone
+                when mpi4py is not installed.
+
+        Raises:
+            TypeError: `comm` is something else.
+        """
+        if comm is not None:
+            require_intracomm(comm)
+        self._comm: MPI.Intracomm | None = comm  # type: ignore[assignment]  # require_intracomm has checked it
+        self._session: Session | Alone | None = None
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Coordinator cannot be pickled: its communicator exists in this job only")
+
+    @property
+    def rank(self) -> int:
+        """This rank. Local; may initialise MPI."""
+        return self._open().rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks. Local; may initialise MPI."""
+        return self._open().size
+
+    @property
+    def communicator(self) -> MPI.Intracomm | None:
+        """The duplicate, for parallel HDF5; None without mpi4py. Collective at the first use of the communicator."""
+        self._connect("communicator")
+        return self._open().duplicate
+
+    # ---- who is here ---------------------------------------------------------------------------------------------
+
+    def arrive(self, operation: str, shared: int, balance: int, timeout: float) -> bool:
+        """Wait for all ranks and compare what they bring. One exchange; starts every operation.
+
+        Args:
+            operation: Name of the public call, such as "save". Compared, too.
+            shared: uint64 that must be the same on all ranks.
+            balance: uint64 whose sum over all ranks must be 0 modulo 2**64.
+            timeout: Seconds to wait for the other ranks.
+
+        Returns:
+            Whether shared and balance are as they must be. The same on all ranks.
+
+        Raises:
+            LayoutError: The ranks are in different operations.
+            RankTimeoutError: Some ranks did not come, or this one came after the others had given up.
+            CheckpointError: Local: MPI is not running or the communicator is freed.
+        """
+        digest = xxhash.xxh3_64_intdigest(shared.to_bytes(8, "little") + operation.encode())
+        with INTERRUPTS.held():
+            agreed = self._open().arrive(Call(operation, digest, balance, timeout))
+            if not agreed:
+                self._require_same_operation(operation)
+            return agreed
+
+    def uninterrupted(self) -> AbstractContextManager[None]:
+        """Hold KeyboardInterrupt back over an operation of several steps. Local.
+
+        It is let through where it can be agreed on: in the body of a step, in functions run on rank 0 and while
+        waiting for arrivals; otherwise at the end.
+        """
+        return INTERRUPTS.held()
+
+    # ---- local work ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, name: str, *, remedy: str = "", clear_frames: bool = False) -> Iterator[None]:
+        """Run the body, then agree on whether it failed on any rank. One reduction of a flag.
+
+        Args:
+            name: Name of the step, shown in errors.
+            remedy: The way out, shown with a `CollectiveError`.
+            clear_frames: When the body fails, drop the local variables of the functions it called before agreeing,
+                so that they keep no HDF5 object open. Those of the function that contains the body stay.
+
+        Raises:
+            CheckpointError: As the class describes, when the body failed on any rank.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect(name)
+            own: BaseException | None = None
+            try:
+                with INTERRUPTS.allowed():
+                    yield
+            except BaseException as error:
+                own = error
+                if clear_frames:
+                    agreement.clear_frames(error)
+            try:
+                _agree(collectives, name, own, remedy)
+            finally:
+                own = None  # else the exception and this frame keep each other, and all they hold, alive
+
+    # ---- work on rank 0 ------------------------------------------------------------------------------------------
+
+    def on_root(self, name: str, fn: Callable[[], T], result_type: type[T], *, remedy: str = "") -> T:
+        """Run a function on rank 0 and give all ranks its result. One broadcast when the result is small.
+
+        Args:
+            name: Name of the step, shown in errors.
+            fn: Run on rank 0 only.
+            result_type: Type of the result: anything msgspec can encode. `type(None)` for no result.
+            remedy: The way out, shown with a `CollectiveError`.
+
+        Returns:
+            The result as decoded from its encoding, on rank 0, too.
+
+        Raises:
+            CheckpointError: As the class describes, when the function failed.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect(name)
+            encoded, own = b"", None
+            if collectives.rank == 0:
+                try:
+                    with INTERRUPTS.allowed():
+                        encoded = msgspec.msgpack.encode(fn())
+                except BaseException as error:
+                    own = error
+            try:
+                announced = self._announce(name, encoded, own, remedy)
+            finally:
+                own = None
+            return msgspec.msgpack.decode(announced, type=result_type)
+
+    def merge(
+        self, name: str, value: bytes, fn: Callable[[list[bytes]], Sequence[bytes]], *, remedy: str = ""
+    ) -> bytes:
+        """Gather a value of every rank on rank 0, run a function on them there, and hand out its replies.
+
+        Args:
+            name: Name of the step, shown in errors.
+            value: This rank's value.
+            fn: Run on rank 0 only: all values in rank order to one reply per rank.
+            remedy: The way out, shown with a `CollectiveError`.
+
+        Returns:
+            This rank's reply.
+
+        Raises:
+            CheckpointError: As the class describes, when the function failed.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect(name)
+            values, lengths = self._gather(name, value)
+            replies, own = list[bytes](), None
+            if collectives.rank == 0:
+                try:
+                    with INTERRUPTS.allowed():
+                        replies = _one_per_rank(fn(_split(values, lengths)), collectives.size)
+                except BaseException as error:
+                    own = error
+            del values
+            try:
+                return self._hand_out(name, replies, own, remedy)
+            finally:
+                own = None
+
+    # ---- bytes and arrays ----------------------------------------------------------------------------------------
+
+    def gather_all(self, name: str, value: bytes) -> list[bytes]:
+        """Give all ranks the values of all ranks.
+
+        Args:
+            name: Name of the step, shown in errors.
+            value: This rank's value.
+
+        Returns:
+            All values in rank order.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect(name)
+            lengths = collectives.lengths(len(value))
+            with self.step(name):
+                values = bytearray(sum(lengths))
+            collectives.gather(value, lengths, values)
+            collectives.broadcast(values)
+            with self.step(name):
+                return _split(values, lengths)
+
+    def share(self, array: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+        """Give all ranks the array of rank 0.
+
+        Args:
+            array: On rank 0: an array of numbers. Ignored on the others.
+
+        Returns:
+            An array of the same type and shape; on rank 0 the one passed, if it is contiguous.
+
+        Raises:
+            CheckpointError: As the class describes, when the array cannot be sent.
+        """
+        name = "share"
+        with INTERRUPTS.held():
+            collectives = self._connect(name)
+            announced = self.on_root(name, functools.partial(_array_type, array), _ArrayType)
+            with self.step(name):
+                if collectives.rank == 0:
+                    shared = np.asarray(array, order="C")
+                else:
+                    shared = np.empty(announced.shape, dtype=announced.dtype)
+            collectives.broadcast(shared.reshape(-1).view(np.uint8).data)
+            return shared
+
+    def any(self, flags: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """For each flag, whether it is set on any rank.
+
+        Args:
+            flags: Booleans or uint8, one-dimensional, of the same length on all ranks.
+
+        Returns:
+            uint8, the elementwise maximum over all ranks.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect("any")
+            with self.step("any"):
+                result = np.array(flags, dtype=np.uint8)
+            collectives.maximum(result)
+            return result
+
+    # ---- steps that cannot be agreed on --------------------------------------------------------------------------
+
+    def watchdog(self, name: str, timeout: float) -> AbstractContextManager[None]:
+        """End the job, naming the step, when the body takes longer than the timeout. Local.
+
+        For calls that can hang on all ranks because they fail on one. h5py keeps Python's lock while it opens a file,
+        so that no watchdog runs on the ranks that hang there: the body must contain the agreement after such a call,
+        where the rank that failed waits.
+
+        Args:
+            name: Name of the step, for the message.
+            timeout: Seconds.
+        """
+        return job_end.watchdog(name, self.rank, timeout)
+
+    # ---- parts of the above --------------------------------------------------------------------------------------
+
+    def _open(self) -> Session | Alone:
+        if self._session is None:
+            self._session = open_session(self._comm)
+        self._session.require_alive()
+        return self._session
+
+    def _connect(self, name: str) -> Collectives:
+        """The collectives of the duplicate. The very first call of all duplicates, so the ranks must arrive first."""
+        session = self._open()
+        if session.collectives is None:
+            self.arrive(name, 0, 0, _FIRST_CALL_TIMEOUT)
+        return cast("Collectives", session.collectives)
+
+    def _require_same_operation(self, operation: str) -> None:
+        texts = _gather_texts(self._connect(operation), operation.encode())
+        if len(set(texts)) > 1:
+            raise LayoutError(_different_operations([text.decode() for text in texts]))
+
+    def _gather(self, name: str, value: bytes) -> tuple[bytearray, list[int]]:
+        """The values of all ranks behind one another, on rank 0, and their lengths."""
+        collectives = self._connect(name)
+        lengths = collectives.lengths(len(value))
+        with self.step(name):
+            values = bytearray(sum(lengths) if collectives.rank == 0 else 0)
+        collectives.gather(value, lengths, values)
+        return values, lengths
+
+    def _hand_out(self, name: str, replies: list[bytes], own: BaseException | None, remedy: str) -> bytes:
+        collectives = self._connect(name)
+        announced = self._announce(
+            name, np.array([len(reply) for reply in replies], dtype=np.int64).tobytes(), own, remedy
+        )
+        lengths = np.frombuffer(announced, dtype=np.int64).tolist()
+        with self.step(name):
+            reply = bytearray(lengths[collectives.rank])
+            joined = b"".join(replies)
+        collectives.scatter(joined, lengths, reply)
+        return bytes(reply)
+
+    def _announce(self, name: str, value: bytes, own: BaseException | None, remedy: str) -> Buffer:
+        """Broadcast rank 0's value, or its failure. One broadcast when it is small."""
+        collectives = self._connect(name)
+        packet = bytearray(_PACKET_SIZE)
+        if collectives.rank == 0:
+            value = agreement.encode(own) if own is not None else value
+            inline = value if len(value) <= _INLINE_LIMIT else b""
+            _PACKET_HEADER.pack_into(packet, 0, own is not None, len(value))
+            packet[_PACKET_HEADER.size : _PACKET_HEADER.size + len(inline)] = inline
+        collectives.broadcast(packet)
+        failed, length = _PACKET_HEADER.unpack_from(packet)
+        announced: Buffer = packet[_PACKET_HEADER.size : _PACKET_HEADER.size + length]
+        if failed:
+            _raise_agreed(name, agreement.decode([bytes(announced)]), own, remedy)
+        if length > _INLINE_LIMIT:
+            with self.step(name):
+                announced = value if collectives.rank == 0 else bytearray(length)
+            collectives.broadcast(announced)
+        return announced
+
+
+def _agree(collectives: Collectives, name: str, own: BaseException | None, remedy: str) -> None:
+    """Raise the same error on all ranks if any has one."""
+    if collectives.any_set(own is not None):
+        texts = _gather_texts(collectives, agreement.encode(own))
+        try:
+            _raise_agreed(name, agreement.decode(texts), own, remedy)
+        finally:
+            own = None
+
+
+def _raise_agreed(
+    name: str, failures: dict[int, agreement.Failure], own: BaseException | None, remedy: str
+) -> NoReturn:
+    try:
+        if own is not None and not isinstance(own, Exception):
+            raise own
+        raise agreement.agreed_error(name, failures, remedy) from own
+    finally:
+        own = None  # else the exception's traceback, this frame and the exception keep each other alive
+
+
+def _gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
+    """All ranks' short texts, without a step of its own."""
+    lengths = collectives.lengths(len(text))
+    texts = bytearray(sum(lengths))
+    collectives.gather(text, lengths, texts)
+    collectives.broadcast(texts)
+    return _split(texts, lengths)
+
+
+def _split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
+    ends = list(itertools.accumulate(lengths))
+    view = memoryview(values)
+    return [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _one_per_rank(replies: Sequence[bytes], size: int) -> list[bytes]:
+    if len(replies) != size:
+        raise ValueError(f"expected one reply per rank, {size} in all. Got {len(replies)}.")
+    return list(replies)
+
+
+def _array_type(array: np.ndarray[Any, Any] | None) -> _ArrayType:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        raise TypeError(f"expected an array of numbers on rank 0. Got {array!r:.100}.")
+    return _ArrayType(array.dtype.str, array.shape)
+
+
+def _different_operations(operations: list[str]) -> str:
+    calls = "; ".join(
+        f"{name} on rank {', '.join(str(rank) for rank, other in enumerate(operations) if other == name)}"
+        for name in sorted(set(operations))
+    )
+    return f"the ranks are in different calls: {calls}. Make the same collective calls in the same order on every rank."

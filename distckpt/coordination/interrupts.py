@@ -1,0 +1,106 @@
+"""Ctrl-C at a moment when a rank may leave without the others waiting for it for ever."""
+
+from __future__ import annotations
+
+import enum
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+_Handler = Callable[[int, FrameType | None], object]
+
+
+class _Undo(enum.Enum):
+    """What the end of a region has to do."""
+
+    NOTHING = enum.auto()
+    HOLD = enum.auto()
+    ALLOW = enum.auto()
+    UNINSTALL = enum.auto()
+
+
+class Interrupts:
+    """Holds SIGINT back while other ranks depend on this one.
+
+    Python raises KeyboardInterrupt between any two instructions, also between two collectives, where it would leave
+    the other ranks behind. Within `held()` it waits for the next `allowed()` region, or for the end of `held()`. Both
+    do nothing outside the main thread, which alone gets signals, and where SIGINT has no handler in Python.
+    """
+
+    def __init__(self) -> None:
+        # The handler found by the outermost held(); None outside of it.
+        self._handler: _Handler | None = None
+        self._allowed = False
+        self._pending = False
+
+    def held(self) -> Region:
+        """Hold interrupts back; nests, and the outermost region delivers at its end what is still pending."""
+        return Region(self, allow=False)
+
+    def allowed(self) -> Region:
+        """Let interrupts through, a pending one at once."""
+        return Region(self, allow=True)
+
+    def begin(self, *, allow: bool) -> _Undo:
+        """Begin a region; `Region` calls it."""
+        if threading.get_ident() != threading.main_thread().ident:
+            return _Undo.NOTHING
+        if self._handler is None:
+            return _Undo.NOTHING if allow else self._install()
+        undo = _Undo.ALLOW if self._allowed else _Undo.HOLD
+        self._allowed = allow
+        if allow:
+            self._deliver()
+        return undo
+
+    def end(self, undo: _Undo) -> None:
+        """End a region; `Region` calls it."""
+        if undo is _Undo.UNINSTALL and self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            handler, self._handler = self._handler, None
+            if self._pending:
+                self._pending = False
+                handler(signal.SIGINT, None)
+        elif undo is not _Undo.NOTHING:
+            self._allowed = undo is _Undo.ALLOW
+
+    def _install(self) -> _Undo:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):
+            return _Undo.NOTHING
+        self._handler = handler
+        signal.signal(signal.SIGINT, self._on_signal)
+        return _Undo.UNINSTALL
+
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        self._pending = True
+        if self._allowed:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if self._pending and self._handler is not None:
+            self._pending = False
+            self._allowed = False  # the exception is on its way; a second one would hit the agreement about it
+            self._handler(signal.SIGINT, None)
+
+
+class Region:
+    """A context manager of `Interrupts`. Written out, for it is entered several times in each exchange."""
+
+    __slots__ = ("_allow", "_interrupts", "_undo")
+
+    def __init__(self, interrupts: Interrupts, *, allow: bool) -> None:
+        self._interrupts = interrupts
+        self._allow = allow
+        self._undo = _Undo.NOTHING
+
+    def __enter__(self) -> None:
+        self._undo = self._interrupts.begin(allow=self._allow)
+
+    def __exit__(self, *_error: object) -> None:
+        self._interrupts.end(self._undo)
+
+
+#: SIGINT is one per process, and so is this.
+INTERRUPTS = Interrupts()

@@ -1,0 +1,213 @@
+"""What all coordinators over one user communicator share, and the checks that it can be used at all."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+from distckpt.coordination.arrival import Call, arrival_over
+from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.collectives import Collectives, MpiCollectives, SingleRank
+from distckpt.coordination.job_end import end_job_on_uncaught_timeout
+from distckpt.coordination.launcher import expected_size, singleton_message
+from distckpt.errors import CheckpointError, RankTimeoutError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+#: On the duplicate, where nobody else sends messages.
+_ARRIVAL_TAG = 0
+_TIMING = Timing()
+_FREED = (
+    "the communicator is null or has been freed: keep it until the last save or restore, and pass a communicator "
+    "that this rank belongs to."
+)
+
+
+class Session:
+    """The duplicate of one user communicator, and the arrival protocol over it. Cached on the communicator.
+
+    Until all ranks have come to a first call, the protocol runs on the user's communicator with the highest tag but
+    one, and nothing is duplicated: MPI has no way back from a duplication that some ranks do not join. (A program that
+    receives there with ANY_TAG could steal such a message.)
+
+    Attributes:
+        rank: This rank.
+        size: Number of ranks.
+        duplicate: The duplicate, for everything but the first arrival; None before that.
+        collectives: Bytes and arrays over the duplicate; None before the first arrival.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        from mpi4py import MPI
+
+        self.rank = comm.rank
+        self.size = comm.size
+        self.duplicate: MPI.Intracomm | None = None
+        self.collectives: Collectives | None = None
+        self._comm = comm
+        self._freed = False
+        tag_limit = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
+        self._arrival = arrival_over(Channel(comm, tag_limit - 1, _TIMING))
+
+    def require_alive(self) -> None:
+        """Check that the communicator can still be used.
+
+        Raises:
+            CheckpointError: MPI is finalised or the communicator freed.
+        """
+        require_running()
+        if self._freed:
+            raise CheckpointError(_FREED)
+        _require_handle(self._comm)
+
+    def arrive(self, call: Call) -> bool:
+        """See `Arrival.arrive`. Collective over the communicator."""
+        try:
+            agreed = self._arrival.arrive(call)
+        except RankTimeoutError:
+            end_job_on_uncaught_timeout()
+            raise
+        if self.duplicate is None:
+            self._duplicate()
+        return agreed
+
+    def release(self) -> None:
+        """Free the duplicate, when the user frees the communicator."""
+        self._freed = True
+        if self.duplicate is not None:
+            self.duplicate.Free()
+
+    def _duplicate(self) -> None:
+        from mpi4py import MPI
+
+        # Blocking, and safe: every rank has confirmed that it is here.
+        self.duplicate = self._comm.Dup()
+        self.duplicate.Set_name("distckpt")
+        self.duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        self.collectives = MpiCollectives(self.duplicate)
+        # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
+        self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, _TIMING))
+
+
+class Alone:
+    """The session of a process without mpi4py."""
+
+    rank = 0
+    size = 1
+    duplicate: MPI.Intracomm | None = None
+
+    def __init__(self) -> None:
+        self.collectives: Collectives = SingleRank()
+
+    def require_alive(self) -> None:
+        """See `Session.require_alive`."""
+
+    def arrive(self, call: Call) -> bool:
+        """See `Arrival.arrive`."""
+        return call.balance % 2**64 == 0
+
+
+def open_session(comm: MPI.Intracomm | None) -> Session | Alone:
+    """Find or make the session of a communicator. Local.
+
+    Args:
+        comm: The user's communicator; None is COMM_WORLD, or this process alone when mpi4py is not installed.
+
+    Raises:
+        CheckpointError: MPI is not running, the communicator is freed, or the launcher started more processes than
+            COMM_WORLD has.
+    """
+    if comm is None and find_spec("mpi4py") is None:
+        _require_single("mpi4py is not installed (`pip install mpi4py`)")
+        return Alone()
+    mpi = require_running()
+    comm = mpi.COMM_WORLD if comm is None else comm
+    _require_handle(comm)
+    if comm == mpi.COMM_WORLD and comm.size == 1:
+        library = mpi.Get_library_version().strip().splitlines()[0].split(",")[0]
+        _require_single(f"in this one MPI_COMM_WORLD has a single rank (mpi4py uses {library})")
+    return _session_of(comm)
+
+
+def require_intracomm(comm: object) -> None:
+    """Check what a user passes as communicator, without importing MPI for something that cannot be one.
+
+    Raises:
+        TypeError: It is no mpi4py intracommunicator.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    # A null communicator has no group, so any kind of it passes here; the first collective call refuses it.
+    if mpi is None or not isinstance(comm, mpi.Comm) or (comm and not isinstance(comm, mpi.Intracomm)):
+        raise TypeError(
+            f"comm: expected an mpi4py intracommunicator such as MPI.COMM_WORLD, or None for COMM_WORLD. "
+            f"Got {comm!r} of type {type(comm).__module__}.{type(comm).__qualname__}."
+        )
+
+
+def require_running() -> ModuleType:
+    """Import MPI and check that it runs.
+
+    Returns:
+        The module mpi4py.MPI.
+
+    Raises:
+        CheckpointError: mpi4py cannot be loaded, or MPI is not initialised or already finalised.
+    """
+    mpi = _load_mpi()
+    if not mpi.Is_initialized():
+        raise CheckpointError(
+            "MPI is not initialised: call MPI.Init_thread() first, or leave mpi4py.rc.initialize at True."
+        )
+    if mpi.Is_finalized():
+        raise CheckpointError("MPI is already finalised: save and restore before MPI.Finalize().")
+    return mpi
+
+
+@cache
+def _load_mpi() -> ModuleType:
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # a missing library is an ImportError or, in the wheels of mpi4py 4.1, a RuntimeError
+        raise CheckpointError(
+            f"mpi4py is installed but does not load: {error}. Load the MPI it was built with (`module load openmpi`), "
+            f"or build it anew (`pip install --force-reinstall --no-binary=mpi4py mpi4py`)."
+        ) from error
+    return MPI
+
+
+def _require_handle(comm: MPI.Intracomm) -> None:
+    if not comm:
+        raise CheckpointError(_FREED)
+
+
+def _require_single(cause: str) -> None:
+    expected = expected_size()
+    if expected is not None and expected.size > 1:
+        raise CheckpointError(singleton_message(expected, cause))
+
+
+def _session_of(comm: MPI.Intracomm) -> Session:
+    session = cast("Session | None", comm.Get_attr(_session_key()))
+    if session is None:
+        session = Session(comm)
+        comm.Set_attr(_session_key(), session)
+    return session
+
+
+@cache
+def _session_key() -> int:
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval(delete_fn=_delete_session)
+
+
+def _delete_session(_comm: MPI.Comm, _key: int, session: Session) -> None:
+    from mpi4py import MPI
+
+    # MPI_Finalize deletes the attributes of COMM_WORLD too, when nothing can be freed any more.
+    if not MPI.Is_finalized():
+        session.release()
