@@ -1,0 +1,197 @@
+"""Temporary files, and the step that makes one of them a checkpoint. Rank 0 only, all of it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from functools import cache
+from pathlib import Path
+
+import xxhash
+
+from distckpt.storage import rawio
+from distckpt.storage.paths import list_directory
+
+logger = logging.getLogger("distckpt")
+
+#: Temporary files of unknown writers are left alone for this long. In seconds.
+STALE_AGE = 24 * 3600.0
+
+# What MPI-IO leaves beside a temporary file has the same name and a further suffix (".locktest.<rank>").
+_TEMP_NAME = re.compile(r"\..+\.(?P<writer>[0-9a-f]{24})[0-9a-f]{8}\.tmp(\..+)?", re.DOTALL)
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+# ---- names and writers -------------------------------------------------------------------------------------------
+
+
+def temp_path(final: str | os.PathLike[str]) -> str:
+    """A new name for the temporary file of `final`, in the same directory: `.<name>.<uuid>.tmp`.
+
+    The uuid says which process writes the file, so that `sweep` needs no locks: on some shared file systems there are
+    none, and on others they are those of MPI-IO itself, which would then wait for ours for ever.
+    """
+    path = Path(final)
+    return str(path.with_name(f".{path.name}.{_this_writer()}{secrets.token_hex(4)}.tmp"))
+
+
+def _this_writer() -> str:
+    pid = os.getpid()
+    return f"{_host()}{pid:08x}{_process_start(pid)}"
+
+
+@cache
+def _host() -> str:
+    """Eight digits for what a process number belongs to: the machine and the container."""
+    name = f"{socket.gethostname()}|{_read_or_empty('/etc/machine-id')}|{_link_or_empty('/proc/self/ns/pid')}"
+    return xxhash.xxh32_hexdigest(name.encode())
+
+
+def _read_or_empty(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _link_or_empty(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str | None:
+    """Eight digits that tell a process from a later one of the same number; None when there is no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    # Field 22 of the status, counted behind the command name, which may hold anything.
+    status = _read_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    boot = _read_or_empty("/proc/sys/kernel/random/boot_id")
+    return xxhash.xxh32_hexdigest(f"{boot}|{status[19]}".encode()) if status else "0" * 8
+
+
+def _is_gone(writer: str) -> bool:
+    """Whether a temporary file's writer is known not to run any more."""
+    host, pid, started = writer[:8], int(writer[8:16], 16), writer[16:]
+    return host == _host() and _process_start(pid) != started
+
+
+def sweep(directory: str | os.PathLike[str]) -> list[str]:
+    """Remove temporary files whose writer is gone, and those older than a day.
+
+    Returns:
+        The names removed.
+    """
+    removed = [path.name for path in list_directory(directory) if _remove_if_stale(path)]
+    if removed:
+        logger.info("removed %d stale temporary files from %s", len(removed), directory)
+    return removed
+
+
+def _remove_if_stale(path: Path) -> bool:
+    match = _TEMP_NAME.fullmatch(path.name)
+    if match is None:
+        return False
+    try:
+        if not _is_gone(match["writer"]) and time.time() - path.lstat().st_mtime < STALE_AGE:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        logger.warning("stale temporary file %s: %s", path, error)
+        return False
+    return True
+
+
+def discard(temp: str) -> None:
+    """Remove a temporary file and what MPI-IO left beside it; nothing happens when they are not there."""
+    path = Path(temp)
+    for found in list_directory(path.parent):
+        if found.name == path.name or found.name.startswith(f"{path.name}."):
+            found.unlink(missing_ok=True)
+
+
+# ---- commit ------------------------------------------------------------------------------------------------------
+
+
+def commit(temp: str, final: str, *, replace: bool, durable: bool) -> None:
+    """Give a finished temporary file its final name, in one step.
+
+    Args:
+        temp: The temporary file; its bytes are on disk already.
+        final: Its final path, in the same directory.
+        replace: Replace a file that is there.
+        durable: Return only when the new name is on disk.
+
+    Raises:
+        FileExistsError: A file is there, and `replace` is False.
+    """
+    source, target = Path(temp), Path(final)
+    if replace:
+        source.replace(target)
+    else:
+        _rename_to_free_name(source, target)
+    if durable:
+        rawio.sync_directory(target.parent)
+
+
+def _rename_to_free_name(source: Path, target: Path) -> None:
+    inode = source.stat().st_ino
+    code = _renameat2(source, target)
+    if code == 0 or (code in (errno.EEXIST, errno.ENOENT) and _has_inode(target, inode)):
+        # The latter: a network file system has repeated a request whose answer was lost.
+        return
+    if code == errno.EEXIST:
+        raise FileExistsError(code, "a checkpoint of this name exists; saves never replace one", str(target))
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), str(target))
+    _link_to_free_name(source, target, inode)
+
+
+def _link_to_free_name(source: Path, target: Path, inode: int) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        if not _has_inode(target, inode):
+            raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # Nothing better is left. One rank chooses the numbers, so a file in the way can only be another job's.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "a checkpoint of this name exists", str(target)) from error
+        source.rename(target)
+        return
+    source.unlink()
+
+
+def _has_inode(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except OSError:
+        return False
+
+
+def _renameat2(source: Path, target: Path) -> int:
+    """renameat2(2) that does not replace; 0, or the error code."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return errno.ENOSYS
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    failed = function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+    return ctypes.get_errno() if failed else 0

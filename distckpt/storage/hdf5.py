@@ -1,0 +1,503 @@
+"""The HDF5 file: created by rank 0 with the serial driver, rebuilt from its skeleton, opened and checked.
+
+Every variable is a contiguous dataset, so a piece of it is a range of bytes in the file. What HDF5 itself writes, the
+skeleton, is the same for every save of a layout: the first save makes it through HDF5, later ones write the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from distckpt.layout.box import Shape
+from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
+from distckpt.storage import manifest as manifests
+from distckpt.storage import rawio
+from distckpt.storage.checksum import CHECKSUM_NBYTES
+from distckpt.storage.hdf5_types import hdf5_type, itemsize
+from distckpt.storage.paths import resolve
+
+logger = logging.getLogger("distckpt")
+
+MANIFEST = ".manifest"
+CHECKSUMS = ".checksums"
+
+#: Datasets from this size on start at a multiple of `_ALIGNMENT`; smaller ones stay neighbours. In bytes.
+_ALIGNMENT_THRESHOLD = 64 << 10
+_ALIGNMENT = 4096
+
+#: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
+_MAX_METADATA_BLOCK = 1 << 20
+
+#: HDF5 metadata per dataset and group, without the name: upper bounds. In bytes; measured: 330, and 1,300 for a group
+#: of nine members, which is the dearest.
+_METADATA_PER_DATASET = 600
+_METADATA_PER_GROUP = 1600
+
+#: No deflate stream expands further than this, and the other filters here (shuffle, fletcher32) do not expand.
+_MAX_EXPANSION = 1100
+_BOUNDED_FILTERS = frozenset({1, 2, 3})
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """A dataset to create.
+
+    Attributes:
+        key: Path of the dataset without the leading slash.
+        dtype: torch dtype name.
+        shape: Global shape.
+    """
+
+    key: str
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Skeleton:
+    """A checkpoint file without its data.
+
+    Attributes:
+        file_nbytes: Length of the file in bytes.
+        offsets: int64, position of each dataset in the file in bytes; -1 for a dataset without elements.
+        checksums_offset: Position of the checksum dataset; -1 when it has no elements.
+        n_checksums: Number of checksums.
+        manifest_offset: Position of the manifest dataset.
+        manifest_capacity: Size of the manifest dataset in bytes.
+        runs: Position and bytes of everything that HDF5 wrote; all else between the datasets is zero.
+    """
+
+    file_nbytes: int
+    offsets: np.ndarray
+    checksums_offset: int
+    n_checksums: int
+    manifest_offset: int
+    manifest_capacity: int
+    runs: tuple[tuple[int, bytes], ...]
+
+
+# ---- create ------------------------------------------------------------------------------------------------------
+
+
+def create_file(
+    path: str,
+    skeleton: Skeleton | None,
+    datasets: Sequence[DatasetSpec],
+    n_checksums: int,
+    manifest_nbytes: int,
+) -> Skeleton:
+    """Make a checkpoint file without data, its space reserved. Rank 0 only.
+
+    Args:
+        path: Where; nothing may be there.
+        skeleton: What this function returned for the same datasets and number of checksums, or None.
+        datasets: The datasets, in file order.
+        n_checksums: Number of checksums.
+        manifest_nbytes: Upper bound for the length of the encoded manifest (`manifest.max_nbytes`).
+
+    Returns:
+        The skeleton of the file; the one given, if the manifest fits into it.
+
+    Raises:
+        OSError: No space, no permission, or something is at `path`. Nothing new is left there.
+        ValueError: HDF5 cannot hold one of the datasets.
+    """
+    reusable = skeleton if skeleton is not None and manifest_nbytes <= skeleton.manifest_capacity else None
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        if reusable is not None:
+            rebuild(fd, reusable)
+            return reusable
+        # Reserve before HDF5 touches the file: when H5Fclose meets a full disk, the interpreter dies.
+        rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
+        created = create(path, datasets, n_checksums, manifest_nbytes)
+        rawio.reserve(fd, created.file_nbytes)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    else:
+        return created
+    finally:
+        os.close(fd)
+
+
+def rebuild(fd: int, skeleton: Skeleton) -> None:
+    """Turn an empty file into one with this skeleton, its space reserved. Rank 0 only."""
+    rawio.reserve(fd, skeleton.file_nbytes)
+    for offset, data in skeleton.runs:
+        rawio.write_all(fd, memoryview(data), offset)
+
+
+def write_manifest(fd: int, skeleton: Skeleton, data: bytes) -> None:
+    """Write an encoded manifest into its dataset. Rank 0 only.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if len(data) > skeleton.manifest_capacity:
+        raise ValueError(f"the manifest has {len(data)} bytes, its dataset {skeleton.manifest_capacity}")
+    rawio.write_all(fd, memoryview(data.ljust(skeleton.manifest_capacity)), skeleton.manifest_offset)
+
+
+def max_file_nbytes(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> int:
+    """Upper bound for the length of the file, in bytes."""
+    sizes = [spec.nbytes for spec in datasets]
+    sizes += [n_checksums * CHECKSUM_NBYTES, manifests.capacity_for(manifest_nbytes)]
+    data = sum(nbytes + _ALIGNMENT for nbytes in sizes if nbytes >= _ALIGNMENT_THRESHOLD)
+    data += sum(nbytes + 8 for nbytes in sizes if nbytes < _ALIGNMENT_THRESHOLD)
+    return data + _max_metadata_nbytes(datasets)
+
+
+def create(path: str, datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> Skeleton:
+    """Write a checkpoint file without data through HDF5, over the file at `path`. Rank 0 only."""
+    from h5py import h5f
+
+    capacity = manifests.capacity_for(manifest_nbytes)
+    access, creation = _file_access(), _file_creation()
+    access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
+    access.set_meta_block_size(_metadata_block(datasets))
+    file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)
+    try:
+        creator = _DatasetCreator(file)
+        offsets = np.array([creator.create(spec) for spec in datasets], np.int64)
+        # Behind the datasets, whose positions then do not depend on the length of the manifest.
+        checksums_offset = creator.create(DatasetSpec(CHECKSUMS, "uint64", (n_checksums,)))
+        manifest_offset = creator.create(DatasetSpec(MANIFEST, "uint8", (capacity,)))
+        creator.close()
+    finally:
+        file.close()
+    extents = [(int(offset), spec.nbytes) for offset, spec in zip(offsets, datasets, strict=True)]
+    extents += [(checksums_offset, n_checksums * CHECKSUM_NBYTES), (manifest_offset, capacity)]
+    file_nbytes = Path(path).stat().st_size
+    return Skeleton(
+        file_nbytes=file_nbytes,
+        offsets=offsets,
+        checksums_offset=checksums_offset,
+        n_checksums=n_checksums,
+        manifest_offset=manifest_offset,
+        manifest_capacity=capacity,
+        runs=_read_runs(path, extents, file_nbytes),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What the paths of datasets cost in HDF5 metadata.
+
+    Attributes:
+        groups: Number of groups on the paths.
+        nbytes: Length of all names.
+    """
+
+    groups: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, datasets: Sequence[DatasetSpec]) -> _Names:
+        groups: set[str] = set()
+        for spec in datasets:
+            parent = spec.key.rpartition("/")[0]
+            while parent and parent not in groups:
+                groups.add(parent)
+                parent = parent.rpartition("/")[0]
+        # At most four bytes per character.
+        nbytes = sum(len(path.rpartition("/")[2]) for path in (*groups, *(spec.key for spec in datasets)))
+        return cls(len(groups), 4 * nbytes)
+
+
+def _metadata_block(datasets: Sequence[DatasetSpec]) -> int:
+    """Size of HDF5's metadata blocks: one block where it is small, no matter if that is a little wrong."""
+    names = _Names.of(datasets)
+    expected = 2048 + 320 * len(datasets) + 160 * names.groups + names.nbytes // 2
+    return min(_MAX_METADATA_BLOCK, expected)
+
+
+def _max_metadata_nbytes(datasets: Sequence[DatasetSpec]) -> int:
+    """Upper bound for what HDF5 writes beside the data."""
+    names = _Names.of(datasets)
+    needed = len(datasets) * _METADATA_PER_DATASET + names.groups * _METADATA_PER_GROUP + 2 * names.nbytes
+    return needed + 2 * _MAX_METADATA_BLOCK
+
+
+def _file_access() -> Any:
+    """Access list of the serial driver; no locks, since many shared file systems have none."""
+    from h5py import h5f, h5p
+
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fapl_sec2()
+    access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
+    if hasattr(access, "set_file_locking"):
+        access.set_file_locking(False, True)
+    return access
+
+
+def _file_creation() -> Any:
+    from h5py import h5p
+
+    creation = h5p.create(h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    return creation
+
+
+class _DatasetCreator:
+    """Creates contiguous datasets and the groups on their paths, all without timestamps."""
+
+    def __init__(self, file: Any) -> None:
+        from h5py import h5d, h5g, h5p, h5s, h5t
+
+        self._new_dataset, self._new_group, self._new_space = h5d.create, h5g.create, h5s.create_simple
+        self._scalar = h5s.create(h5s.SCALAR)
+        self._groups = {"": file}
+        self._links = h5p.create(h5p.LINK_CREATE)
+        self._links.set_char_encoding(h5t.CSET_UTF8)
+        self._group_creation = h5p.create(h5p.GROUP_CREATE)
+        self._group_creation.set_obj_track_times(False)
+        self._creation = h5p.create(h5p.DATASET_CREATE)
+        self._creation.set_layout(h5d.CONTIGUOUS)
+        self._creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        self._creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        self._creation.set_obj_track_times(False)
+
+    def create(self, spec: DatasetSpec) -> int:
+        """Create one dataset and return its position in the file; -1 when it has no elements."""
+        parent, _, name = spec.key.rpartition("/")
+        dataset = self._new_dataset(
+            self._group(parent),
+            name.encode(),
+            hdf5_type(spec.dtype),
+            self._new_space(spec.shape) if spec.shape else self._scalar,
+            self._creation,
+            self._links,
+        )
+        offset = dataset.get_offset()
+        return -1 if offset is None else int(offset)
+
+    def _group(self, path: str) -> Any:
+        """The group of this path. HDF5 would create groups on the way by itself, but with timestamps."""
+        group = self._groups.get(path)
+        if group is None:
+            parent, _, name = path.rpartition("/")
+            group = self._new_group(self._group(parent), name.encode(), self._links, self._group_creation)
+            self._groups[path] = group
+        return group
+
+    def close(self) -> None:
+        """Drop the groups, so that closing the file closes it."""
+        self._groups.clear()
+
+
+def _read_runs(path: str, extents: Sequence[tuple[int, int]], file_nbytes: int) -> tuple[tuple[int, bytes], ...]:
+    """Everything outside the datasets that is not zero."""
+    runs = []
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for start, stop in _gaps(extents, file_nbytes):
+            data = os.pread(fd, stop - start, start).rstrip(b"\0")
+            if data:
+                runs.append((start, data))
+    finally:
+        os.close(fd)
+    return tuple(runs)
+
+
+def _gaps(extents: Sequence[tuple[int, int]], file_nbytes: int) -> Iterator[tuple[int, int]]:
+    position = 0
+    for offset, nbytes in sorted(extent for extent in extents if extent[1]):
+        if offset > position:
+            yield position, offset
+        position = offset + nbytes
+    if file_nbytes > position:
+        yield position, file_nbytes
+
+
+# ---- open --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A checkpoint that was found to be complete and consistent; data not verified.
+
+    Attributes:
+        path: Path of the file.
+        manifest: Its manifest.
+        manifest_bytes: The same encoded, for the other ranks (`manifest.decode`).
+        offsets: int64, position of each variable in the file in bytes; -1: no elements, or to be read through HDF5.
+        checksums: uint64 per piece, in the order of `ChecksumIndex`; None when the file has none, or of an algorithm unknown here.
+        file_nbytes: Length of the file in bytes.
+    """
+
+    path: str
+    manifest: Manifest
+    manifest_bytes: bytes
+    offsets: np.ndarray
+    checksums: np.ndarray | None
+    file_nbytes: int
+
+
+@contextmanager
+def open_readonly(path: str) -> Iterator[Any]:
+    """The file as a low-level h5py file, opened with the serial driver, closed at the end.
+
+    Raises:
+        CorruptCheckpointError: HDF5 cannot read the file.
+    """
+    from h5py import h5f
+
+    try:
+        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _file_access())
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: HDF5 cannot open the file: {error}") from error
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def open_checkpoint(path: str) -> Opened:
+    """Open a checkpoint and check all of it but the data. Rank 0 only.
+
+    Args:
+        path: Path of the file, with or without ".h5".
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CorruptCheckpointError: It is no checkpoint, incomplete, damaged, or of an unknown format version.
+    """
+    path = resolve(path)
+    file_nbytes = Path(path).stat().st_size
+    with open_readonly(path) as file:
+        try:
+            return _check(path, file, file_nbytes)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{path}: {error}") from error
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise CorruptCheckpointError(f"{path}: HDF5 cannot read the file: {error}") from error
+
+
+def _check(path: str, file: Any, file_nbytes: int) -> Opened:
+    manifest_bytes = _read_manifest(file, file_nbytes)
+    manifest = manifests.decode(manifest_bytes)
+    problems = manifests.problems(manifest)
+    if not problems:
+        offsets = _offsets(file, manifest.variables, file_nbytes)
+        problems = manifests.extent_problems(manifest.variables, offsets, file_nbytes)
+    if problems:
+        raise CorruptCheckpointError("the manifest does not fit the file:\n  " + "\n  ".join(problems[:10]))
+    return Opened(
+        path=path,
+        manifest=manifest,
+        manifest_bytes=manifest_bytes,
+        offsets=offsets,
+        checksums=_read_checksums(file, manifest, file_nbytes),
+        file_nbytes=file_nbytes,
+    )
+
+
+def _read_manifest(file: Any, file_nbytes: int) -> bytes:
+    try:
+        data = _read_vector(file, MANIFEST, "uint8", file_nbytes)
+    except KeyError as error:
+        raise CorruptCheckpointError("no manifest: this is an HDF5 file, but no checkpoint of distckpt") from error
+    return data.tobytes().rstrip(b" ")
+
+
+def _read_checksums(file: Any, manifest: Manifest, file_nbytes: int) -> np.ndarray | None:
+    if manifest.checksums is None:
+        return None
+    if manifest.checksums != CHECKSUM_ALGORITHM:
+        logger.warning("checksums of algorithm %r cannot be verified", manifest.checksums)
+        return None
+    try:
+        checksums = _read_vector(file, CHECKSUMS, "uint64", file_nbytes)
+    except KeyError as error:
+        raise CorruptCheckpointError("its checksums are missing") from error
+    expected = index_checksums(manifest.variables).total
+    if len(checksums) != expected:
+        raise CorruptCheckpointError(f"expected {expected} checksums. Got {len(checksums)}.")
+    return checksums
+
+
+def _read_vector(file: Any, name: str, dtype: str, file_nbytes: int) -> np.ndarray:
+    """Read a whole one-dimensional dataset."""
+    from h5py import h5d, h5s
+
+    dataset = h5d.open(file, name.encode())
+    if len(dataset.shape) != 1 or not dataset.get_type().equal(hdf5_type(dtype)):
+        raise CorruptCheckpointError(f"{name} is not a vector of {dtype}")
+    _check_storage(file, dataset, name, dataset.shape[0] * itemsize(dtype), file_nbytes)
+    data = np.empty(dataset.shape, dtype)
+    if data.size:
+        dataset.read(h5s.ALL, h5s.ALL, data, hdf5_type(dtype))
+    return data
+
+
+def _check_storage(file: Any, dataset: Any, name: str, nbytes: int, file_nbytes: int) -> None:
+    """Check that a dataset keeps its bytes in this file, and that there can be as many as it says."""
+    from h5py import h5d, h5f
+
+    creation = dataset.get_create_plist()
+    layout = creation.get_layout()
+    elsewhere = layout == getattr(h5d, "VIRTUAL", -1) or creation.get_external_count() > 0
+    if elsewhere or h5f.get_name(dataset) != h5f.get_name(file):
+        raise CorruptCheckpointError(f"{name}: its data are in another file")
+    stored = dataset.get_storage_size()
+    if stored > file_nbytes or nbytes > stored * _max_expansion(creation):
+        raise CorruptCheckpointError(f"{name}: {nbytes} bytes are not inside the file of {file_nbytes} bytes")
+
+
+def _max_expansion(creation: Any) -> float:
+    """How much larger data can be than what is stored of them."""
+    filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
+    if not filters:
+        return 1
+    return _MAX_EXPANSION if set(filters) <= _BOUNDED_FILTERS else math.inf
+
+
+def _offsets(file: Any, variables: Sequence[Variable], file_nbytes: int) -> np.ndarray:
+    """Where each variable is: what the manifest says, if that is true of the first and the last."""
+    sizes = manifests.sizes_of(variables)
+    filled = np.flatnonzero(sizes).tolist()
+    offsets = np.full(len(variables), -1, np.int64)
+    offsets[filled] = [variables[i].offset for i in filled]
+    if any(_position(file, variables[i], file_nbytes) != offsets[i] for i in {*filled[:1], *filled[-1:]}):
+        # Rewritten, by h5repack for instance.
+        offsets[filled] = [_position(file, variables[i], file_nbytes) for i in filled]
+    return offsets
+
+
+def _position(file: Any, variable: Variable, file_nbytes: int) -> int:
+    """Where HDF5 has a variable's data; -1 when they are not one range of bytes."""
+    from h5py import h5d
+
+    key = variable.key
+    try:
+        dataset = h5d.open(file, f"/{key}".encode())
+    except KeyError as error:
+        raise CorruptCheckpointError(f"{key}: its dataset is missing") from error
+    if dataset.shape != variable.shape or not dataset.get_type().equal(hdf5_type(variable.dtype)):
+        raise CorruptCheckpointError(
+            f"{key}: its dataset is another one. Expected shape {variable.shape} of {variable.dtype}. Got shape "
+            f"{dataset.shape} of {dataset.dtype}."
+        )
+    _check_storage(file, dataset, key, manifests.nbytes_of(variable), file_nbytes)
+    if dataset.get_create_plist().get_layout() != h5d.CONTIGUOUS:
+        return -1
+    return int(dataset.get_offset())

@@ -1,0 +1,145 @@
+"""The manifest as bytes: sealed JSON in the dataset `/.manifest`.
+
+The first field of the JSON object is its own checksum, an xxh3-64 of every byte behind that field. So the dataset is
+one self-contained JSON document padded with blanks, and a save patches it with a single write.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import xxhash
+
+from distckpt.errors import CorruptCheckpointError
+from distckpt.layout.collector import collector_off
+from distckpt.layout.plan import validate_shards
+from distckpt.layout.records import FORMAT, FORMAT_VERSION, Manifest, Variable
+from distckpt.storage.hdf5_types import itemsize
+
+_SEAL = re.compile(rb'\{"manifest_checksum":"([0-9a-f]{16})",')
+
+#: Digits that are set aside for a number which is known only when the file exists; enough for petabytes.
+_OFFSET_DIGITS = 16
+
+#: More bytes than any file has, twice of which fit an int64.
+_MAX_NBYTES = 1 << 62
+
+#: Capacities are multiples of this, in bytes.
+_CAPACITY_STEP = 4096
+
+_encoder = msgspec.json.Encoder()
+
+
+class _Header(msgspec.Struct):
+    format: str
+    format_version: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as sealed JSON, without padding."""
+    body = _encoder.encode(manifest)[1:]
+    return b'{"manifest_checksum":"%s",%s' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+
+def max_nbytes(manifest: Manifest) -> int:
+    """Upper bound for the length of the encoded manifest, whatever its offsets and its file length are or will be."""
+    numbers = [variable.offset for variable in manifest.variables]
+    numbers.append(manifest.file_nbytes)
+    return len(encode(manifest)) + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
+
+
+def capacity_for(nbytes: int) -> int:
+    """Size of a manifest dataset for `nbytes` of JSON, with room for a later counter, time or python value."""
+    needed = nbytes + nbytes // 16 + 1024
+    return -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def decode(data: bytes) -> Manifest:
+    """Read a manifest, padded or not.
+
+    Raises:
+        CorruptCheckpointError: It is damaged, or of a format version that this distckpt does not know.
+    """
+    data = data.rstrip(b" ")
+    seal = _SEAL.match(data)
+    if seal is None:
+        raise CorruptCheckpointError("the manifest is damaged: it does not begin with its checksum")
+    with collector_off():
+        try:
+            _check_header(msgspec.json.decode(data, type=_Header))
+            _check_seal(data, seal)
+            return msgspec.json.decode(data, type=Manifest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            _check_seal(data, seal)
+            raise CorruptCheckpointError(f"the manifest is not what distckpt writes: {error}") from error
+
+
+def _check_header(header: _Header) -> None:
+    if header.format != FORMAT:
+        raise CorruptCheckpointError(f"the manifest's format is unknown. Expected {FORMAT!r}. Got {header.format!r}.")
+    if header.format_version != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"the file has format version {header.format_version}, this distckpt reads version {FORMAT_VERSION}. "
+            "Use the distckpt that wrote it, or a newer one."
+        )
+
+
+def _check_seal(data: bytes, seal: re.Match[bytes]) -> None:
+    expected = seal[1].decode()
+    got = xxhash.xxh3_64_hexdigest(memoryview(data)[seal.end() :])
+    if got != expected:
+        raise CorruptCheckpointError(f"the manifest is damaged. Expected checksum {expected}. Got {got}.")
+
+
+# ---- does it fit the file? ---------------------------------------------------------------------------------------
+
+
+def problems(manifest: Manifest) -> list[str]:
+    """What a manifest says that cannot be true of any file; `extent_problems` compares it with the file at hand."""
+    found = [text for variable in manifest.variables for text in _variable_problems(variable)]
+    if len({variable.key for variable in manifest.variables}) != len(manifest.variables):
+        found.append("two variables have the same key")
+    if manifest.world_size < 1:
+        found.append(f"world size {manifest.world_size}")
+    return found
+
+
+def _variable_problems(variable: Variable) -> list[str]:
+    found = validate_shards(variable)
+    if not -1 <= variable.offset <= _MAX_NBYTES:
+        found.append(f"{variable.key}: impossible offset {variable.offset}")
+    return found
+
+
+def nbytes_of(variable: Variable) -> int:
+    """Size of a variable's dataset in bytes."""
+    return math.prod(variable.shape) * itemsize(variable.dtype)
+
+
+def sizes_of(variables: Sequence[Variable]) -> np.ndarray:
+    """int64, size of each variable's dataset in bytes."""
+    return np.fromiter((nbytes_of(variable) for variable in variables), np.int64, len(variables))
+
+
+def extent_problems(variables: Sequence[Variable], offsets: np.ndarray, file_nbytes: int) -> list[str]:
+    """Which variables are not inside a file of `file_nbytes`, or share bytes with another.
+
+    Args:
+        variables: Variables for which `problems` found nothing.
+        offsets: int64, position of each in the file; negative ones are left out.
+        file_nbytes: Length of the file in bytes.
+    """
+    sizes = sizes_of(variables)
+    ends = offsets + sizes
+    placed = np.flatnonzero((sizes > 0) & (offsets >= 0))
+    outside = placed[ends[placed] > file_nbytes]
+    order = placed[np.argsort(offsets[placed], kind="stable")]
+    clashes = np.flatnonzero(ends[order][:-1] > offsets[order][1:])
+    return [
+        f"{variables[i].key}: {sizes[i]} bytes at offset {offsets[i]} are not inside the file of {file_nbytes} bytes"
+        for i in outside.tolist()
+    ] + [f"{variables[order[i]].key} and {variables[order[i + 1]].key} overlap" for i in clashes.tolist()]

@@ -1,0 +1,237 @@
+"""Write large pieces through parallel HDF5.
+
+HDF5's cost is per dataset, not per byte, so only contiguous pieces from a threshold on go through `H5Dwrite`; the rest
+are written with `pwrite` on the descriptor that each rank keeps anyway. MPI-IO never gets a strided selection: Open MPI
+4.1.0-4.1.6 and 5.0.0-5.0.5 corrupt data in their sieving of such writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from distckpt.storage import rawio
+from distckpt.storage.checksum import ChecksumLog
+from distckpt.storage.hdf5 import MANIFEST
+from distckpt.storage.transfer import Progress, WriteJob
+from distckpt.storage.writing import Piece, PieceBytes, pieces_of, write_pieces
+
+#: Pieces from this size on go through HDF5. In bytes.
+THRESHOLD_NBYTES = 1 << 20
+
+
+def why_unavailable() -> str | None:
+    """Why parallel HDF5 cannot be used; None when it can."""
+    try:
+        import h5py
+    except ImportError as error:
+        return f"h5py cannot be imported: {error}"
+    if not h5py.get_config().mpi:
+        return f"h5py {h5py.__version__} was built without MPI (the wheels on PyPI are); build it with HDF5_MPI=ON"
+    return None
+
+
+class ParallelFile:
+    """The checkpoint file, open on all ranks with HDF5's MPI-IO driver.
+
+    Opening and closing are collective over the communicator. After opening, all ranks must close, whatever happened in
+    between.
+
+    Args:
+        path: Path of the file.
+        comm: Communicator of mpi4py.
+        hints: MPI-IO hints.
+    """
+
+    def __init__(self, path: str, comm: Any, hints: Mapping[str, str] | None = None) -> None:
+        from h5py import h5f, h5p
+
+        info = _info(comm, hints or {})
+        access = h5p.create(h5p.FILE_ACCESS)
+        access.set_fapl_mpio(comm, info)
+        # The version bounds of creation: HDF5 would else rewrite the superblock. Closing the file closes its datasets.
+        access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
+        access.set_fclose_degree(h5f.CLOSE_STRONG)
+        try:
+            self._file = h5f.open(os.fsencode(path), h5f.ACC_RDWR, access)
+        finally:
+            access.close()
+            info.Free()
+
+    def close(self) -> None:
+        """Close the file. Collective over the communicator."""
+        self._file.close()
+
+    def write(self, pieces: Iterable[Piece], fd: int, log: ChecksumLog | None, progress: Progress | None) -> None:
+        """Write contiguous pieces, each on its own: no other rank takes part."""
+        with _Transfer(self._file, collective=False) as transfer:
+            source, writeback = PieceBytes(log), rawio.Writeback(fd)
+            for piece in pieces:
+                transfer.run(piece, source)
+                _finish(piece, writeback, progress)
+
+    def write_collectively(
+        self, pieces: Sequence[Piece], n_calls: int, fd: int, log: ChecksumLog | None, progress: Progress | None
+    ) -> None:
+        """Write contiguous pieces in `n_calls` collective transfers. Collective over the communicator.
+
+        A rank that has no piece left, or that failed, takes part in the remaining transfers without data.
+
+        Args:
+            pieces: At most `n_calls` pieces of this rank.
+            n_calls: Number of transfers, the same on all ranks.
+            fd: Descriptor of the file, for write-back.
+            log: Takes the checksums.
+            progress: Called with the number of bytes just written.
+        """
+        failure: BaseException | None = None
+        with _Transfer(self._file, collective=True) as transfer:
+            source, writeback = PieceBytes(log), rawio.Writeback(fd)
+            # Whatever interrupts one transfer, a call that was not made is made up for without data.
+            while transfer.calls < n_calls:
+                try:
+                    piece = pieces[transfer.calls] if failure is None and transfer.calls < len(pieces) else None
+                    transfer.run(piece, source)
+                    if piece is not None:
+                        _finish(piece, writeback, progress)
+                except BaseException as error:  # raised below, when all transfers have been made
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+class _Transfer:
+    """`H5Dwrite` of pieces; keeps the dataset of the last piece open, and nothing after the context ends."""
+
+    def __init__(self, file: Any, *, collective: bool) -> None:
+        from h5py import h5fd, h5p
+
+        self.calls = 0
+        self._file = file
+        self._options = h5p.create(h5p.DATASET_XFER)
+        self._options.set_dxpl_mpio(h5fd.MPIO_COLLECTIVE if collective else h5fd.MPIO_INDEPENDENT)
+        self._key = ""
+        self._dataset: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def run(self, piece: Piece | None, source: PieceBytes) -> None:
+        """Write a piece; None takes part in a collective transfer without data."""
+        from h5py import h5s
+
+        self._open(MANIFEST if piece is None else piece.job.key)
+        dataset, options = self._dataset, self._options
+        in_file, datatype = dataset.get_space(), dataset.get_type()
+        if piece is None:
+            data = np.empty(0, np.uint8)
+            in_memory = h5s.create_simple((1,))
+            in_memory.select_none()
+            in_file.select_none()
+        else:
+            source.flushed()
+            data = np.frombuffer(source.get(piece), np.uint8)
+            box = piece.block.box
+            in_memory = h5s.create_simple((box.numel,))
+            if box.shape:
+                in_file.select_hyperslab(box.offset, box.shape)
+        write = dataset.write
+        # In the try there is nothing but the call: `calls` is right even when a signal handler raises.
+        try:
+            write(in_memory, in_file, data, datatype, options)
+        finally:
+            self.calls += 1
+
+    def _open(self, key: str) -> None:
+        from h5py import h5d
+
+        if key != self._key:
+            self._close()
+            self._dataset = h5d.open(self._file, key.encode())
+            self._key = key
+
+    def _close(self) -> None:
+        if self._dataset is not None:
+            self._dataset.close()
+        self._dataset, self._key = None, ""
+
+
+def _finish(piece: Piece, writeback: rawio.Writeback, progress: Progress | None) -> None:
+    writeback.add(piece.file_offset, piece.block.nbytes)
+    if progress is not None:
+        progress(piece.block.nbytes)
+
+
+def _info(comm: Any, hints: Mapping[str, str]) -> Any:
+    """An MPI info object with just these hints, made without importing mpi4py here."""
+    info = comm.Get_info()
+    for key in [info.Get_nthkey(i) for i in range(info.Get_nkeys())]:
+        info.Delete(key)
+    for key, value in hints.items():
+        info.Set(key, value)
+    return info
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPieces:
+    """The pieces of a rank's jobs, by the way they take.
+
+    Attributes:
+        large: Through HDF5: contiguous, from the threshold on.
+        small: With `pwrite`: all others.
+    """
+
+    large: list[Piece]
+    small: list[Piece]
+
+
+def split_pieces(jobs: Iterable[WriteJob], threshold: int = THRESHOLD_NBYTES) -> SplitPieces:
+    """Divide pieces into those for HDF5, of at least `threshold` bytes, and those for `pwrite`."""
+    split = SplitPieces([], [])
+    for piece in pieces_of(jobs):
+        through_hdf5 = piece.block.nbytes >= threshold and piece.is_contiguous
+        (split.large if through_hdf5 else split.small).append(piece)
+    return split
+
+
+def write_mpio(
+    file: ParallelFile,
+    fd: int,
+    pieces: SplitPieces,
+    *,
+    checksums: bool,
+    n_collective_calls: int | None = None,
+    progress: Progress | None = None,
+) -> ChecksumLog:
+    """Write pieces through parallel HDF5 and with `pwrite`. Collective only with `n_collective_calls`.
+
+    Args:
+        file: The open file.
+        fd: This rank's own descriptor of the same file.
+        pieces: What to write.
+        checksums: Compute the checksum of each piece.
+        n_collective_calls: None: independent transfers. Else the largest `len(pieces.large)` of all ranks: all of them
+            make as many collective transfers.
+        progress: Called with the number of bytes just written.
+
+    Returns:
+        The checksums; empty without `checksums`.
+    """
+    result = ChecksumLog()
+    log = result if checksums else None
+    if n_collective_calls is None:
+        file.write(pieces.large, fd, log, progress)
+    else:
+        file.write_collectively(pieces.large, n_collective_calls, fd, log, progress)
+    write_pieces(fd, pieces.small, log, progress)
+    return result

@@ -1,0 +1,143 @@
+"""Names of checkpoint files: `<prefix>-<number>.h5`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from distckpt.errors import CheckpointNotFoundError
+
+SUFFIX = ".h5"
+STATE_FILE = "checkpoint"
+
+_NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>[0-9]+)\.h5", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A file prefix.
+
+    Attributes:
+        directory: Directory of the files, as the caller wrote it.
+        name: What their names begin with.
+    """
+
+    directory: Path
+    name: str
+
+    def numbered(self, number: int) -> str:
+        """Path of the checkpoint with this number."""
+        return str(self.directory / f"{self.name}-{number}{SUFFIX}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class NumberedFile:
+    """A file name of the form `<prefix>-<number>.h5`."""
+
+    prefix: str
+    number: int
+    name: str
+
+
+def split_prefix(prefix: str | os.PathLike[str]) -> Prefix:
+    """Split a file prefix; "a/ckpt" and "a/ckpt.h5" are the same.
+
+    Raises:
+        ValueError: There is no name in it.
+    """
+    text = os.fspath(prefix)
+    name = text.rpartition("/")[2].removesuffix(SUFFIX)
+    if name in {"", ".", ".."}:
+        raise ValueError(f"file prefix: expected a path that ends in a name, such as 'run/ckpt'. Got {text!r}.")
+    return Prefix(Path(text).parent, name)
+
+
+def single_path(path: str | os.PathLike[str]) -> str:
+    """Path of the file that `write(path)` makes.
+
+    Raises:
+        ValueError: There is no name in it, or it is the name of the state file.
+    """
+    prefix = split_prefix(path)
+    if prefix.name == STATE_FILE:
+        raise ValueError(
+            f"{os.fspath(path)}: {STATE_FILE!r} is the name of the state file of the directory; choose another name"
+        )
+    return str(prefix.directory / f"{prefix.name}{SUFFIX}")
+
+
+def parse_numbered(name: str) -> NumberedFile | None:
+    """The parts of a file name of the form `<prefix>-<number>.h5`, or None for any other."""
+    match = _NUMBERED.fullmatch(name)
+    return None if match is None else NumberedFile(match["name"], int(match["number"]), name)
+
+
+def list_directory(directory: str | os.PathLike[str]) -> list[Path]:
+    """The entries of a directory; none when there is no such directory."""
+    try:
+        return list(Path(directory).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def numbered_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
+    """All numbered files of a directory, by prefix and number; none when there is no such directory."""
+    names = (path.name for path in list_directory(directory))
+    return sorted(found for name in names if (found := parse_numbered(name)) is not None)
+
+
+def next_number(prefix: Prefix, live_counter: int) -> int:
+    """The number of the next checkpoint: one more than the live counter and than any on disk. Rank 0 only."""
+    on_disk = [file.number for file in numbered_files(prefix.directory) if file.prefix == prefix.name]
+    return 1 + max(live_counter, *on_disk, 0)
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """The checkpoint file that a user means, with or without ".h5". Rank 0 only.
+
+    Raises:
+        CheckpointNotFoundError: There is none; says what is there.
+    """
+    text = os.fspath(path)
+    for candidate in (text, text + SUFFIX):
+        if Path(candidate).is_file():
+            return candidate
+    raise CheckpointNotFoundError(f"{text}: no such checkpoint. {_hint(Path(text))}")
+
+
+def _hint(path: Path) -> str:
+    if path.is_dir():
+        return "This is a directory: pass distckpt.latest_checkpoint(directory)."
+    if not path.parent.is_dir():
+        return f"The directory {str(path.parent)!r} does not exist."
+    name = path.name.removesuffix(SUFFIX)
+    files = numbered_files(path.parent)
+    same = [file.name for file in files if file.prefix == name]
+    if same:
+        return f"Is the number missing, as in {str(path.parent / same[-1])!r}?"
+    return f"The directory has {', '.join(file.name for file in files[-3:]) or 'no checkpoints'}."
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it, where they are missing, and check that files can be made there.
+
+    Raises:
+        OSError: It cannot be made or written to; says what to do.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            error.errno, f"cannot save there: {error.filename} is a file, choose another directory", str(directory)
+        ) from error
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno, "cannot make the directory: no permission, choose another one", str(directory)
+        ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(
+            errno.EACCES, "cannot make files in this directory: no permission, choose another one", str(directory)
+        )

@@ -1,0 +1,360 @@
+"""Read boxes with `pread` into the memory of live tensors, each step hashed while it is in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distckpt.errors import CorruptCheckpointError
+from distckpt.layout.box import Box, Shape, cut, runs
+from distckpt.storage import rawio
+from distckpt.storage.checksum import Hasher, digest
+from distckpt.storage.hdf5 import open_readonly
+from distckpt.storage.transfer import (
+    Progress,
+    ReadJob,
+    Staging,
+    blocks_of,
+    copy_bits,
+    first_element,
+    is_contiguous,
+    is_packed,
+    part_of,
+    run_axis,
+)
+from distckpt.tensor_bytes import bytes_of
+
+#: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
+STEP_NBYTES = 256 << 10
+
+#: Runs closer than this are read together with what is between them: the disk delivers whole pages anyway. In bytes.
+_PAGE_NBYTES = 4096
+
+#: That many runs are read one by one even when they are close, so that a small box costs just its own bytes.
+_FEW_RUNS = 64
+
+#: Most runs that are listed at once.
+_RUNS_AT_ONCE = 8192
+
+
+@dataclass(slots=True)
+class ReadReport:
+    """What was read.
+
+    Attributes:
+        bytes_read: Bytes asked of the file system.
+        bytes_verified: Bytes whose checksum was right.
+    """
+
+    bytes_read: int = 0
+    bytes_verified: int = 0
+
+
+class _Waiting(NamedTuple):
+    """A small box that waits to be read together with its neighbours."""
+
+    job: ReadJob
+    data: memoryview
+    staged: torch.Tensor | None
+
+
+def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress | None = None) -> ReadReport:
+    """Read boxes into tensors.
+
+    Args:
+        fd: Descriptor of the file.
+        jobs: What to read. Fastest in file order.
+        verify: Compare checksums, where a job has one.
+        progress: Called with the number of bytes just put into tensors.
+
+    Returns:
+        How much was read and verified.
+
+    Raises:
+        CorruptCheckpointError: A checksum is wrong, or the file is too short; names the variable. Tensors of jobs up
+            to this one have been written.
+    """
+    reader = _Reader(fd, verify, progress)
+    for job in jobs:
+        reader.read(job)
+    reader.flush()
+    return reader.report
+
+
+class _Reader:
+    def __init__(self, fd: int, verify: bool, progress: Progress | None) -> None:
+        self.report = ReadReport()
+        self._fd = fd
+        self._verify = verify
+        self._progress = progress
+        self._staging = Staging()
+        self._filler = _Filler(fd, self.report)
+        self._waiting: list[_Waiting] = []
+        self._start = 0
+        self._stop = 0
+
+    def read(self, job: ReadJob) -> None:
+        """Read a box, at the latest with the next `flush`."""
+        nbytes = job.tensor.numel() * job.tensor.element_size()
+        if nbytes == 0:
+            return
+        if nbytes <= STEP_NBYTES and is_contiguous(job.box, job.global_shape):
+            self._join(job, nbytes)
+        else:
+            self._read_large(job, nbytes)
+
+    # -- small boxes, joined
+
+    def _join(self, job: ReadJob, nbytes: int) -> None:
+        offset = job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
+        joined = self._stop - self._start
+        full = joined + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
+        if offset != self._stop or full or not self._staging.has_room(nbytes):
+            self.flush()
+            self._start = offset
+        if is_packed(job.tensor):
+            self._waiting.append(_Waiting(job, bytes_of(job.tensor), None))
+        else:
+            staged = self._staging.take(job.tensor)
+            self._waiting.append(_Waiting(job, staged.data, staged.tensor))
+        self._stop = offset + nbytes
+
+    def flush(self) -> None:
+        """Read what has been joined."""
+        if self._waiting:
+            try:
+                rawio.read_vector(self._fd, [waiting.data for waiting in self._waiting], self._start)
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(f"{self._waiting[0].job.key}: {error}") from error
+            self.report.bytes_read += self._stop - self._start
+            for waiting in self._waiting:
+                self._accept(waiting)
+            self._waiting.clear()
+        self._start = self._stop = 0
+        self._staging.clear()
+
+    def _accept(self, waiting: _Waiting) -> None:
+        job = waiting.job
+        if self._verify and job.expected is not None:
+            _compare(job, digest(waiting.data), self.report)
+        _put(job, job.tensor, waiting.staged)
+        if self._progress is not None:
+            self._progress(len(waiting.data))
+
+    # -- large boxes, in blocks
+
+    def _read_large(self, job: ReadJob, nbytes: int) -> None:
+        self.flush()
+        hasher = Hasher() if self._verify and job.expected is not None else None
+        packed = bytes_of(job.tensor) if is_packed(job.tensor) else None
+        for block in blocks_of(job.box, job.tensor.element_size()):
+            part, staged = job.tensor, None
+            if packed is None:
+                self._staging.clear()
+                part = part_of(job, block)
+                room = self._staging.take(part)
+                data, staged = room.data, room.tensor
+            else:
+                data = packed[block.start : block.start + block.nbytes]
+            try:
+                self._filler.fill(job, block.box, data, hasher)
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(f"{job.key}: {error}") from error
+            if staged is not None:
+                copy_bits(part, staged)
+            if self._progress is not None:
+                self._progress(block.nbytes)
+        if packed is not None:
+            _mark_changed(job.tensor)
+        if hasher is not None:
+            _compare(job, hasher.intdigest(), self.report)
+        self._staging.clear()
+
+
+def _put(job: ReadJob, target: torch.Tensor, staged: torch.Tensor | None) -> None:
+    if staged is None:
+        _mark_changed(job.tensor)
+    else:
+        copy_bits(target.detach(), staged)
+
+
+def _mark_changed(tensor: torch.Tensor) -> None:
+    """Tell autograd that the tensor changed: a backward pass that still needs the old values must fail."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _compare(job: ReadJob, got: int, report: ReadReport) -> None:
+    nbytes = job.tensor.numel() * job.tensor.element_size()
+    if got != job.expected:
+        raise CorruptCheckpointError(
+            f"{job.key}: the {nbytes} bytes of the piece of shape {job.box.shape} at {job.box.offset} are damaged. "
+            f"Expected checksum {job.expected:016x}. Got {got:016x}. Restore another checkpoint."
+        )
+    report.bytes_verified += nbytes
+
+
+# ---- from the file into packed memory ----------------------------------------------------------------------------
+
+
+class _Filler:
+    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file."""
+
+    def __init__(self, fd: int, report: ReadReport) -> None:
+        self._fd = fd
+        self._report = report
+        self._scratch: np.ndarray | None = None
+
+    def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> None:
+        """Fill `data` with the bytes of `box`, feeding them to `hasher` unless it is None."""
+        itemsize = job.tensor.element_size()
+        if is_contiguous(box, job.global_shape):
+            self._fill_range(data, job.dataset_offset + first_element(box, job.global_shape) * itemsize, hasher)
+            return
+        rows = _Rows.of(box, job.global_shape, itemsize)
+        if rows.pitch_nbytes - rows.run_nbytes < _PAGE_NBYTES and rows.count > _FEW_RUNS:
+            self._fill_from_spans(job, box, rows, data, hasher)
+        else:
+            self._fill_runs(job, box, rows, data, hasher)
+
+    def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> None:
+        for start in range(0, len(data), STEP_NBYTES):
+            step = data[start : start + STEP_NBYTES]
+            rawio.read_into(self._fd, step, offset + start)
+            if hasher is not None:
+                hasher.update(step)
+        self._report.bytes_read += len(data)
+
+    def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> None:
+        """One `pread` per run."""
+        position = 0
+        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, STEP_NBYTES // rows.run_nbytes))):
+            begin = position
+            for start in runs(part, job.global_shape).starts:
+                run = data[position : position + rows.run_nbytes]
+                rawio.read_into(self._fd, run, job.dataset_offset + start * rows.itemsize)
+                position += rows.run_nbytes
+            if hasher is not None:
+                hasher.update(data[begin:position])
+        self._report.bytes_read += len(data)
+
+    def _fill_from_spans(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> None:
+        """Read runs with the narrow gaps between them, then pick the runs."""
+        position = 0
+        dtype = np.dtype(f"V{rows.itemsize}")
+        at_once = min(rows.length, max(1, STEP_NBYTES // rows.pitch_nbytes))
+        for part in cut(box, at_once * rows.run_numel):
+            count = part.numel // rows.run_numel
+            span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
+            scratch = self._scratch_of(span)
+            first = first_element(part, job.global_shape)
+            rawio.read_into(self._fd, scratch, job.dataset_offset + first * rows.itemsize)
+            packed = data[position : position + count * rows.run_nbytes]
+            shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
+            np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))
+            if hasher is not None:
+                hasher.update(packed)
+            position += len(packed)
+            self._report.bytes_read += span
+
+    def _scratch_of(self, nbytes: int) -> memoryview:
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = np.empty(max(nbytes, STEP_NBYTES), np.uint8)
+        return self._scratch.data[:nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A box that is not contiguous in the file, as rows with gaps between them.
+
+    Attributes:
+        itemsize: Bytes per element.
+        run_numel: Elements of a run.
+        run_nbytes: Bytes of a run.
+        pitch_nbytes: Bytes from one run to the next.
+        length: Number of runs at this pitch.
+        count: Number of runs of the box.
+    """
+
+    itemsize: int
+    run_numel: int
+    run_nbytes: int
+    pitch_nbytes: int
+    length: int
+    count: int
+
+    @classmethod
+    def of(cls, box: Box, global_shape: Shape, itemsize: int) -> _Rows:
+        axis = run_axis(box, global_shape)
+        run_numel = math.prod(box.shape[axis:])
+        return cls(
+            itemsize=itemsize,
+            run_numel=run_numel,
+            run_nbytes=run_numel * itemsize,
+            pitch_nbytes=math.prod(global_shape[axis:]) * itemsize,
+            length=box.shape[axis - 1],
+            count=box.numel // run_numel,
+        )
+
+
+# ---- through HDF5 ------------------------------------------------------------------------------------------------
+
+
+def read_through_hdf5(
+    path: str, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress | None = None
+) -> ReadReport:
+    """Read boxes of datasets that are not one range of bytes: chunked, compressed, written by another program.
+
+    Args:
+        path: Path of the file.
+        jobs: What to read; `dataset_offset` is ignored. Fastest with the jobs of one key together.
+        verify: Compare checksums, where a job has one.
+        progress: Called with the number of bytes just put into tensors.
+
+    Returns:
+        How much was read and verified.
+
+    Raises:
+        CorruptCheckpointError: HDF5 cannot read a dataset, or a checksum is wrong.
+    """
+    from h5py import h5d
+
+    report = ReadReport()
+    staging = Staging()
+    with open_readonly(path) as file:
+        for key, of_key in groupby(jobs, lambda job: job.key):
+            try:
+                dataset = h5d.open(file, key.encode())
+                for job in of_key:
+                    _read_job_through_hdf5(dataset, job, staging, verify, report)
+                    if progress is not None:
+                        progress(job.tensor.numel() * job.tensor.element_size())
+            except (OSError, KeyError) as error:
+                raise CorruptCheckpointError(f"{path}: HDF5 cannot read {key}: {error}") from error
+    return report
+
+
+def _read_job_through_hdf5(dataset: Any, job: ReadJob, staging: Staging, verify: bool, report: ReadReport) -> None:
+    from h5py import h5s
+
+    hasher = Hasher() if verify and job.expected is not None else None
+    in_file, datatype = dataset.get_space(), dataset.get_type()
+    for block in blocks_of(job.box, job.tensor.element_size()):
+        staging.clear()
+        part = part_of(job, block)
+        staged = staging.take(part)
+        if block.box.shape:
+            in_file.select_hyperslab(block.box.offset, block.box.shape)
+        dataset.read(h5s.create_simple((block.box.numel,)), in_file, np.frombuffer(staged.data, np.uint8), datatype)
+        if hasher is not None:
+            hasher.update(staged.data)
+        copy_bits(part, staged.tensor)
+        report.bytes_read += block.nbytes
+    if hasher is not None:
+        _compare(job, hasher.intdigest(), report)

@@ -1,0 +1,99 @@
+"""The state file `checkpoint` of a directory: JSON, relative names only, replaced in one step. Rank 0 only.
+
+It is a hint, never the truth: which checkpoints there are is decided by the files. A manager keeps its records in
+further fields, which are preserved here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distckpt.storage import rawio
+from distckpt.storage.commit import temp_path
+from distckpt.storage.paths import STATE_FILE, parse_numbered
+
+
+class DamagedStateError(ValueError):
+    """The state file is there and cannot be understood."""
+
+
+def read_state(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The fields of the state file; None when there is no file.
+
+    Raises:
+        DamagedStateError: The file is not what `write_state` writes.
+    """
+    path = Path(directory, STATE_FILE)
+    try:
+        state = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise DamagedStateError(f"{path}: the state file is damaged: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in _prefixes(state)):
+        raise DamagedStateError(f"{path}: the state file is damaged: expected an object with the list 'prefixes'")
+    return state
+
+
+def known_prefixes(state: Mapping[str, Any]) -> frozenset[str]:
+    """The prefixes that were saved to the directory."""
+    return frozenset(_prefixes(state))
+
+
+def _prefixes(state: Mapping[str, Any]) -> list[Any]:
+    prefixes = state.get("prefixes")
+    return prefixes if isinstance(prefixes, list) else [None]
+
+
+def write_state(directory: str | os.PathLike[str], state: Mapping[str, Any], *, durable: bool) -> None:
+    """Replace the state file.
+
+    Args:
+        directory: Directory of the state file.
+        state: All its fields.
+        durable: Return only when it is on disk.
+    """
+    path = Path(directory, STATE_FILE)
+    temp = Path(temp_path(path))
+    data = json.dumps(state, indent=1).encode()
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            rawio.write_all(fd, memoryview(data), 0)
+            if durable:
+                rawio.fsync(fd)
+        finally:
+            os.close(fd)
+        temp.replace(path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    if durable:
+        rawio.sync_directory(directory)
+
+
+def record_save(path: str | os.PathLike[str], *, durable: bool, fields: Mapping[str, Any] | None = None) -> None:
+    """Note in the state file of its directory that a checkpoint was committed.
+
+    Args:
+        path: The checkpoint.
+        durable: Return only when the state file is on disk.
+        fields: Further fields to set.
+
+    Raises:
+        ValueError: The file has no number, so it was not made by `save`.
+    """
+    final = Path(path)
+    numbered = parse_numbered(final.name)
+    if numbered is None:
+        raise ValueError(f"{final}: expected a name of the form <prefix>-<number>.h5")
+    try:
+        state = read_state(final.parent) or {}
+    except DamagedStateError:
+        state = {}
+    prefixes = sorted({*(known_prefixes(state) if state else ()), numbered.prefix})
+    write_state(final.parent, {**state, **(fields or {}), "latest": final.name, "prefixes": prefixes}, durable=durable)

@@ -1,0 +1,183 @@
+"""Jobs, and what writing and reading have in common: where a piece lies in the file, and its bytes in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
+from distckpt.tensor_bytes import bytes_of
+
+#: Called with the number of bytes that were just moved.
+Progress = Callable[[int], Any]
+
+#: Bytes of the one buffer for tensors whose memory is not the packed bytes of their piece.
+STAGING_NBYTES = 2 * MAX_PIECE_NBYTES
+
+#: Positions in the staging buffer are multiples of the largest element. In bytes.
+_STAGING_ALIGNMENT = 16
+
+#: An integer of each size: elements are moved as bits, whatever their dtype can compute.
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJob:
+    """A box that this rank writes.
+
+    Attributes:
+        key: Checkpoint key, for messages and for HDF5.
+        dataset_offset: Position of the dataset in the file, in bytes.
+        global_shape: Shape of the dataset.
+        box: Where the box is in the dataset.
+        tensor: Its elements, of shape `box.shape`; any strides, any device.
+        checksum: Index of the checksum of the first of its pieces.
+    """
+
+    key: str
+    dataset_offset: int
+    global_shape: Shape
+    box: Box
+    tensor: torch.Tensor
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """A box that this rank reads.
+
+    Attributes:
+        key: Checkpoint key, for messages and for HDF5.
+        dataset_offset: Position of the dataset in the file, in bytes.
+        global_shape: Shape of the dataset.
+        box: Where the box is in the dataset.
+        tensor: Where its elements go, of shape `box.shape` and of the stored dtype; any strides, any device.
+        expected: Checksum of the box's packed bytes, when the box is a piece as written; None: cannot be verified.
+    """
+
+    key: str
+    dataset_offset: int
+    global_shape: Shape
+    box: Box
+    tensor: torch.Tensor
+    expected: int | None = None
+
+
+# ---- in the file -------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A piece of a write job, or a part of a read job that fits the staging buffer.
+
+    Attributes:
+        box: Where it is in the dataset.
+        start: Position of its first byte in the packed bytes of the job.
+        nbytes: Its size in bytes.
+    """
+
+    box: Box
+    start: int
+    nbytes: int
+
+
+def blocks_of(box: Box, itemsize: int) -> Iterator[Block]:
+    """The pieces of a box with their positions in its packed bytes."""
+    nbytes = math.prod(box.shape) * itemsize
+    if nbytes <= MAX_PIECE_NBYTES:
+        if nbytes:
+            yield Block(box, 0, nbytes)
+        return
+    start = 0
+    for piece in pieces(box, itemsize):
+        block = Block(piece, start, piece.numel * itemsize)
+        yield block
+        start += block.nbytes
+
+
+def first_element(box: Box, global_shape: Shape) -> int:
+    """Position of a box's first element in the flattened dataset."""
+    position = 0
+    for size, start in zip(global_shape, box.offset, strict=True):
+        position = position * size + start
+    return position
+
+
+def run_axis(box: Box, global_shape: Shape) -> int:
+    """The dimension from which on a non-empty box is one run in the file: trailing ones are covered whole."""
+    axis = len(global_shape) - 1
+    while axis > 0 and box.shape[axis] == global_shape[axis]:
+        axis -= 1
+    return max(axis, 0)
+
+
+def is_contiguous(box: Box, global_shape: Shape) -> bool:
+    """Whether a non-empty box is one range of bytes in the file."""
+    if box.shape == global_shape or box.shape[1:] == global_shape[1:]:
+        return True
+    return all(extent == 1 for extent in box.shape[: run_axis(box, global_shape)])
+
+
+# ---- in memory ---------------------------------------------------------------------------------------------------
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is the bytes of the elements in row-major order, readable by the CPU."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def part_of(job: WriteJob | ReadJob, block: Block) -> torch.Tensor:
+    """The part of a job's tensor that a block holds."""
+    part = job.tensor.detach()
+    for axis, (start, extent, origin) in enumerate(zip(block.box.offset, block.box.shape, job.box.offset, strict=True)):
+        if extent != part.shape[axis]:
+            part = part.narrow(axis, start - origin, extent)
+    return part
+
+
+def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy elements of the same dtype bit for bit, between any strides and devices."""
+    raw = _RAW.get(source.element_size())
+    if raw is not None and not source.is_conj() and not source.is_neg():
+        target, source = target.view(raw), source.view(raw)
+    target.copy_(source)
+
+
+class Staged(NamedTuple):
+    """Room in the staging buffer.
+
+    Attributes:
+        tensor: The room as a contiguous tensor.
+        data: The same memory as bytes.
+    """
+
+    tensor: torch.Tensor
+    data: memoryview
+
+
+class Staging:
+    """One buffer, made when first needed, pinned where a GPU is in use; room in it is taken until `clear`."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+        self._used = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `take` can be called for this many bytes."""
+        return self._used + nbytes <= STAGING_NBYTES
+
+    def take(self, like: torch.Tensor) -> Staged:
+        """Room for the elements of `like`."""
+        if self._buffer is None:
+            self._buffer = torch.empty(STAGING_NBYTES, dtype=torch.uint8, pin_memory=like.is_cuda)
+        nbytes = like.numel() * like.element_size()
+        room = self._buffer.narrow(0, self._used, nbytes)
+        self._used += -(-nbytes // _STAGING_ALIGNMENT) * _STAGING_ALIGNMENT
+        return Staged(room.view(like.dtype).view(like.shape), bytes_of(room))
+
+    def clear(self) -> None:
+        """Take all room back; what was taken is not used any more."""
+        self._used = 0

@@ -1,0 +1,69 @@
+"""Compare all data of a checkpoint with its checksums."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from distckpt.errors import CorruptCheckpointError
+from distckpt.layout.box import MAX_PIECE_NBYTES, Box
+from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.plan import read_items
+from distckpt.storage.hdf5 import Opened, open_checkpoint
+from distckpt.storage.reading import read, read_through_hdf5
+from distckpt.storage.transfer import Progress, ReadJob
+
+
+def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+    """Read a whole checkpoint and compare every checksum.
+
+    Args:
+        path: Path of the file, with or without ".h5".
+        progress: Called with the number of bytes just verified.
+
+    Returns:
+        One sentence for each damaged piece, naming its variable; empty when all is well.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+    """
+    try:
+        opened = open_checkpoint(os.fspath(path))
+    except CorruptCheckpointError as error:
+        return [str(error)]
+    if opened.checksums is None:
+        return [f"{opened.path}: the file has no checksums that could be verified"]
+    fd = os.open(opened.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        jobs = _piece_jobs(opened, opened.checksums)
+        return [problem for job in jobs if (problem := _check(fd, opened.path, job, progress))]
+    finally:
+        os.close(fd)
+
+
+def _piece_jobs(opened: Opened, checksums: np.ndarray) -> Iterator[ReadJob]:
+    """One job per piece, all with the same memory."""
+    memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8)
+    variables = opened.manifest.variables
+    firsts = index_checksums(variables).firsts
+    for variable, offset, of_shards in zip(variables, opened.offsets.tolist(), firsts, strict=True):
+        dtype = getattr(torch, variable.dtype)
+        for item in read_items(variable, of_shards, Box.whole(variable.shape)):
+            tensor = memory[: item.box.numel * dtype.itemsize].view(dtype).view(item.box.shape)
+            expected = int(checksums[item.checksum])
+            yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, expected)
+
+
+def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str | None:
+    """What is wrong with a piece; None when nothing is."""
+    try:
+        if job.dataset_offset < 0:
+            read_through_hdf5(path, [job], verify=True, progress=progress)
+        else:
+            read(fd, [job], verify=True, progress=progress)
+    except (CorruptCheckpointError, OSError) as error:
+        return str(error)
+    return None

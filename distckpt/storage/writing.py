@@ -1,0 +1,206 @@
+"""Write pieces with `pwrite` at their positions in the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from distckpt.layout.box import cut, runs
+from distckpt.storage import rawio
+from distckpt.storage.checksum import ChecksumLog, digest
+from distckpt.storage.transfer import (
+    Block,
+    Progress,
+    Staging,
+    WriteJob,
+    blocks_of,
+    copy_bits,
+    first_element,
+    is_contiguous,
+    is_packed,
+    part_of,
+    run_axis,
+)
+from distckpt.tensor_bytes import bytes_of
+
+#: Neighbours in the file are joined until a write has this many bytes.
+_JOINED_NBYTES = 1 << 20
+
+#: Most runs that are listed at once.
+_RUNS_AT_ONCE = 8192
+
+
+class Piece(NamedTuple):
+    """A piece to write: its job, where it is, and the index of its checksum."""
+
+    job: WriteJob
+    block: Block
+    checksum: int
+
+    @property
+    def file_offset(self) -> int:
+        """Position of its first byte in the file."""
+        job = self.job
+        return job.dataset_offset + first_element(self.block.box, job.global_shape) * job.tensor.element_size()
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is one range of bytes in the file."""
+        return is_contiguous(self.block.box, self.job.global_shape)
+
+
+def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
+    """The pieces of jobs, in order."""
+    for job in jobs:
+        for number, block in enumerate(blocks_of(job.box, job.tensor.element_size())):
+            yield Piece(job, block, job.checksum + number)
+
+
+class PieceBytes:
+    """Gives the packed bytes of pieces: the tensor's own memory where it is packed, else a staged copy.
+
+    Args:
+        log: Takes the checksums of the pieces; None: they are not computed.
+    """
+
+    def __init__(self, log: ChecksumLog | None) -> None:
+        self._log = log
+        self._staging = Staging()
+
+    def needs_flush(self, piece: Piece) -> bool:
+        """Whether bytes given so far must be written, and `flushed` called, before `get`."""
+        return not is_packed(piece.job.tensor) and not self._staging.has_room(piece.block.nbytes)
+
+    def flushed(self) -> None:
+        """All bytes given so far have been written."""
+        self._staging.clear()
+
+    def get(self, piece: Piece) -> memoryview:
+        """The packed bytes of a piece; valid until `flushed`."""
+        job, block = piece.job, piece.block
+        if is_packed(job.tensor):
+            data = bytes_of(job.tensor)
+            if block.nbytes < len(data):
+                data = data[block.start : block.start + block.nbytes]
+        else:
+            part = part_of(job, block)
+            staged = self._staging.take(part)
+            copy_bits(staged.tensor, part)
+            data = staged.data
+        if self._log is not None:
+            self._log.add(piece.checksum, digest(data))
+        return data
+
+
+class PieceWriter:
+    """Writes pieces with few system calls: neighbours in the file go into one `pwritev`.
+
+    Args:
+        fd: Descriptor of the file.
+        log: Takes the checksums of the pieces; None: they are not computed.
+        progress: Called with the number of bytes just written.
+    """
+
+    def __init__(self, fd: int, log: ChecksumLog | None, progress: Progress | None) -> None:
+        self._fd = fd
+        self._bytes = PieceBytes(log)
+        self._progress = progress
+        self._writeback = rawio.Writeback(fd)
+        self._buffers: list[memoryview] = []
+        self._first: Piece | None = None
+        self._start = 0
+        self._stop = 0
+
+    def write(self, piece: Piece) -> None:
+        """Write a piece, at the latest with the next `flush`; its tensor must not change until then."""
+        if self._bytes.needs_flush(piece):
+            self.flush()
+        if piece.is_contiguous:
+            self._join(piece)
+        else:
+            self._write_runs(piece)
+
+    def _join(self, piece: Piece) -> None:
+        offset = piece.file_offset
+        joined = self._stop - self._start
+        if offset != self._stop or joined >= _JOINED_NBYTES or len(self._buffers) == rawio.MAX_VECTORS:
+            self.flush()
+            self._first, self._start = piece, offset
+        self._buffers.append(self._bytes.get(piece))
+        self._stop = offset + piece.block.nbytes
+
+    def flush(self) -> None:
+        """Write what has been joined."""
+        if self._buffers and self._first is not None:
+            nbytes = self._stop - self._start
+            try:
+                rawio.write_vector(self._fd, self._buffers, self._start)
+            except OSError as error:
+                raise _explained(error, self._first, nbytes) from error
+            self._buffers.clear()
+            self._done(self._start, nbytes)
+        self._start = self._stop = 0
+        self._bytes.flushed()
+
+    def _write_runs(self, piece: Piece) -> None:
+        data = self._bytes.get(piece)
+        job, box = piece.job, piece.block.box
+        axis = run_axis(box, job.global_shape)
+        itemsize = job.tensor.element_size()
+        position = 0
+        for part in cut(box, _RUNS_AT_ONCE * math.prod(box.shape[axis:])):
+            starts, numel = runs(part, job.global_shape)
+            nbytes = numel * itemsize
+            try:
+                for start in starts:
+                    offset = job.dataset_offset + start * itemsize
+                    rawio.write_all(self._fd, data[position : position + nbytes], offset)
+                    position += nbytes
+            except OSError as error:
+                raise _explained(error, piece, nbytes) from error
+        if self._progress is not None:
+            self._progress(piece.block.nbytes)
+
+    def _done(self, offset: int, nbytes: int) -> None:
+        self._writeback.add(offset, nbytes)
+        if self._progress is not None:
+            self._progress(nbytes)
+
+
+def _explained(error: OSError, piece: Piece, nbytes: int) -> OSError:
+    return OSError(
+        error.errno,
+        f"{error.strerror}: {piece.job.key}, {nbytes} bytes at byte {piece.file_offset} of the checkpoint",
+    )
+
+
+def write_posix(
+    fd: int,
+    jobs: Iterable[WriteJob],
+    *,
+    checksums: bool,
+    progress: Progress | None = None,
+) -> ChecksumLog:
+    """Write boxes with `pwrite`.
+
+    Args:
+        fd: Descriptor of the file.
+        jobs: What to write. Fastest in file order.
+        checksums: Compute the checksum of each piece.
+        progress: Called with the number of bytes just written.
+
+    Returns:
+        The checksums; empty without `checksums`.
+    """
+    log = ChecksumLog()
+    write_pieces(fd, pieces_of(jobs), log if checksums else None, progress)
+    return log
+
+
+def write_pieces(fd: int, pieces: Iterable[Piece], log: ChecksumLog | None, progress: Progress | None) -> None:
+    """Write pieces with `pwrite`, noting checksums in `log`."""
+    writer = PieceWriter(fd, log, progress)
+    for piece in pieces:
+        writer.write(piece)
+    writer.flush()
