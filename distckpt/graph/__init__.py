@@ -1,0 +1,1 @@
+"""What there is to save: live objects and the stored object graph. No MPI, no files."""

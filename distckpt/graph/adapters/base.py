@@ -1,0 +1,68 @@
+"""What an adapter is: the knowledge of how one kind of object is saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from distckpt.graph.values import Edge, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A part of an object that cannot be stored.
+
+    Attributes:
+        name: Local name of the part; "" for the object itself.
+        text: What is wrong and what to do.
+    """
+
+    name: str
+    text: str
+
+
+Part = Edge | Value | Problem
+
+
+class Adapter:
+    """Base of all adapters; one instance serves all objects of its kind."""
+
+    #: Edges and values are named by rank (see `layout.records.Node.per_rank`).
+    per_rank = False
+    #: The values are one state that is restored as a whole; the file decides which names it has.
+    takes_all = False
+
+    def takes(self, name: str, live: Mapping[str, Value]) -> bool:
+        """Whether `restore` accepts a stored value for which the live object has none of that name.
+
+        Args:
+            name: Attribute name.
+            live: The live object's values by name.
+        """
+        return self.takes_all
+
+    def handles(self, cls: type) -> bool:
+        """Whether objects of this class are of this kind."""
+        raise NotImplementedError
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """Edges to other objects and own values, in their stored order. Must not change the object.
+
+        Args:
+            obj: The live object.
+            rank: This process's rank.
+
+        Raises:
+            UnsaveableError: The object cannot be stored at all.
+        """
+        raise NotImplementedError
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Put values back into a live object.
+
+        Args:
+            obj: The live object.
+            saved: Attribute name to python value, or to the tensor that was read where the live value is not restored
+                in place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no values to restore into a {type(obj).__qualname__}")

@@ -1,0 +1,102 @@
+"""Lists, tuples and dicts with trackable objects inside. Read live: whatever they hold now is what counts."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from typing import Any
+
+from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.adapters.registry import adapter_for, unwrap
+from distckpt.graph.python_value import is_python_value
+from distckpt.graph.values import Edge, PythonValue
+from distckpt.layout.keys import dict_key, edge_name, escape, unescape
+
+
+def part_of(name: str, value: object) -> Part:
+    """What a named value is to its parent: a python value of its own, or an edge to another node."""
+    if is_python_value(value):
+        return PythonValue(escape(name), value)
+    target = unwrap(value)
+    if adapter_for(target) is None:
+        kind = type(value)
+        return Problem(
+            name,
+            f"a {kind.__module__}.{kind.__qualname__} cannot be checkpointed. Give it state_dict() and "
+            "load_state_dict(), wrap it in a PythonState, or keep it out with NoDependency.",
+        )
+    return Edge(name, target)
+
+
+def assign_python_value(live: object, saved: object) -> bool:
+    """Write a saved list or dict into the live one. Returns False when that is not possible."""
+    if isinstance(live, list) and isinstance(saved, list):
+        live[:] = saved
+    elif isinstance(live, dict) and isinstance(saved, dict):
+        live.clear()
+        live.update(saved)
+    else:
+        return False
+    return True
+
+
+class SequenceAdapter(Adapter):
+    """list, tuple, namedtuple, deque: elements named by position, those of a namedtuple by field."""
+
+    def handles(self, cls: type) -> bool:
+        """Exact lists and deques, and tuples with their subclasses."""
+        return cls in (list, collections.deque) or issubclass(cls, tuple)
+
+    def elements(self, obj: Any) -> Iterable[object]:
+        """What the container holds."""
+        return tuple(obj)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """Elements that are python values are values of the container, all others are edges."""
+        assert isinstance(obj, Iterable)
+        names = getattr(obj, "_fields", None)
+        for index, element in enumerate(obj):
+            yield part_of(names[index] if names else str(index), element)
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Set the elements of a list; those of a tuple cannot change and must be equal."""
+        for name, value in saved.items():
+            if isinstance(obj, MutableSequence):
+                obj[int(name)] = value
+            elif value != _element(obj, name):
+                raise ValueError(
+                    f"element {name} of a tuple is {_element(obj, name)!r} and cannot become {value!r}. Use a list."
+                )
+
+
+def _element(obj: Any, name: str) -> object:
+    return getattr(obj, name) if hasattr(obj, "_fields") else obj[int(name)]
+
+
+class MappingAdapter(Adapter):
+    """dict and its subclasses with str or int keys."""
+
+    def handles(self, cls: type) -> bool:
+        """Dicts of every class."""
+        return issubclass(cls, dict)
+
+    def elements(self, obj: Any) -> Iterable[object]:
+        """What the container holds."""
+        return tuple(obj.values())
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """Elements that are python values are values of the container, all others are edges."""
+        assert isinstance(obj, dict)
+        for key, element in obj.items():
+            if type(key) is str or type(key) is int:
+                yield part_of(edge_name(key), element)
+            else:
+                yield Problem(
+                    "", f"a dict key of type {type(key).__qualname__} ({key!r}) cannot be stored. Use str or int keys."
+                )
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Set the elements."""
+        assert isinstance(obj, MutableMapping)
+        for escaped, value in saved.items():
+            obj[dict_key(unescape(escaped))] = value

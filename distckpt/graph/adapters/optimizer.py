@@ -1,0 +1,171 @@
+"""`torch.optim.Optimizer`: parameter groups by their members, state by the identity of its parameter.
+
+Nothing here calls `step()`, `zero_grad()` or `state_dict()`: saving and restoring leave training as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.adapters.containers import assign_python_value
+from distckpt.graph.adapters.stateful import flatten
+from distckpt.graph.python_value import is_python_value
+from distckpt.graph.sharding import tensor_value
+from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
+from distckpt.layout.keys import escape
+from distckpt.layout.records import OWN_VALUE
+
+
+class Groups:
+    """Stands for an optimizer's list of parameter groups as a node of the graph."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+class Group:
+    """Stands for one parameter group as a node of the graph."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The members."""
+        members: list[torch.Tensor] = self.group["params"]
+        return members
+
+
+class OptimizerAdapter(Adapter):
+    """Edges lead to the groups only; the walk adds the slots once it knows which parameters are nodes."""
+
+    def handles(self, cls: type) -> bool:
+        """Optimizers of every class."""
+        return issubclass(cls, torch.optim.Optimizer)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """The parameter groups, and state that belongs to no parameter."""
+        assert isinstance(obj, torch.optim.Optimizer)
+        yield Edge("param_groups", Groups(obj))
+        keys: Iterable[object] = obj.state.keys()  # typed as tensors, but nothing enforces it
+        for key in keys:
+            if not isinstance(key, torch.Tensor):
+                yield Problem(".state", f"optimizer state under {key!r} belongs to no parameter and cannot be stored.")
+
+
+class GroupsAdapter(Adapter):
+    """The list of groups; edges by index."""
+
+    def handles(self, cls: type) -> bool:
+        """`Groups`."""
+        return cls is Groups
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """The groups."""
+        assert isinstance(obj, Groups)
+        for index, group in enumerate(obj.optimizer.param_groups):
+            yield Edge(str(index), Group(group))
+
+
+class GroupAdapter(Adapter):
+    """One group: everything but its parameters."""
+
+    takes_all = True
+
+    def handles(self, cls: type) -> bool:
+        """`Group`."""
+        return cls is Group
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """Options such as "lr", python values or tensors."""
+        assert isinstance(obj, Group)
+        for name, value in obj.group.items():
+            if name == "params":
+                continue
+            if isinstance(value, torch.Tensor):
+                yield tensor_value(value, escape(name))
+            elif is_python_value(value):
+                yield PythonValue(escape(name), value)
+            else:
+                kind = type(value).__qualname__
+                yield Problem(name, f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors.")
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Set the options the live group has; a group's own extras keep their value."""
+        assert isinstance(obj, Group)
+        by_escaped_name = {escape(name): name for name in obj.group}
+        for escaped, value in saved.items():
+            name = by_escaped_name.get(escaped, escaped)
+            if not assign_python_value(obj.group.get(name), value):
+                obj.group[name] = value
+
+
+class Slot:
+    """Stands for one entry of `optimizer.state[parameter]` as a node of the graph."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: torch.Tensor, name: str) -> None:
+        self.optimizer = optimizer
+        self.parameter = parameter
+        self.name = name
+
+
+class SlotAdapter(Adapter):
+    """One slot; not in the registry, since only an optimizer's walk makes them."""
+
+    def handles(self, cls: type) -> bool:
+        """`Slot`."""
+        return cls is Slot
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """The slot's tensor or python value; for a structure (LBFGS) its tensors and the rest."""
+        assert isinstance(obj, Slot)
+        value = obj.optimizer.state[obj.parameter][obj.name]
+        if isinstance(value, torch.Tensor):
+            return (tensor_value(value),)
+        if is_python_value(value):
+            return (PythonValue(OWN_VALUE, value),)
+        return flatten(value, "", ".state")
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Set a python slot."""
+        assert isinstance(obj, Slot)
+        obj.optimizer.state[obj.parameter][obj.name] = saved[OWN_VALUE]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All parameters, in order of the groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[str]:
+    """Names of the live slots of a parameter; reading them creates nothing."""
+    state: Mapping[torch.Tensor, Mapping[str, object]] = optimizer.state
+    return list(state.get(parameter, {}))
+
+
+def step_on_device(optimizer: object, parameter: torch.Tensor) -> bool:
+    """Whether the optimizer keeps a parameter's step count on the parameter's device; by default it is on the CPU."""
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    group = next(group for group in optimizer.param_groups if any(member is parameter for member in group["params"]))
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def like_parameter(value: Value, parameter: TensorValue) -> Value:
+    """A slot of a parameter that the user holds in a `ShardedVariable`: of the same local shape, so sharded alike."""
+    if isinstance(value, TensorValue) and value.tensor.shape == parameter.tensor.shape and value.box != parameter.box:
+        return TensorValue(value.name, value.tensor, parameter.global_shape, parameter.box, value.in_place)
+    return value
+
+
+def set_slots(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, slots: Mapping[str, object]) -> None:
+    """Give a parameter exactly these slots; none means that its state is absent, as before the first step."""
+    state: MutableMapping[torch.Tensor, object] = optimizer.state
+    if slots:
+        state[parameter] = dict(slots)
+    else:
+        state.pop(parameter, None)

@@ -1,0 +1,105 @@
+"""From a live object to its adapter. A new kind of object needs one module here and one line in `_adapters`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from distckpt.graph.adapters.base import Adapter
+from distckpt.graph.python_value import is_python_value
+
+#: Classes that only wrap a module, and where they keep it: (module, class) to attribute. By name, because importing
+#: torch._dynamo to test for OptimizedModule takes seconds.
+_WRAPPERS = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "CheckpointWrapper",
+    ): "_checkpoint_wrapped_module",
+}
+
+
+@functools.cache
+def _adapters() -> tuple[Adapter, ...]:
+    # Imported here because adapters ask the registry about the parts of their objects.
+    from distckpt.graph.adapters.containers import MappingAdapter, SequenceAdapter
+    from distckpt.graph.adapters.module import ModuleAdapter
+    from distckpt.graph.adapters.optimizer import GroupAdapter, GroupsAdapter, OptimizerAdapter
+    from distckpt.graph.adapters.rng import GeneratorAdapter, PerRankAdapter, RNGStateAdapter
+    from distckpt.graph.adapters.stateful import PythonStateAdapter, StatefulAdapter
+    from distckpt.graph.adapters.tensor import ArrayAdapter, ShardedVariableAdapter, TensorAdapter
+    from distckpt.graph.adapters.trackable import TrackableAdapter
+
+    return (
+        TensorAdapter(),
+        ModuleAdapter(),
+        TrackableAdapter(),
+        ShardedVariableAdapter(),
+        PerRankAdapter(),
+        RNGStateAdapter(),
+        GeneratorAdapter(),
+        ArrayAdapter(),
+        OptimizerAdapter(),
+        GroupsAdapter(),
+        GroupAdapter(),
+        PythonStateAdapter(),
+        MappingAdapter(),
+        SequenceAdapter(),
+        StatefulAdapter(),  # last: it takes whatever has state_dict and load_state_dict
+    )
+
+
+_adapter_of_class: dict[type, Adapter | None] = {}
+_wrapped_attribute: dict[type, str | None] = {}
+
+
+def _find_wrapped_attribute(cls: type) -> str | None:
+    names = ((base.__module__, base.__qualname__) for base in cls.__mro__)
+    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+
+
+def unwrap(obj: Any) -> Any:
+    """The object inside any number of transparent wrappers (DDP, `torch.compile`, activation checkpointing)."""
+    while True:
+        cls = type(obj)
+        if cls not in _wrapped_attribute:
+            _wrapped_attribute[cls] = _find_wrapped_attribute(cls)
+        attribute = _wrapped_attribute[cls]
+        if attribute is None:
+            return obj
+        obj = getattr(obj, attribute)
+
+
+def adapter_for(obj: object) -> Adapter | None:
+    """The adapter of an unwrapped object; None when it can be no node of the graph."""
+    cls = type(obj)
+    if cls not in _adapter_of_class:
+        _adapter_of_class[cls] = next((adapter for adapter in _adapters() if adapter.handles(cls)), None)
+    return _adapter_of_class[cls]
+
+
+def is_checkpointable(obj: object) -> bool:
+    """Whether an object can be saved: a python value, an object with an adapter, or a container with such parts."""
+    try:
+        return is_python_value(obj) or _is_node(obj)
+    except RecursionError:  # a container that contains itself
+        return False
+
+
+def _is_node(obj: object) -> bool:
+    obj = unwrap(obj)
+    adapter = adapter_for(obj)
+    elements = getattr(adapter, "elements", None)
+    if elements is None:
+        return adapter is not None
+    return _any_checkpointable(elements(obj))
+
+
+def _any_checkpointable(elements: Iterable[object]) -> bool:
+    items = list(elements)
+    # One trackable part makes the whole a node: its other parts are then reported instead of silently left out.
+    return all(is_python_value(item) for item in items) or any(_is_node(item) for item in items)

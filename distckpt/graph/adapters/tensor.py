@@ -1,0 +1,60 @@
+"""Tensors, sharded variables and NumPy arrays: nodes with one value and no edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from distckpt.graph.adapters.base import Adapter, Part
+from distckpt.graph.sharding import array_value, tensor_value
+from distckpt.graph.trackable import ShardedVariable
+from distckpt.graph.values import TensorValue
+from distckpt.layout.box import Box
+from distckpt.layout.records import OWN_VALUE
+
+
+class TensorAdapter(Adapter):
+    """`torch.Tensor`, `nn.Parameter`, `DTensor`."""
+
+    def handles(self, cls: type) -> bool:
+        """Tensors of every class."""
+        return issubclass(cls, torch.Tensor)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """The tensor's own value; a parameter that is not initialised yet is a node without one."""
+        assert isinstance(obj, torch.Tensor)  # as `handles` says
+        return () if is_lazy(obj) else (tensor_value(obj),)
+
+
+class ShardedVariableAdapter(Adapter):
+    """`ShardedVariable`: a block whose place the user gives."""
+
+    def handles(self, cls: type) -> bool:
+        """`ShardedVariable` and its subclasses."""
+        return issubclass(cls, ShardedVariable)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """This rank's block."""
+        assert isinstance(obj, ShardedVariable)
+        local = tensor_value(obj.tensor)
+        return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, Box(obj.offset, tuple(obj.tensor.shape))),)
+
+
+class ArrayAdapter(Adapter):
+    """`np.ndarray`, stored as a tensor."""
+
+    def handles(self, cls: type) -> bool:
+        """Arrays of every class."""
+        return issubclass(cls, np.ndarray)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """The array's own value."""
+        assert isinstance(obj, np.ndarray)
+        return (array_value(obj),)
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Only reached for read-only arrays, whose memory cannot be written."""
+        raise ValueError("a read-only NumPy array cannot be restored in place. Call setflags(write=True) first.")

@@ -1,0 +1,40 @@
+"""`Trackable` and `Checkpoint`: nodes whose attributes are edges and values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from distckpt.graph.adapters.base import Adapter, Part
+from distckpt.graph.adapters.containers import assign_python_value, part_of
+from distckpt.graph.adapters.registry import is_checkpointable
+from distckpt.graph.trackable import Trackable, tracked_attributes
+from distckpt.layout.keys import unescape
+
+_log = logging.getLogger("distckpt")
+
+
+class TrackableAdapter(Adapter):
+    """Attributes in order of first assignment."""
+
+    def handles(self, cls: type) -> bool:
+        """`Trackable` and its subclasses."""
+        return issubclass(cls, Trackable)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """Every checkpointable attribute; others are left out with a debug message."""
+        assert isinstance(obj, Trackable)
+        for name, value in tracked_attributes(obj):
+            if is_checkpointable(value):
+                yield part_of(name, value)
+            else:
+                _log.debug(
+                    "attribute %r of %s is a %s and is not saved", name, type(obj).__name__, type(value).__name__
+                )
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Set the attributes; a list or dict is changed in place, so that others who hold it see the saved content."""
+        for escaped, value in saved.items():
+            name = unescape(escaped)
+            if not assign_python_value(vars(obj).get(name), value):
+                setattr(obj, name, value)

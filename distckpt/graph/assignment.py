@@ -1,0 +1,229 @@
+"""What a restore will do to the live objects: decided in full before anything is read, carried out at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distckpt.graph.adapters.optimizer import set_slots, step_on_device
+from distckpt.graph.adapters.stateful import unflatten
+from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe
+from distckpt.graph.python_value import decode
+from distckpt.graph.sharding import new_like, new_plain
+from distckpt.graph.values import PythonValue, TensorValue
+from distckpt.graph.view import LiveNode, dtype_name
+from distckpt.layout.dtypes import is_castable
+from distckpt.layout.records import OWN_VALUE, Manifest, Variable
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRead:
+    """A stored tensor that is read into memory.
+
+    Attributes:
+        key: Checkpoint key.
+        variable: Index in the manifest's variables.
+        target: Where this rank's shard goes.
+        cast: The live dtype differs: read into a temporary tensor of the stored dtype, then convert.
+    """
+
+    key: str
+    variable: int
+    target: TensorValue
+    cast: torch.dtype | None = None
+
+
+@dataclass(slots=True)
+class NodeRestore:
+    """Values that go back through a node's adapter.
+
+    Attributes:
+        node: The live node.
+        values: Attribute name to python value or new tensor.
+    """
+
+    node: LiveNode
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsRestore:
+    """Optimizer state to set, see `NewSlots`.
+
+    Attributes:
+        new: Whose state.
+        values: Slot name to new tensor or python value.
+    """
+
+    new: NewSlots
+    values: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Assignment:
+    """Everything a restore does on this rank.
+
+    Attributes:
+        reads: Tensors to read.
+        nodes: Values to hand to adapters after reading.
+        slots: Optimizer state to set after reading.
+        mismatches: What does not fit; those values are in none of the above.
+        consumed: Keys of all stored values that this rank takes.
+        emptied: Pairs (optimizer, parameter) that have no stored state, so that the live one is dropped, once.
+    """
+
+    reads: list[TensorRead] = field(default_factory=list)
+    nodes: list[NodeRestore] = field(default_factory=list)
+    slots: list[SlotsRestore] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    consumed: set[str] = field(default_factory=set)
+    emptied: set[str] = field(default_factory=set)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(read.target.tensor.numel() * read.target.tensor.element_size() for read in self.reads)
+
+    def apply(self) -> None:
+        """Put back what is not read in place; the last step of a restore."""
+        for restore in self.nodes:
+            restore.node.adapter.restore(restore.node.obj, restore.values)
+        for slots in self.slots:
+            optimizer, parameter = slots.new.optimizer.obj, _parameter_of(slots.new.parameter)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            set_slots(optimizer, parameter, slots.values)
+
+
+def assign(binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[str] = ()) -> Assignment:
+    """Decide what to read and to set. Local; changes nothing live.
+
+    Args:
+        binding: The matched graphs.
+        manifest: The file's manifest.
+        cast: Convert dtypes of the same kind.
+        done: Keys that an earlier assignment of the same restore already took.
+    """
+    builder = _Builder(manifest, cast, frozenset(done))
+    builder.result.mismatches += binding.mismatches
+    for match in binding.matches:
+        builder.add(match)
+    for new in binding.new_slots:
+        builder.add_slots(new)
+    return builder.result
+
+
+class _Builder:
+    """One assignment under construction."""
+
+    def __init__(self, manifest: Manifest, cast: bool, done: frozenset[str]) -> None:
+        self.variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
+        self.manifest = manifest
+        self.cast = cast
+        self.done = done
+        self.result = Assignment()
+        self.restores: dict[int, NodeRestore] = {}
+
+    def add(self, match: Match) -> None:
+        """One stored value with a live counterpart."""
+        if match.key in self.done:
+            return
+        index = self.variables.get(match.key)
+        if index is None:
+            self.add_python(match)
+        elif isinstance(match.value, PythonValue):
+            self.mismatch(match.key, _describe(self.manifest.variables[index]), describe(match.value))
+        elif match.value is not None and match.value.in_place:
+            self.add_tensor(match.key, index, match.value)
+        else:
+            self.handed(match)[match.name] = self.fresh(match.key, index, match.value)
+
+    def add_python(self, match: Match) -> None:
+        """A stored python value."""
+        if isinstance(match.value, TensorValue) and match.value.in_place:
+            self.mismatch(match.key, "a python value", describe(match.value))
+            return
+        self.handed(match)[match.name] = decode(bytes(self.manifest.python_state[match.key]))
+        self.result.consumed.add(match.key)
+
+    def add_tensor(self, key: str, index: int, value: TensorValue) -> None:
+        """A stored tensor for a live one."""
+        variable = self.manifest.variables[index]
+        live_dtype = dtype_name(value.tensor.dtype)
+        castable = self.cast and is_castable(variable.dtype, live_dtype) and not key.endswith("/step")
+        if variable.shape != value.global_shape or (variable.dtype != live_dtype and not castable):
+            self.mismatch(key, _describe(variable), describe(value))
+            return
+        stored = None if variable.dtype == live_dtype else getattr(torch, variable.dtype)
+        self.result.reads.append(TensorRead(key, index, value, stored))
+        self.result.consumed.add(key)
+
+    def handed(self, match: Match) -> dict[str, Any]:
+        """The values to hand to the node's adapter."""
+        restore = self.restores.get(id(match.node))
+        if restore is None:
+            restore = self.restores[id(match.node)] = NodeRestore(match.node)
+            self.result.nodes.append(restore)
+        return restore.values
+
+    def fresh(self, key: str, index: int, value: TensorValue | None) -> Any:
+        """A new tensor of the stored shape and dtype, which will be read; sharded as the live one where it is."""
+        variable = self.manifest.variables[index]
+        dtype: torch.dtype = getattr(torch, variable.dtype)
+        if value is None or value.holder is None:
+            tensor, target = new_plain(variable.shape, dtype)
+        else:
+            tensor, target = new_like(value.holder, value, variable.shape, dtype)
+        self.result.reads.append(TensorRead(key, index, target))
+        self.result.consumed.add(key)
+        return tensor.numpy() if variable.numpy else tensor
+
+    def add_slots(self, new: NewSlots) -> None:
+        """Optimizer state that is to become exactly the stored one."""
+        keys = [key for attributes in new.slots.values() for key in attributes.values()]
+        pair = f"{new.optimizer.key} of {new.parameter.key}"
+        if pair in self.done or (keys and self.done.issuperset(keys)):
+            return  # training has gone on since: the state is live
+        values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
+        self.result.slots.append(SlotsRestore(new, values))
+        self.result.consumed.update(keys)
+        self.result.emptied.add(pair)
+
+    def slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
+        """The value of one new slot."""
+        values = {attribute: self.slot_value(name, key, new) for attribute, key in attributes.items()}
+        return values[OWN_VALUE] if OWN_VALUE in values else unflatten(values, ".state")
+
+    def slot_value(self, name: str, key: str, new: NewSlots) -> Any:
+        """A python value, or a new tensor that will be read."""
+        index = self.variables.get(key)
+        if index is None:
+            return decode(bytes(self.manifest.python_state[key]))
+        variable = self.manifest.variables[index]
+        stored: torch.dtype = getattr(torch, variable.dtype)
+        parameter, like = _parameter_of(new.parameter), new.parameter.values[OWN_VALUE]
+        assert isinstance(like, TensorValue)
+        follows = self.cast and variable.shape == like.global_shape and name != "step"
+        dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
+        if name == "step" and variable.shape == () and not step_on_device(new.optimizer.obj, parameter):
+            tensor, target = new_plain((), stored)
+        else:
+            tensor, target = new_like(parameter, like, variable.shape, dtype)
+        self.result.reads.append(TensorRead(key, index, target, None if dtype == stored else stored))
+        return tensor
+
+    def mismatch(self, key: str, saved: str, live: str) -> None:
+        """Remember a value that does not fit."""
+        self.result.mismatches.append(Mismatch(key, saved, live))
+
+
+def _describe(variable: Variable) -> str:
+    return f"a tensor of shape {variable.shape} and dtype {variable.dtype}"
+
+
+def _parameter_of(node: LiveNode) -> torch.Tensor:
+    parameter = getattr(node.obj, "tensor", node.obj)
+    assert isinstance(parameter, torch.Tensor)
+    return parameter

@@ -1,0 +1,331 @@
+"""Matching a stored object graph with a live one.
+
+The rules are TensorFlow's (`semantics.md` 1.8): matching walks edges from the root, parent and local name, and never
+compares keys. Where `contract.md` rules otherwise it holds: parameter groups by their members (33), slots of a pair
+(optimizer, parameter) all or none (3), kinds (30).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from distckpt.graph.adapters.optimizer import Group, Groups
+from distckpt.graph.values import PythonValue, TensorValue, Value
+from distckpt.graph.view import LiveGraph, LiveNode
+from distckpt.layout.keys import escape
+from distckpt.layout.records import Node, ObjectGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A stored attribute and where it goes.
+
+    Attributes:
+        key: Checkpoint key of the stored value.
+        name: The attribute's name.
+        node: The live node.
+        value: The live value of that name; None where the node's adapter takes stored values it has no live one for.
+    """
+
+    key: str
+    name: str
+    node: LiveNode
+    value: Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewSlots:
+    """A parameter whose optimizer state is to become exactly the stored one.
+
+    Attributes:
+        optimizer: The optimizer's live node.
+        parameter: The parameter's live node.
+        slots: Slot name to the stored attributes (name to key) of its node; empty to drop the live state.
+    """
+
+    optimizer: LiveNode
+    parameter: LiveNode
+    slots: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A stored value that does not fit the live one.
+
+    Attributes:
+        key: Checkpoint key.
+        saved: What the file has.
+        live: What the program has.
+    """
+
+    key: str
+    saved: str
+    live: str
+
+
+@dataclass(slots=True)
+class Binding:
+    """The result of matching.
+
+    Attributes:
+        matches: Stored values with their live counterparts.
+        new_slots: Optimizer state to create or to drop.
+        mismatches: Differences of kind, and of slot names.
+        pending: Stored keys whose parent is bound, to the parent's key and the name it waits for.
+        duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
+        combined: (first saved key, other saved key, live key): two saved values, one live object.
+        warnings: What the user should know.
+        matched: Ids of live nodes and names of their values that found a stored one.
+    """
+
+    matches: list[Match] = field(default_factory=list)
+    new_slots: list[NewSlots] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    pending: dict[str, tuple[str, str]] = field(default_factory=dict)
+    duplicates: list[tuple[str, str, str]] = field(default_factory=list)
+    combined: list[tuple[str, str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    matched: set[tuple[int, str]] = field(default_factory=set)
+
+
+def bind(saved: ObjectGraph, live: LiveGraph) -> Binding:
+    """Match a stored graph with a live one. Local; changes nothing.
+
+    Args:
+        saved: The stored graph.
+        live: A fresh walk.
+    """
+    binder = _Binder(saved.nodes, live.nodes)
+    binder.bind_nodes()
+    binder.bind_groups()
+    binder.bind_values()
+    binder.bind_slots()
+    return binder.result
+
+
+class _Binder:
+    """One matching: nodes first, then what depends on all nodes being known."""
+
+    def __init__(self, saved: list[Node], live: list[LiveNode]) -> None:
+        self.saved = saved
+        self.live = live
+        self.result = Binding()
+        self.live_of: dict[int, int] = {}
+        self.saved_of: dict[int, int] = {}
+        self.groups: list[tuple[int, int]] = []
+        self.queue: deque[tuple[int, int]] = deque()
+
+    # ---- nodes (restore and bind_object in TensorFlow) ----
+
+    def bind_nodes(self) -> None:
+        """Breadth-first from the roots along edges of the same name."""
+        if not self.saved or not self.live:
+            return
+        self.bind_pair(0, 0)
+        while self.queue:
+            saved_id, live_id = self.queue.popleft()
+            if isinstance(self.live[live_id].obj, Groups):
+                self.groups.append((saved_id, live_id))
+                continue
+            for child in self.saved[saved_id].children:
+                target = self.live[live_id].children.get(child.local_name)
+                if target is None:
+                    self.edge_without_target(child.node_id, live_id, child.local_name)
+                else:
+                    self.bind_pair(child.node_id, target)
+
+    def bind_pair(self, saved_id: int, live_id: int) -> None:
+        """Bind a stored node to a live one, unless it is bound to another."""
+        bound = self.live_of.get(saved_id)
+        if bound == live_id:
+            return
+        if bound is not None:
+            keys = (self.live[bound].key, self.live[live_id].key)
+            self.result.duplicates.append((self.any_key(saved_id), *keys))
+            return
+        self.live_of[saved_id] = live_id
+        if live_id in self.saved_of:
+            first = self.any_key(self.saved_of[live_id])
+            self.result.combined.append((first, self.any_key(saved_id), self.live[live_id].key))
+        else:
+            self.saved_of[live_id] = saved_id
+        self.queue.append((saved_id, live_id))
+
+    def edge_without_target(self, saved_id: int, live_id: int, name: str) -> None:
+        """The live parent has no child of that name: another kind of value has the name, or it may come later."""
+        node = self.live[live_id]
+        value = node.values.get(escape(name))
+        if value is not None:
+            self.result.mismatches.append(
+                Mismatch(node.attribute_key(value.name), "an object or tensor", describe(value))
+            )
+            return
+        if not node.adapter.per_rank:  # what another rank saved for itself waits for nothing
+            for key in self.keys_below(saved_id):
+                self.result.pending.setdefault(key, (node.key, name))
+
+    def keys_below(self, node_id: int) -> list[str]:
+        """Keys of a stored node's values and of its descendants'."""
+        keys, seen, stack = [], {node_id}, [node_id]
+        while stack:
+            node = self.saved[stack.pop()]
+            keys += [attribute.checkpoint_key for attribute in node.attributes]
+            for child in node.children:
+                if child.node_id not in seen:
+                    seen.add(child.node_id)
+                    stack.append(child.node_id)
+        return keys
+
+    def any_key(self, node_id: int) -> str:
+        """A name for a stored node in messages."""
+        return next(iter(self.keys_below(node_id)), f"node {node_id}")
+
+    # ---- parameter groups ----
+
+    def bind_groups(self) -> None:
+        """Match groups by their set of parameters, in any order; failing that by index."""
+        for saved_id, live_id in self.groups:
+            saved_groups = [child.node_id for child in self.saved[saved_id].children]
+            live_groups = list(self.live[live_id].children.values())
+            self.match_groups(saved_groups, live_groups, self.live[live_id].key)
+
+    def match_groups(self, saved_groups: list[int], live_groups: list[int], key: str) -> None:
+        """Bind the groups of one optimizer."""
+        free = list(live_groups)
+        left = []
+        for saved_id in saved_groups:
+            members = {self.live_of.get(member) for member in self.saved[saved_id].parameters or ()}
+            twin = next((n for n in free if members and members == set(self.live[n].parameters or ())), None)
+            if twin is None:
+                left.append(saved_id)
+            else:
+                free.remove(twin)
+                self.bind_pair(saved_id, twin)
+        if not left:
+            return
+        if len(saved_groups) != len(live_groups):
+            self.result.warnings.append(
+                f"{key}: {len(left)} saved parameter group(s) have no live group with the same parameters; "
+                "the live groups keep their options"
+            )
+            return
+        if any(self.saved[saved_id].parameters for saved_id in left):
+            self.result.warnings.append(f"{key}: parameter groups have other members than saved; matched by index")
+        for saved_id in left:
+            index = saved_groups.index(saved_id)
+            if live_groups[index] in free:
+                self.bind_pair(saved_id, live_groups[index])
+
+    # ---- values ----
+
+    def bind_values(self) -> None:
+        """Match the attributes of every bound node."""
+        for saved_id, live_id in self.live_of.items():
+            if self.saved_of[live_id] == saved_id:  # of several saved nodes the first has the values
+                self.match_attributes(self.saved[saved_id], live_id)
+
+    def match_attributes(self, saved: Node, live_id: int) -> None:
+        """Match the attributes of one pair of nodes."""
+        node = self.live[live_id]
+        for attribute in saved.attributes:
+            value = node.values.get(attribute.name)
+            key = attribute.checkpoint_key
+            if value is None and not node.adapter.takes(attribute.name, node.values):
+                self.value_without_target(key, attribute.name, node)
+                continue
+            self.result.matches.append(Match(key, attribute.name, node, value))
+            self.result.matched.add((live_id, attribute.name))
+
+    def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
+        """The live node has no value of that name: an object has the name, or it may come later."""
+        for local_name in node.children:
+            if escape(local_name) == name:
+                live = self.live[node.children[local_name]]
+                self.result.mismatches.append(Mismatch(key, "a python value", f"a {type(live.obj).__qualname__}"))
+                return
+        if not name.startswith(".rank/"):  # what another rank saved for itself waits for nothing
+            self.result.pending.setdefault(key, (node.key, name))
+
+    # ---- slots ----
+
+    def bind_slots(self) -> None:
+        """Match the slots of every bound optimizer, pair by pair."""
+        for saved_id, live_id in list(self.live_of.items()):
+            node = self.live[live_id]
+            if isinstance(node.obj, torch.optim.Optimizer) and self.saved_of[live_id] == saved_id:
+                self.match_optimizer(self.saved[saved_id], node)
+
+    def match_optimizer(self, saved: Node, node: LiveNode) -> None:
+        """Match all slots of one optimizer."""
+        stored: dict[int, dict[str, int]] = {}
+        for slot in saved.slot_variables:
+            stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
+        for parameter_id in self.parameters_of(node):
+            variable_id = self.saved_of.get(parameter_id)
+            if variable_id is not None:
+                self.match_pair(node, parameter_id, stored.pop(variable_id, {}))
+        for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
+            for slot_id in slots.values():
+                for attribute in self.saved[slot_id].attributes:
+                    waits_for = f"parameter {self.any_key(variable_id)}"
+                    self.result.pending.setdefault(attribute.checkpoint_key, (node.key, waits_for))
+
+    def parameters_of(self, node: LiveNode) -> list[int]:
+        """Live node ids of an optimizer's parameters."""
+        groups = self.live[node.children["param_groups"]].children.values()
+        return [parameter for group in groups for parameter in self.live[group].parameters or ()]
+
+    def match_pair(self, node: LiveNode, parameter_id: int, stored: dict[str, int]) -> None:
+        """All slots of a pair or none."""
+        live = {name: slot for (variable, name), slot in node.slots.items() if variable == parameter_id}
+        if live and live.keys() == stored.keys():
+            for name, slot_id in live.items():
+                self.match_attributes(self.saved[stored[name]], slot_id)
+            return
+        if live and stored:
+            key = f"{node.key}/.slots/{self.live[parameter_id].key}"
+            self.result.mismatches.append(Mismatch(key, f"slots {sorted(stored)}", f"slots {sorted(live)}"))
+            return
+        for slot_id in live.values():  # the file says: no state; so the live state is not "missing" from it
+            self.result.matched.update((slot_id, name) for name in self.live[slot_id].values)
+        slots = {
+            name: {attribute.name: attribute.checkpoint_key for attribute in self.saved[slot_id].attributes}
+            for name, slot_id in stored.items()
+        }
+        self.result.new_slots.append(NewSlots(node, self.live[parameter_id], slots))
+
+
+_PER_RANK = re.compile(r"(?:^|/)\.rank/(\d+)(?:/|$)")
+
+
+def is_of_other_rank(key: str, size: int) -> bool:
+    """Whether a key is that of a per-rank value of a rank that a job of `size` ranks does not have."""
+    found = _PER_RANK.search(key)
+    return found is not None and int(found[1]) >= size
+
+
+def missing_values(live: LiveGraph, binding: Binding) -> list[str]:
+    """Keys of live values without a stored one. Parameter-group entries keep their value and do not count."""
+    missing = []
+    for node_id, node in enumerate(live.nodes):
+        if isinstance(node.obj, Group) or not node.values:
+            continue
+        names = [name for name in node.values if (node_id, name) not in binding.matched]
+        if names and not (node.adapter.takes_all and len(names) < len(node.values)):
+            missing += [node.attribute_key(name) for name in names]
+    return missing
+
+
+def describe(value: Value | None) -> str:
+    """A live value in words, for messages."""
+    match value:
+        case PythonValue(value=held):
+            return f"the python value {held!r:.60}"
+        case TensorValue():
+            return f"a tensor of shape {value.global_shape} and dtype {str(value.tensor.dtype).removeprefix('torch.')}"
+        case _:
+            return "nothing"

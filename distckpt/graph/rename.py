@@ -1,0 +1,99 @@
+"""`RestoreOptions(rename=...)`: move parts of a stored graph before it is matched."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distckpt.layout.keys import child_key, join, unescape
+from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a prefix named: a child, or a value of its parent."""
+
+    child: int | None
+    checkpoint_key: str | None
+
+
+def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
+    """A stored graph with parts under other names. Slots follow their variable, since they refer to its node.
+
+    Args:
+        graph: The stored graph.
+        prefixes: Saved key prefix to live key prefix, whole components. Where one lies inside another the longer wins.
+
+    Raises:
+        ValueError: A prefix names nothing in the file.
+    """
+    if not prefixes:
+        return graph
+    editor = _Editor(graph)
+    # All parts are taken out before the first is put back, so that two can change places; inner ones before outer.
+    order = sorted(prefixes, key=lambda prefix: -prefix.count("/"))
+    taken = {prefix: editor.take(prefix.strip("/")) for prefix in order}
+    for prefix in reversed(order):
+        editor.put(prefixes[prefix].strip("/"), taken[prefix])
+    return ObjectGraph([editor.node(node_id) for node_id in range(len(editor.children))])
+
+
+class _Editor:
+    """A stored graph whose edges can be moved."""
+
+    def __init__(self, graph: ObjectGraph) -> None:
+        self.nodes = graph.nodes
+        self.children = [{child.local_name: child.node_id for child in node.children} for node in graph.nodes]
+        self.attributes = [{a.name: a.checkpoint_key for a in node.attributes} for node in graph.nodes]
+
+    def take(self, key: str) -> _Taken:
+        """Remove the part with this key.
+
+        Raises:
+            ValueError: There is none.
+        """
+        queue, seen = deque([(0, "")]), {0}
+        while queue:
+            node_id, path = queue.popleft()
+            for name in self.attributes[node_id]:
+                if join(path, name) == key:
+                    return _Taken(None, self.attributes[node_id].pop(name))
+            for name, child in self.children[node_id].items():
+                child_path = child_key(path, name, self._per_rank(node_id))
+                if child_path == key:
+                    return _Taken(self.children[node_id].pop(name), None)
+                if child not in seen:
+                    seen.add(child)
+                    queue.append((child, child_path))
+        raise ValueError(f"rename: nothing in the checkpoint has the key or prefix {key!r}.")
+
+    def put(self, key: str, taken: _Taken) -> None:
+        """Attach a part under a new key; nodes on the way are made where they are missing."""
+        *parents, last = key.split("/")
+        node_id = 0
+        for component in parents:
+            name = unescape(component)
+            if name not in self.children[node_id]:
+                self.children.append({})
+                self.attributes.append({})
+                self.children[node_id][name] = len(self.children) - 1
+            node_id = self.children[node_id][name]
+        if taken.child is not None:
+            self.children[node_id][unescape(last)] = taken.child
+        elif taken.checkpoint_key is not None:
+            self.attributes[node_id][last] = taken.checkpoint_key
+
+    def node(self, node_id: int) -> Node:
+        """The record of a node as it is now."""
+        old = self.nodes[node_id] if node_id < len(self.nodes) else Node()
+        return Node(
+            children=[Child(child, name) for name, child in self.children[node_id].items()],
+            attributes=[Attribute(name, key) for name, key in self.attributes[node_id].items()],
+            slot_variables=old.slot_variables,
+            parameters=old.parameters,
+            per_rank=old.per_rank,
+        )
+
+    def _per_rank(self, node_id: int) -> bool:
+        return node_id < len(self.nodes) and self.nodes[node_id].per_rank

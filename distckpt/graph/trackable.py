@@ -1,0 +1,221 @@
+"""Objects that users build checkpoints from."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from distckpt.layout.box import Box, Shape
+
+T = TypeVar("T", bound=object)
+
+
+class NoDependency:
+    """Wraps an attribute value of a `Trackable` that is not to be saved; the attribute holds `value` itself."""
+
+    def __init__(self, value: object) -> None:
+        """Local.
+
+        Args:
+            value: What the attribute will be.
+        """
+        self.value = value
+
+
+class Tracking:
+    """What a `Trackable` knows about its edges beside the attributes themselves.
+
+    Attributes:
+        opted_out: Names of attributes set through `NoDependency`.
+        explicit: Edges made by `track()`, by name.
+        listeners: Called with (object, name) after an attribute was set; restores wait here for names.
+    """
+
+    __slots__ = ("explicit", "listeners", "opted_out")
+
+    def __init__(self) -> None:
+        self.opted_out: set[str] = set()
+        self.explicit: dict[str, object] = {}
+        self.listeners: list[Callable[[Trackable, str], None]] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tracking:
+        """A copy tracks its own children, and no restore waits on it."""
+        twin = Tracking()
+        twin.opted_out = set(self.opted_out)
+        twin.explicit = copy.deepcopy(self.explicit, memo)
+        return twin
+
+
+class Trackable:
+    """An object whose checkpointable attributes are saved with it.
+
+    Assigning an attribute tracks it, deleting it untracks it, and whatever it holds when `save` or `restore` runs is
+    what counts. Values that cannot be checkpointed are left out. Subclasses need not call `__init__`.
+    """
+
+    #: Attributes that are never saved.
+    _untracked_names: frozenset[str] = frozenset({"_self_tracking"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        tracking = tracking_of(self)
+        if isinstance(value, NoDependency):
+            tracking.opted_out.add(name)
+            value = value.value
+        else:
+            tracking.opted_out.discard(name)
+        object.__setattr__(self, name, value)
+        tracking.explicit.pop(name, None)
+        for listener in tuple(tracking.listeners):
+            listener(self, name)
+
+    def __delattr__(self, name: str) -> None:
+        tracking = tracking_of(self)
+        tracking.opted_out.discard(name)
+        if tracking.explicit.pop(name, None) is None or name in vars(self):
+            object.__delattr__(self, name)
+
+    def track(self, value: T, name: str, *, overwrite: bool = False) -> T:
+        """Track an object under a name without an attribute.
+
+        Args:
+            value: The object.
+            name: The local name of the edge.
+            overwrite: Replace another object of that name.
+
+        Returns:
+            The object.
+
+        Raises:
+            TypeError: The object cannot be checkpointed.
+            ValueError: Another object has the name, and `overwrite` is False.
+        """
+        from distckpt.graph.adapters import is_checkpointable
+
+        if not is_checkpointable(value):
+            raise TypeError(f"track({name!r}): a {type(value).__qualname__} cannot be checkpointed.")
+        current = dict(tracked_attributes(self)).get(name, value)
+        if current is not value and not overwrite:
+            raise ValueError(f"track({name!r}): the name belongs to another object. Pass overwrite=True to replace it.")
+        tracking = tracking_of(self)
+        if name in vars(self):
+            object.__setattr__(self, name, value)
+        else:
+            tracking.explicit[name] = value
+        for listener in tuple(tracking.listeners):
+            listener(self, name)
+        return value
+
+
+def tracking_of(trackable: Trackable) -> Tracking:
+    """The tracking state of a trackable, created at first use because subclasses forget `super().__init__()`."""
+    tracking: Tracking | None = vars(trackable).get("_self_tracking")
+    if tracking is None:
+        tracking = Tracking()
+        object.__setattr__(trackable, "_self_tracking", tracking)
+    return tracking
+
+
+def tracked_attributes(trackable: Trackable) -> Iterator[tuple[str, object]]:
+    """Names and values of what may be tracked: attributes in order of first assignment, then `track()`ed objects."""
+    tracking = tracking_of(trackable)
+    for name, value in vars(trackable).items():
+        if name not in trackable._untracked_names and name not in tracking.opted_out:
+            yield name, value
+    yield from tracking.explicit.items()
+
+
+class PythonState:
+    """State that the user turns into a str or bytes. Subclass and override both methods."""
+
+    def serialize(self) -> str | bytes:
+        """The state to store."""
+        raise NotImplementedError(f"{type(self).__qualname__}.serialize()")
+
+    def deserialize(self, value: str | bytes) -> None:
+        """Take back what `serialize` returned.
+
+        Args:
+            value: The stored state, of the type that `serialize` returned.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__}.deserialize()")
+
+
+class ShardedVariable:
+    """A tensor that is this rank's block of a larger one.
+
+    Attributes:
+        tensor: This rank's block, by reference; may be non-contiguous.
+        global_shape: Shape of the whole tensor.
+        offset: Start of the block in the whole tensor, in elements, one per dimension. Ignored for an empty block.
+    """
+
+    def __init__(self, tensor: torch.Tensor, global_shape: Shape, offset: Shape) -> None:
+        """Local.
+
+        Args:
+            tensor: This rank's block.
+            global_shape: Shape of the whole tensor.
+            offset: Start of the block, in elements.
+
+        Raises:
+            ValueError: The block does not lie inside the global shape.
+        """
+        box = Box(tuple(int(o) for o in offset), tuple(tensor.shape))
+        shape = tuple(int(size) for size in global_shape)
+        if tensor.numel() == 0 and len(box.shape) == len(shape):
+            box = Box((0,) * len(shape), box.shape)
+        if not box.within(shape):
+            raise ValueError(
+                f"ShardedVariable: expected a block inside global_shape {shape}. Got offset {box.offset} and shape "
+                f"{box.shape}."
+            )
+        self.tensor = tensor
+        self.global_shape = shape
+        self.offset = box.offset
+
+
+class PerRank:
+    """Holds one value per rank, which may differ.
+
+    Attributes:
+        value: This rank's value.
+    """
+
+    def __init__(self, value: Any) -> None:
+        """Local.
+
+        Args:
+            value: Anything that can be checkpointed.
+        """
+        self.value = value
+
+
+class RNGState:
+    """The random number generators of this rank: python, NumPy, torch on the CPU and on every visible CUDA device.
+
+    Saved and restored per rank; it holds nothing itself.
+    """
+
+
+class WeakRoot:
+    """Dereferences a root that is given as a weak reference, or holds it."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+
+    def __call__(self) -> object:
+        """The root.
+
+        Raises:
+            ReferenceError: It was given as a weak reference and is gone.
+        """
+        if not isinstance(self._root, weakref.ref):
+            return self._root
+        root = self._root()
+        if root is None:
+            raise ReferenceError("the root of this Checkpoint was given as a weak reference and no longer exists")
+        return root

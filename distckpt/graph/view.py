@@ -1,0 +1,265 @@
+"""The live object graph: a breadth-first walk over objects by identity, and its record for the layout room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+
+from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slot_names
+from distckpt.graph.adapters.registry import adapter_for
+from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
+from distckpt.graph.python_value import UnsupportedValueError, encode
+from distckpt.graph.trackable import ShardedVariable
+from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
+from distckpt.layout.keys import child_key, join, slot_key
+from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout, LocalNode
+
+_slot_adapter = SlotAdapter()
+
+
+@dataclass(slots=True)
+class LiveNode:
+    """A node of the live graph.
+
+    Attributes:
+        obj: The object.
+        adapter: How it is saved and restored.
+        key: Its key by the shortest path from the root.
+        children: Local name to node id, in edge order.
+        values: Its own values, by name.
+        slots: Optimizer: (variable's node id, slot name) to the slot's node id.
+        parameters: Parameter group: node ids of its members.
+        buffer: Reached as a module buffer.
+    """
+
+    obj: object
+    adapter: Adapter
+    key: str
+    buffer: bool = False
+    children: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    slots: dict[tuple[int, str], int] = field(default_factory=dict)
+    parameters: list[int] | None = None
+
+    def attribute_key(self, name: str) -> str:
+        """Key of one of its values."""
+        return self.key if name == OWN_VALUE and len(self.values) == 1 else join(self.key, name)
+
+
+@dataclass(slots=True)
+class LiveGraph:
+    """All objects reachable from a root, each once.
+
+    Attributes:
+        nodes: Breadth-first; node 0 is the root, slots come last.
+        ids: `id()` of an object to its node; valid while `nodes` keeps the objects alive.
+        problems: What cannot be stored, one sentence each, beginning with the key.
+        unowned: Optimizer parameters with state that no tracked object leads to; their slots are not saved.
+    """
+
+    nodes: list[LiveNode] = field(default_factory=list)
+    ids: dict[int, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    unowned: int = 0
+
+    @property
+    def n_values(self) -> int:
+        """Number of values."""
+        return sum(len(node.values) for node in self.nodes)
+
+    def values(self) -> Iterator[tuple[LiveNode, Value]]:
+        """All values "in order" (see `layout.records.LocalLayout`)."""
+        for node in self.nodes:
+            for value in node.values.values():
+                yield node, value
+
+    def add(self, obj: object, adapter: Adapter, key: str, *, buffer: bool = False) -> int:
+        """Append a node that has no edges yet; returns its id."""
+        node_id = len(self.nodes)
+        self.nodes.append(LiveNode(obj, adapter, key, buffer))
+        self.ids[id(obj)] = node_id
+        if isinstance(obj, ShardedVariable):  # an optimizer knows the tensor inside
+            self.ids.setdefault(id(obj.tensor), node_id)
+        return node_id
+
+
+def walk(root: object, adapter: Adapter, rank: int) -> LiveGraph:
+    """Walk everything reachable from a root. Local; changes nothing.
+
+    Args:
+        root: The root object, unwrapped.
+        adapter: How the root is saved.
+        rank: This process's rank, which names per-rank values.
+    """
+    graph = LiveGraph()
+    graph.add(root, adapter, "")
+    position = 0
+    while position < len(graph.nodes):
+        _expand(graph, position, rank)
+        position += 1
+    _add_optimizers(graph, rank)
+    return graph
+
+
+def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
+    node = graph.nodes[node_id]
+    for part in _parts(graph, node, rank):
+        if type(part) is Edge:
+            _add_edge(graph, node, part)
+        elif type(part) is Problem:
+            name = child_key(node.key, part.name, per_rank=False) if part.name else node.key or "the root"
+            graph.problems.append(f"{name}: {part.text}")
+        else:
+            _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
+
+
+def _parts(graph: LiveGraph, node: LiveNode, rank: int) -> Iterator[Part]:
+    try:
+        yield from node.adapter.parts(node.obj, rank)
+    except UnsaveableError as error:
+        graph.problems.append(f"{node.key or 'the root'}: {error}")
+
+
+def _add_value(node: LiveNode, value: Value) -> None:
+    if node.buffer and type(value) is TensorValue:
+        value = TensorValue(value.name, value.tensor, value.global_shape, value.box, value.in_place, buffer=True)
+    node.values[value.name] = value
+
+
+def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:
+    child_id = graph.ids.get(id(edge.target))
+    if child_id is None:
+        key = child_key(parent.key, edge.name, per_rank=parent.adapter.per_rank)
+        adapter = adapter_for(edge.target)
+        if adapter is None:
+            graph.problems.append(f"{key}: a {type(edge.target).__qualname__} cannot be checkpointed")
+            return
+        child_id = graph.add(edge.target, adapter, key, buffer=edge.buffer)
+    parent.children[edge.name] = child_id
+
+
+def _add_optimizers(graph: LiveGraph, rank: int) -> None:
+    """Groups and slots refer to parameters by node, so they are filled in when all nodes are known."""
+    for node in list(graph.nodes):
+        if isinstance(node.obj, Group):
+            members = (graph.ids.get(id(parameter)) for parameter in node.obj.parameters)
+            node.parameters = [member for member in members if member is not None]
+        elif isinstance(node.obj, torch.optim.Optimizer):
+            _add_slots(graph, node, node.obj, rank)
+
+
+def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    for parameter in parameters_of(optimizer):
+        names = slot_names(optimizer, parameter)
+        variable_id = graph.ids.get(id(parameter))
+        if variable_id is None:
+            graph.unowned += bool(names)
+            continue
+        variable = graph.nodes[variable_id]
+        for name in names:
+            key = slot_key(node.key, variable.key, name)
+            slot_id = graph.add(Slot(optimizer, parameter, name), _slot_adapter, key)
+            node.slots[variable_id, name] = slot_id
+            _expand(graph, slot_id, rank)
+            _shard_like(graph.nodes[slot_id], variable)
+
+
+def _shard_like(slot: LiveNode, variable: LiveNode) -> None:
+    own = slot.values.get(OWN_VALUE)
+    parameter = variable.values.get(OWN_VALUE)
+    if own is not None and isinstance(parameter, TensorValue):
+        slot.values[OWN_VALUE] = like_parameter(own, parameter)
+
+
+# ---- the record of this rank -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A walk and its record.
+
+    Attributes:
+        graph: The live graph.
+        tensors: Its tensors, in order.
+        layout: What travels to rank 0.
+    """
+
+    graph: LiveGraph
+    tensors: list[TensorValue]
+    layout: LocalLayout
+
+    def tensor_keys(self, keys: Sequence[str]) -> list[str]:
+        """Of one key per attribute in order, those of the tensors."""
+        values = (value for _, value in self.graph.values())
+        return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
+
+    def python_values(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The encoded python values by key, given one key per attribute in order."""
+        values = (value for _, value in self.graph.values())
+        own = (key for key, value in zip(keys, values, strict=True) if type(value) is PythonValue)
+        return dict(zip(own, self.layout.python_values, strict=True))
+
+
+def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Capture:
+    """Record a live graph. Local; reads tensors, changes nothing.
+
+    Args:
+        graph: A fresh walk.
+        hash_all: Fingerprint every byte of a replicated tensor instead of a sample.
+        skip: Bool per attribute in order: no fingerprint needed; None for none.
+    """
+    values = [value for _, value in graph.values()]
+    tensors = [value for value in values if type(value) is TensorValue]
+    problems = list(graph.problems)
+    encoded = [_encode(node, value, problems) for node, value in graph.values() if type(value) is PythonValue]
+    python = iter(encoded)
+    fingerprints = np.zeros(len(values), np.uint64)
+    for index, value in enumerate(values):
+        if type(value) is PythonValue:
+            fingerprints[index] = fingerprint_bytes(next(python))
+        elif skip is None or not skip[index]:
+            fingerprints[index] = fingerprint(value.tensor, whole=hash_all)  # type: ignore[union-attr]
+    boxes = np.array([n for value in tensors for n in (*value.box.offset, *value.box.shape)], np.int64)
+    layout = LocalLayout(
+        graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),
+        boxes=boxes.tobytes(),
+        fingerprints=fingerprints.tobytes(),
+        python_values=encoded,
+        problems=problems,
+    )
+    return Capture(graph, tensors, layout)
+
+
+def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
+    try:
+        return encode(value.value)
+    except UnsupportedValueError as error:
+        problems.append(f"{node.attribute_key(value.name)}: {error}")
+        return b"null"
+
+
+def _record(node: LiveNode) -> LocalNode:
+    return LocalNode(
+        children=[(child, name) for name, child in node.children.items()],
+        attributes=[_attribute(value) for value in node.values.values()],
+        slots=[(variable, name, slot) for (variable, name), slot in node.slots.items()],
+        parameters=node.parameters,
+        per_rank=node.adapter.per_rank,
+    )
+
+
+def _attribute(value: Value) -> LocalAttribute:
+    if type(value) is PythonValue:
+        return LocalAttribute(value.name, None, ())
+    assert isinstance(value, TensorValue)
+    return LocalAttribute(value.name, dtype_name(value.tensor.dtype), value.global_shape, value.buffer, value.numpy)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a torch dtype in records and files, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
