@@ -18,6 +18,8 @@ from distckpt.coordination.interrupts import INTERRUPTS
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+Buffer = bytes | bytearray | memoryview
+
 # kind, flag, call, generation, digest, balance; the absent ranks follow as one bit per rank.
 _HEADER = struct.Struct("<BBQQQQ")
 #: MPI progresses and then misses what it has just received, so a single empty probe does not prove an empty inbox.
@@ -103,7 +105,7 @@ class Channel:
 
     def send(self, destination: int, message: Message) -> None:
         """Send without waiting, even if the destination never receives."""
-        request = self._comm.Isend((_encode(message, self.size), self._byte), destination, self._tag)
+        request = self._comm.Isend((encode(message, self.size), self._byte), destination, self._tag)
         self._under_way = [sent for sent in (*self._under_way, request) if not sent.Test()]
 
     def receive(self, deadline: float, *, interruptible: bool = False) -> Message | None:
@@ -158,10 +160,11 @@ class Channel:
         if matched is None:
             return None
         matched.Recv((self._inbox, self._byte), self._status)
-        return _decode(self._inbox, self._status.Get_count(self._byte), self._status.source, self.size)
+        return decode(self._inbox, self._status.Get_count(self._byte), self._status.source, self.size)
 
 
-def _encode(message: Message, size: int) -> bytes:
+def encode(message: Message, size: int) -> bytes:
+    """Pack a message of a communicator with `size` ranks."""
     kind, call, generation, flag, digest, balance, absent, _ = message
     header = _HEADER.pack(kind, flag, call, generation, digest, balance)
     if not absent:
@@ -171,7 +174,8 @@ def _encode(message: Message, size: int) -> bytes:
     return header + np.packbits(missing).tobytes()
 
 
-def _decode(inbox: bytearray, nbytes: int, source: int, size: int) -> Message:
+def decode(inbox: Buffer, nbytes: int, source: int, size: int) -> Message:
+    """Unpack the message of `nbytes` bytes that rank `source` has sent."""
     kind, flag, call, generation, digest, balance = _HEADER.unpack_from(inbox)
     absent: tuple[int, ...] = ()
     if nbytes > _HEADER.size:

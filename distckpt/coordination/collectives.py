@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from distckpt.coordination.channel import Buffer
+
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-Buffer = bytes | bytearray | memoryview
 
 _TAG = 1
 #: Bytes per MPI call; counts and displacements are 32-bit.

@@ -15,7 +15,8 @@ import xxhash
 
 from distckpt.coordination import agreement, job_end
 from distckpt.coordination.arrival import Call
-from distckpt.coordination.collectives import Buffer, Collectives
+from distckpt.coordination.channel import Buffer
+from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
 from distckpt.errors import LayoutError

@@ -49,7 +49,12 @@ def is_python_value(value: object) -> bool:
     if kind in _MAPPING_TYPES:
         items = value.items()  # type: ignore[attr-defined]
         return all(is_python_value(key) and is_python_value(item) for key, item in items)
-    return isinstance(value, np.generic) and not value.dtype.hasobject
+    return _is_numpy_scalar(value)
+
+
+def _is_numpy_scalar(value: object) -> bool:
+    # The names of a structured scalar's fields would be lost.
+    return isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.names is None
 
 
 def encode(value: object) -> bytes:
@@ -74,7 +79,7 @@ def decode(data: bytes) -> Any:
     """
     try:
         return _from_json(msgspec.json.decode(data))
-    except (KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
         raise ValueError(f"not an encoded python value: {data[:80]!r} ({error})") from error
 
 
@@ -112,12 +117,14 @@ def _to_json(value: Any) -> object:
         return _tagged(kind.__name__, [[_to_json(key), _to_json(item)] for key, item in value.items()])
     if kind is TensorRef:
         return _tagged("tensor", value.name)
-    if isinstance(value, np.generic) and not value.dtype.hasobject:
+    if _is_numpy_scalar(value):
         return _tagged("numpy", [value.dtype.str, base64.b64encode(value.tobytes()).decode()])
     raise UnsupportedValueError(f"a value of type {kind.__module__}.{kind.__qualname__} cannot be stored")
 
 
 def _from_json(data: Any) -> Any:
+    if isinstance(data, list):
+        raise TypeError("a bare list")
     if not isinstance(data, dict):
         return data
     value = data["value"]
@@ -137,9 +144,16 @@ def _from_json(data: Any) -> Any:
         case "dict" | "OrderedDict" | "Counter" as name:
             pairs = {_from_json(key): _from_json(item) for key, item in value}
             return {kind.__name__: kind for kind in _MAPPING_TYPES}[name](pairs)
-        case "tensor":
+        case "tensor" if isinstance(value, str):
             return TensorRef(value)
         case "numpy":
-            return np.frombuffer(base64.b64decode(value[1], validate=True), np.dtype(value[0]))[0]
+            return _numpy_scalar(np.dtype(value[0]), base64.b64decode(value[1], validate=True))
         case other:
             raise ValueError(f"unknown type {other!r} of an encoded python value")
+
+
+def _numpy_scalar(dtype: np.dtype[Any], data: bytes) -> np.generic:
+    if dtype.names is not None:
+        raise TypeError(f"a structured scalar of {dtype}")
+    scalar: np.generic = np.frombuffer(data, dtype)[0] if dtype.itemsize else dtype.type()
+    return scalar

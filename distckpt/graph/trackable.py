@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -56,6 +56,10 @@ class Trackable:
     Assigning an attribute tracks it, deleting it untracks it, and whatever it holds when `save` or `restore` runs is
     what counts. Values that cannot be checkpointed are left out. Subclasses need not call `__init__`.
     """
+
+    if TYPE_CHECKING:  # any attribute may be assigned; at run time a missing one is an AttributeError as usual
+
+        def __getattr__(self, name: str) -> Any: ...
 
     #: Attributes that are never saved.
     _untracked_names: frozenset[str] = frozenset({"_self_tracking"})

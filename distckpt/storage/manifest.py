@@ -25,8 +25,8 @@ _SEAL = re.compile(rb'\{"manifest_checksum":"([0-9a-f]{16})",')
 #: Digits that are set aside for a number which is known only when the file exists; enough for petabytes.
 _OFFSET_DIGITS = 16
 
-#: More bytes than any file has, twice of which fit an int64.
-_MAX_NBYTES = 1 << 62
+#: An offset beyond the end of any file; an int64 holds its sum with the size of any variable.
+_MAX_OFFSET = 1 << 61
 
 #: Capacities are multiples of this, in bytes.
 _CAPACITY_STEP = 4096
@@ -110,7 +110,7 @@ def problems(manifest: Manifest) -> list[str]:
 
 def _variable_problems(variable: Variable) -> list[str]:
     found = validate_shards(variable)
-    if not -1 <= variable.offset <= _MAX_NBYTES:
+    if not -1 <= variable.offset <= _MAX_OFFSET:
         found.append(f"{variable.key}: impossible offset {variable.offset}")
     return found
 

@@ -1,0 +1,46 @@
+"""distckpt: distributed checkpoints of PyTorch training, one parallel-HDF5 file per save."""
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointWarning,
+    CollectiveError,
+    CorruptCheckpointError,
+    LayoutError,
+    RankTimeoutError,
+    RestoreMismatchError,
+)
+from distckpt.graph.trackable import (
+    NoDependency,
+    PerRank,
+    PythonState,
+    RNGState,
+    ShardedVariable,
+    Trackable,
+)
+from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.status import RestoreStatus
+from distckpt.storage.latest import latest_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CheckpointWarning",
+    "CollectiveError",
+    "CorruptCheckpointError",
+    "LayoutError",
+    "NoDependency",
+    "PerRank",
+    "PythonState",
+    "RNGState",
+    "RankTimeoutError",
+    "RestoreMismatchError",
+    "RestoreOptions",
+    "RestoreStatus",
+    "SaveOptions",
+    "ShardedVariable",
+    "Trackable",
+    "latest_checkpoint",
+]

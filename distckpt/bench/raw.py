@@ -1,0 +1,127 @@
+"""The limits of the disk and of the page cache: plain system calls on one shared file, nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distckpt.bench.competitor import Competitor
+from distckpt.bench.state import State
+
+_STEP = 16 << 20
+_BLOCK = 4096
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Raw(Competitor):
+    """Each rank's bytes, in one page-aligned buffer, written to and read from its part of one file."""
+
+    def __init__(self, state: State, *, direct: bool) -> None:
+        """Fill the buffer with the state. Collective over the process group.
+
+        Args:
+            state: Where the bytes come from.
+            direct: Write past the page cache (O_DIRECT); else through it, with write-back started after each step.
+        """
+        super().__init__("raw O_DIRECT" if direct else "raw", state)
+        self._direct = direct
+        # O_DIRECT takes whole blocks, of memory that starts at a block.
+        nbytes = -(-state.local_nbytes // _BLOCK) * _BLOCK
+        self._start = sum(_gather(nbytes)[: dist.get_rank()])
+        self._buffer = mmap.mmap(-1, max(nbytes, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._steps = [memoryview(self._buffer)[at : min(at + _STEP, nbytes)] for at in range(0, nbytes, _STEP)]
+        self._exchange(to_state=False)
+
+    def save(self, stem: Path) -> Path:
+        """Write all ranks' bytes to one file and flush it."""
+        path = stem.with_suffix(".raw")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0), 0o644)
+        try:
+            self._write(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        flush_directory(path.parent)
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Read this rank's bytes back into the buffer."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            for at, view in zip(self._places(), self._steps, strict=True):
+                _require(os.preadv(descriptor, [view], at), view)
+        finally:
+            os.close(descriptor)
+
+    def show(self) -> None:
+        """Copy what the buffer has into the state, to be checked there. Local."""
+        self._exchange(to_state=True)
+
+    def _places(self) -> range:
+        return range(self._start, self._start + len(self._steps) * _STEP, _STEP)
+
+    def _write(self, descriptor: int) -> None:
+        nbytes = sum(map(len, self._steps))
+        if nbytes:
+            os.posix_fallocate(descriptor, self._start, nbytes)
+        for at, view in zip(self._places(), self._steps, strict=True):
+            _require(os.pwritev(descriptor, [view], at), view)
+            if not self._direct:
+                start_write_back(descriptor, at, len(view))
+
+    def _exchange(self, *, to_state: bool) -> None:
+        flat = torch.from_numpy(np.frombuffer(self._buffer, dtype=np.uint8))
+        at = 0
+        for shard in self.state.shards():
+            there, here = shard.view(-1).view(torch.uint8), flat[at : at + shard.nbytes]
+            at += shard.nbytes
+            if to_state:
+                there.copy_(here)
+            else:
+                here.copy_(there)
+
+
+def supports_direct(directory: Path) -> bool:
+    """Whether files there can be written past the page cache. Local."""
+    probe = directory / f"direct-{dist.get_rank()}"
+    try:
+        os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o644))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def start_write_back(descriptor: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin with these bytes now, without waiting for it."""
+    arguments = (ctypes.c_int(descriptor), ctypes.c_int64(offset), ctypes.c_int64(nbytes))
+    _libc.sync_file_range(*arguments, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
+def flush_directory(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gather(number: int) -> list[int]:
+    """This number of every rank. Collective over the process group."""
+    numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, torch.tensor([number]))
+    return [int(each) for each in numbers]
+
+
+def _require(moved: int, view: memoryview) -> None:
+    if moved != len(view):
+        raise OSError(f"expected to move {len(view)} bytes in one call. Got {moved}.")

@@ -1,0 +1,179 @@
+"""What a run found: rows with medians and ratios, as tables and as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from distckpt.bench.cases import OVERHEAD, Samples, Setup
+from distckpt.cluster.file_system import existing_parent, file_system_type
+
+_PACKAGES = ("distckpt", "torch", "numpy", "h5py", "mpi4py", "safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One competitor in one case.
+
+    Attributes:
+        case: Name of the case.
+        name: Name of the competitor.
+        unit: Of the values: "s" or "MiB".
+        nbytes: Bytes of the state over all ranks.
+        median: The middle value.
+        minimum: The smallest value.
+        maximum: The largest value.
+        values: All values, one per round.
+        gigabytes_per_second: Of the state, at the median time.
+        of_raw: Speed as a part of the raw limit, which is the fastest raw median.
+        against_distckpt: Median as a multiple of distckpt's.
+        beyond_raw: In the case "overhead", the median minus that of the raw limit.
+    """
+
+    case: str
+    name: str
+    unit: str
+    nbytes: int
+    median: float
+    minimum: float
+    maximum: float
+    values: tuple[float, ...]
+    gigabytes_per_second: float | None
+    of_raw: float | None
+    against_distckpt: float | None
+    beyond_raw: float | None
+
+
+def make_rows(results: Sequence[Samples]) -> list[Row]:
+    """Rows with ratios; each ratio is between medians of one case.
+
+    Args:
+        results: Of all cases.
+
+    Returns:
+        One row for each of the results, in their order.
+    """
+    return [_row(samples, [other for other in results if other.case == samples.case]) for samples in results]
+
+
+def make_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table per case, for the terminal.
+
+    Args:
+        rows: Of all cases.
+
+    Returns:
+        The tables, in the order of the cases.
+    """
+    return [_table(case, [row for row in rows if row.case == case]) for case in dict.fromkeys(row.case for row in rows)]
+
+
+def make_document(rows: Iterable[Row], setup: Setup, size: int, directory: Path) -> dict[str, Any]:
+    """Everything about a run, for JSON.
+
+    Args:
+        rows: Of all cases.
+        setup: What was asked for.
+        size: Ranks of the job.
+        directory: Where it wrote.
+
+    Returns:
+        A document of plain values.
+    """
+    return {
+        "environment": _environment(directory),
+        "setup": {**asdict(setup), "ranks": size, "directory": str(directory)},
+        "results": [asdict(row) for row in rows],
+    }
+
+
+def _row(samples: Samples, case: Sequence[Samples]) -> Row:
+    raw = min((other.median for other in case if other.name.startswith("raw")), default=None)
+    own = next((other.median for other in case if other.name == "distckpt"), None)
+    timed = samples.unit == "s"
+    return Row(
+        case=samples.case,
+        name=samples.name,
+        unit=samples.unit,
+        nbytes=samples.nbytes,
+        median=samples.median,
+        minimum=min(samples.values),
+        maximum=max(samples.values),
+        values=samples.values,
+        gigabytes_per_second=samples.nbytes / samples.median / 1e9 if timed else None,
+        of_raw=raw / samples.median if raw is not None else None,
+        against_distckpt=samples.median / own if own else None,
+        beyond_raw=samples.median - raw if raw is not None and samples.case.startswith(OVERHEAD) else None,
+    )
+
+
+def _table(case: str, rows: Sequence[Row]) -> Table:
+    """Only the columns that mean something in this case."""
+    title = f"{case}: {_size(rows[0].nbytes)}, {len(rows[0].values)} rounds"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    columns = {name: cells for name, cells in _columns(rows).items() if any(cells)}
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(row.name, *cells)
+    return table
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    unit = rows[0].unit
+    digits = 4 if unit == "s" else 1
+    return {
+        f"median {unit}": [_number(row.median, digits) for row in rows],
+        "min": [_number(row.minimum, digits) for row in rows],
+        "max": [_number(row.maximum, digits) for row in rows],
+        "GB/s": [_number(row.gigabytes_per_second, 2) for row in rows],
+        "of raw limit": [_number(row.of_raw, 2) for row in rows],
+        "beyond raw s": [_number(row.beyond_raw, 4) for row in rows],
+        "x distckpt": [_number(row.against_distckpt, 2) for row in rows],
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"
+
+
+def _environment(directory: Path) -> dict[str, Any]:
+    """Facts of rank 0's host that the numbers depend on."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "file_system": file_system_type(existing_parent(directory)),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,135 @@
+"""Interleaved rounds: every trial once per round, in alternating order; the slowest or largest rank counts."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar, TypeVarTuple
+
+import torch
+import torch.distributed as dist
+
+from distckpt.errors import CollectiveError
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_libc = ctypes.CDLL(None)
+
+
+class Trial(Protocol):
+    """Something to measure again and again. Every method is collective over the process group."""
+
+    @property
+    def name(self) -> str:
+        """How the report calls it."""
+
+    def prepare(self) -> None:
+        """What must be done before, unmeasured."""
+
+    def run(self) -> None:
+        """What is measured."""
+
+    def clean(self) -> None:
+        """What must be done after, unmeasured."""
+
+
+Meter = Callable[[Trial], float]
+
+
+def interleave(trials: Sequence[Trial], rounds: int, meter: Meter) -> dict[str, list[float]]:
+    """Measure every trial once per round, in alternating order. Collective over the process group.
+
+    Args:
+        trials: What to measure; their names differ.
+        rounds: How often.
+        meter: What to measure of a run: `seconds` or `extra_mib`.
+
+    Returns:
+        Name of a trial to its measured values, one per round, the same on all ranks.
+    """
+    samples: dict[str, list[float]] = {trial.name: [] for trial in trials}
+    for number in range(rounds):
+        for trial in trials if number % 2 == 0 else reversed(trials):
+            agreed(f"prepare {trial.name}", trial.prepare)
+            gc.collect()
+            samples[trial.name].append(meter(trial))
+            agreed(f"clean {trial.name}", trial.clean)
+    return samples
+
+
+def seconds(trial: Trial) -> float:
+    """From a barrier to the return on the slowest rank. Collective over the process group."""
+    dist.barrier()
+    return over_ranks(agreed(trial.name, _clock, trial), dist.ReduceOp.MAX)
+
+
+def extra_mib(trial: Trial) -> float:
+    """Peak resident memory during the run beyond that before it, in MiB, of the rank with the most. Collective."""
+    dist.barrier()
+    return over_ranks(agreed(trial.name, _peak, trial), dist.ReduceOp.MAX) / 2**20
+
+
+def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Run an action; where it raises on any rank, raise one error on all. Collective over the process group.
+
+    Args:
+        step: What the error calls it.
+        action: What to run.
+        *args: Its arguments.
+
+    Returns:
+        What the action returns on this rank.
+
+    Raises:
+        CollectiveError: The action raised on at least one rank. The same on all ranks.
+    """
+    cause = None
+    try:
+        result = action(*args)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        cause = error
+    if over_ranks(cause is not None, dist.ReduceOp.MAX):
+        texts = gather(f"{type(cause).__name__}: {cause}" if cause else None)
+        raise CollectiveError(step, {rank: text for rank, text in enumerate(texts) if text}) from cause
+    return result
+
+
+def over_ranks(value: float, op: dist.ReduceOp.RedOpType) -> float:
+    """Reduce one number over the ranks. Collective over the process group."""
+    total = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(total, op)
+    return float(total.item())
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, in their order. Collective over the process group."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _clock(trial: Trial) -> float:
+    start = time.perf_counter()
+    trial.run()
+    return time.perf_counter() - start
+
+
+def _peak(trial: Trial) -> float:
+    """Bytes. Memory that was freed but not given back to the system is given back first, as it would hide the peak."""
+    _libc.malloc_trim(0)
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    trial.run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if match is None:
+        raise OSError(f"/proc/self/status: expected a line {field}. Got none.")
+    return int(match[1]) * 1024

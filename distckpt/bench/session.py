@@ -1,0 +1,84 @@
+"""A whole run: process group, directory, the cases one after the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from distckpt.bench.cases import Bench, Samples, Setup, run_case
+from distckpt.bench.runner import agreed, gather
+from distckpt.cluster.process_group import init_process_group
+
+_SPARE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run found, and who asks.
+
+    Attributes:
+        rank: This rank.
+        size: Ranks of the job.
+        results: What was measured, the same on all ranks.
+    """
+
+    rank: int
+    size: int
+    results: tuple[Samples, ...]
+
+
+def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) -> Outcome:
+    """Measure everything that was asked for. Collective over MPI's COMM_WORLD.
+
+    Args:
+        setup: What to measure.
+        directory: Where to write, made if missing; everything written is deleted at the end.
+        announce: Called on rank 0 with the name of each case as it begins.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        CollectiveError: Something failed on a rank: the directory, the disk, or a competitor.
+    """
+    init_process_group(backend="gloo")
+    try:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        own = gather(agreed("make the directory", _make_directory, setup, directory))[0]
+        results = _run_cases(Bench(setup, mesh, Path(own)), announce)
+        return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results))
+    finally:
+        # gloo's threads crash an interpreter that ends while they run.
+        dist.destroy_process_group()
+
+
+def _run_cases(bench: Bench, announce: Callable[[str], None]) -> list[Samples]:
+    results = []
+    try:
+        for case in bench.setup.cases:
+            if dist.get_rank() == 0:
+                announce(case)
+            results += run_case(bench, case)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(bench.directory, ignore_errors=True)
+    return results
+
+
+def _make_directory(setup: Setup, directory: Path) -> str:
+    """A directory of our own, on rank 0; nothing elsewhere."""
+    if dist.get_rank() != 0:
+        return ""
+    directory.mkdir(parents=True, exist_ok=True)
+    needed = setup.nbytes * (1 + len(setup.competitors)) + _SPARE
+    free = os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize
+    if free < needed:
+        raise OSError(f"{directory}: expected {needed >> 20} MiB free. Got {free >> 20}. Choose a smaller size.")
+    return tempfile.mkdtemp(prefix="distckpt-bench-", dir=directory)

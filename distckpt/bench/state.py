@@ -1,0 +1,149 @@
+"""The state that is saved and restored: float32 DTensors shaped like a GPT and its Adam slots, or many small ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+Shapes = dict[str, tuple[int, ...]]
+
+_SLOTS = ("exp_avg", "exp_avg_sq")
+_ITEMSIZE = 4
+_HIDDEN_SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
+_SALT = 0x1E3779B1
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Variables of which each rank holds one shard.
+
+    Attributes:
+        tensors: Name to DTensor, the same names on all ranks.
+    """
+
+    tensors: dict[str, DTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards of all ranks."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * _ITEMSIZE
+
+    @property
+    def local_nbytes(self) -> int:
+        """Bytes of this rank's shards."""
+        return sum(shard.nbytes for shard in self.shards())
+
+    def shards(self) -> Iterator[torch.Tensor]:
+        """This rank's shards, in the order of the variables; contiguous."""
+        return (tensor.to_local() for tensor in self.tensors.values())
+
+    def fill(self) -> None:
+        """Give every element a value that only its variable and place in the global shape determine."""
+        for index, tensor in enumerate(self.tensors.values()):
+            tensor.to_local().view(torch.int32).copy_(_expected(index, tensor))
+
+    def advance(self) -> None:
+        """Change every element, as an optimizer step does."""
+        torch._foreach_add_(list(self.shards()), 1.0)
+
+    def scramble(self) -> None:
+        """Give every element a value that `fill` never gives."""
+        for shard in self.shards():
+            shard.fill_(-1.0)
+
+    def wrong(self) -> list[str]:
+        """Names of the variables whose shard on this rank differs in any bit from what `fill` gives."""
+        return [
+            name
+            for index, (name, tensor) in enumerate(self.tensors.items())
+            if not torch.equal(tensor.to_local().view(torch.int32), _expected(index, tensor))
+        ]
+
+
+def gpt_shapes(nbytes: int, hidden: int | None = None) -> Shapes:
+    """Global shapes of the weights of a GPT with two optimizer slots each, of about `nbytes` in all.
+
+    Args:
+        nbytes: Bytes of all weights and slots as float32.
+        hidden: Width of the model. None takes the width that gives about 12 layers.
+
+    Returns:
+        Name to global shape; weights first, then one slot after the other.
+    """
+    weights = nbytes // _ITEMSIZE // (1 + len(_SLOTS))
+    width = hidden or min(_HIDDEN_SIZES, key=lambda size: abs(weights / _block_elements(size) - 12.5))
+    layers = max(1, int(0.97 * weights / _block_elements(width)))
+    rows = max(2, round((weights - layers * _block_elements(width)) / width) - 2)
+    shapes = _gpt_weights(width, layers, rows)
+    return shapes | {f"{name}.{slot}": shape for slot in _SLOTS for name, shape in shapes.items()}
+
+
+def small_shapes(count: int) -> Shapes:
+    """`count` variables of 1 KiB."""
+    return {f"layers.{index}.bias": (256,) for index in range(count)}
+
+
+def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int) -> State:
+    """A state with the elements of `State.scramble`. Local.
+
+    Args:
+        shapes: Name to global shape.
+        mesh: One-dimensional mesh of all ranks.
+        dim: The dimension that is split over the ranks; variables with fewer dimensions are split along dimension 0.
+
+    Returns:
+        The state.
+    """
+    state = State({name: _empty(shape, mesh, dim if dim < len(shape) else 0) for name, shape in shapes.items()})
+    state.scramble()
+    return state
+
+
+def _block_elements(hidden: int) -> int:
+    return 12 * hidden * hidden + 13 * hidden
+
+
+def _gpt_weights(hidden: int, layers: int, rows: int) -> Shapes:
+    """Weights of a GPT-2; `rows` are those of the token and position embeddings together."""
+    positions = min(1024, rows // 2)
+    shapes: Shapes = {"wte.weight": (rows - positions, hidden), "wpe.weight": (positions, hidden)}
+    for layer in range(layers):
+        shapes |= {f"h.{layer}.{name}": shape for name, shape in _block(hidden).items()}
+    return shapes | {"ln_f.weight": (hidden,), "ln_f.bias": (hidden,)}
+
+
+def _block(hidden: int) -> Shapes:
+    shapes: Shapes = {}
+    for name, width in (("ln_1", None), ("attn.c_attn", 3), ("attn.c_proj", 1), ("ln_2", None), ("mlp.c_fc", 4)):
+        shapes[f"{name}.weight"] = (width * hidden, hidden) if width else (hidden,)
+        shapes[f"{name}.bias"] = ((width or 1) * hidden,)
+    return shapes | {"mlp.c_proj.weight": (hidden, 4 * hidden), "mlp.c_proj.bias": (hidden,)}
+
+
+def _empty(shape: tuple[int, ...], mesh: DeviceMesh, dim: int) -> DTensor:
+    rows = _rows(shape[dim], mesh)
+    local = torch.empty((*shape[:dim], len(rows), *shape[dim + 1 :]), dtype=torch.float32)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _rows(length: int, mesh: DeviceMesh) -> range:
+    """Which indices of the split dimension this rank holds: DTensor's rule, by which the last ranks may get fewer."""
+    step = math.ceil(length / mesh.size())
+    start = min(length, mesh.get_local_rank() * step)
+    return range(start, min(length, start + step))
+
+
+def _expected(index: int, tensor: DTensor) -> torch.Tensor:
+    """The bits that `State.fill` gives this rank's shard of variable number `index`: floats in [0, 2)."""
+    places = torch.zeros((), dtype=torch.int32)
+    for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        held = _rows(length, tensor.device_mesh) if tensor.placements[0].is_shard(axis) else range(length)
+        line = torch.arange(held.start, held.stop, dtype=torch.int32) * stride
+        places = places.unsqueeze(-1) + line
+    return ((places + index) * _SALT) & 0x3FFFFFFF

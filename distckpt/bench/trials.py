@@ -1,0 +1,145 @@
+"""What one round does with each competitor: save and delete, or restore."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distckpt.bench.competitor import Competitor
+from distckpt.bench.state import State
+
+Builder = Callable[[State], Competitor]
+
+_READ_STEP = 16 << 20
+
+
+class SaveTrial:
+    """Save under a fresh name, with the competitor that saved before; delete the file again.
+
+    Attributes:
+        name: How the report calls it.
+    """
+
+    def __init__(self, competitor: Competitor, directory: Path) -> None:
+        self.name = competitor.name
+        self._competitor = competitor
+        self._directory = directory
+        self._count = 0
+        self._path = directory
+
+    def prepare(self) -> None:
+        """Change the values as training would, and let the disk come to rest."""
+        self._count += 1
+        self._competitor.state.advance()
+        os.sync()
+        make_resident(self._competitor.state.local_nbytes)
+
+    def run(self) -> None:
+        """Save."""
+        self._path = self._competitor.save(self._directory / f"{self.name.replace(' ', '-')}-{self._count}")
+
+    def clean(self) -> None:
+        """Delete what was saved."""
+        delete(self._path)
+
+
+class FirstSaveTrial(SaveTrial):
+    """Save with a new competitor each time, to which nothing is known from an earlier save.
+
+    Attributes:
+        name: How the report calls it.
+    """
+
+    def __init__(self, build: Builder, state: State, directory: Path) -> None:
+        super().__init__(build(state), directory)
+        self.name = f"{self._competitor.name}, first save"
+        self._build = build
+
+    def prepare(self) -> None:
+        """Begin anew."""
+        super().prepare()
+        self._competitor = self._build(self._competitor.state)
+
+
+class RestoreTrial:
+    """Restore from a file that the page cache holds.
+
+    Attributes:
+        name: How the report calls it.
+        competitor: What restores.
+        path: What its `save` returned.
+    """
+
+    def __init__(self, competitor: Competitor, path: Path) -> None:
+        self.name = competitor.name
+        self.competitor = competitor
+        self.path = path
+
+    def prepare(self) -> None:
+        """Rank 0 reads the file once, in case the page cache had to give it up."""
+        if dist.get_rank() == 0:
+            _read_through(self.path)
+        make_resident(self.competitor.state.local_nbytes)
+
+    def run(self) -> None:
+        """Restore."""
+        self.competitor.restore(self.path)
+
+    def clean(self) -> None:
+        """Nothing is left behind."""
+
+
+def check_restore(trial: RestoreTrial) -> None:
+    """Restore into other values than the saved ones, and compare every bit with what was saved.
+
+    Args:
+        trial: Its state was saved as `State.fill` made it.
+
+    Raises:
+        ValueError: Some values differ on this rank.
+    """
+    trial.competitor.state.scramble()
+    trial.run()
+    trial.competitor.show()
+    wrong = trial.competitor.state.wrong()
+    if wrong:
+        raise ValueError(f"{len(wrong)} variables of {trial.path} were restored wrongly, first {wrong[0]!r}.")
+
+
+def make_resident(nbytes: int) -> None:
+    """Have the machine's free memory behind it, so that the page cache and buffers of what comes next can use it.
+
+    Many virtual machines give free memory back to their host after a few seconds. Getting it again costs up to two
+    seconds per GiB, by chance, and only where the page cache is used.
+
+    Args:
+        nbytes: Bytes that are going to be used; a quarter is added.
+    """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    nbytes = min(nbytes * 5 // 4, free // (2 * dist.get_world_size()))
+    mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a directory, once all ranks are done with it. Collective over the process group."""
+    dist.barrier()
+    if dist.get_rank() != 0:
+        return
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _read_through(path: Path) -> None:
+    """Read a file, or all files of a directory."""
+    buffer = bytearray(_READ_STEP)
+    for each in path.iterdir() if path.is_dir() else [path]:
+        with each.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

@@ -1,0 +1,253 @@
+"""`Checkpoint`: an object graph, saved and restored together by all ranks of a communicator."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from typing import Any
+
+import torch
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.graph.adapters.base import Adapter
+from distckpt.graph.adapters.registry import adapter_for, is_checkpointable, unwrap
+from distckpt.graph.adapters.root import RootAdapter
+from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
+from distckpt.graph.view import LiveGraph, walk
+from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.restorer import Restorer
+from distckpt.saver import Saver
+from distckpt.status import RestoreStatus
+
+
+class _Session:
+    """What a Checkpoint keeps beside its attributes."""
+
+    __slots__ = ("coordinator", "counter", "restorer", "root", "saver")
+
+    def __init__(self, owner: Checkpoint, root: object | None, coordinator: Coordinator) -> None:
+        self.root = None if root is None else WeakRoot(root)
+        self.coordinator = coordinator
+        self.counter = 0
+        self.saver = Saver(coordinator)
+        self.restorer = Restorer(coordinator, weakref.ref(owner))
+
+
+class Checkpoint(Trackable):
+    """Groups objects whose state is saved and restored together.
+
+    Every rank builds its own over the objects it holds. Methods that communicate say so; call them on every rank.
+
+    Example:
+        >>> checkpoint = Checkpoint(model=model, optimizer=optimizer, step=0)
+        >>> checkpoint.restore(latest_checkpoint("runs/a"))
+        >>> checkpoint.step = 100
+        >>> checkpoint.save("runs/a/ckpt")
+        'runs/a/ckpt-1.h5'
+    """
+
+    _untracked_names = frozenset({"_self_tracking", "_self_session"})
+
+    def __init__(self, root: object | None = None, /, *, comm: object | None = None, **trackables: Any) -> None:
+        """Local: the first collective call meets the other ranks.
+
+        Args:
+            root: Object whose own children become the top of the graph; may be a `weakref.ref`.
+            comm: mpi4py communicator of the ranks that save together; None for `MPI.COMM_WORLD`.
+            **trackables: Further children, assigned as attributes in the order of their names.
+
+        Raises:
+            TypeError: `comm` is no communicator.
+            ValueError: A value cannot be checkpointed, or a name is taken.
+        """
+        object.__setattr__(self, "_self_session", _Session(self, root, Coordinator(comm)))
+        if root is not None and adapter_for(unwrap(self._root())) is None:
+            raise ValueError(f"root: a {type(root).__qualname__} cannot be checkpointed.")
+        for name, value in sorted(trackables.items()):
+            if not is_checkpointable(value):
+                raise ValueError(
+                    f"{name}: a {type(value).__module__}.{type(value).__qualname__} cannot be checkpointed. Pass a "
+                    "tensor, module, optimizer, an object with state_dict() and load_state_dict(), or python values."
+                )
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RESERVED_NAMES:
+            raise ValueError(f"{name}: the name belongs to a method or parameter of Checkpoint. Choose another.")
+        self._require_free(name, value)
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Checkpoint:
+        """An independent Checkpoint over copies, on the same communicator."""
+        import copy
+
+        session = self._session
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        root = None if session.root is None else copy.deepcopy(session.root(), memo)
+        object.__setattr__(twin, "_self_session", _Session(twin, root, session.coordinator))
+        twin._session.counter = session.counter
+        for name, value in vars(self).items():
+            if name != "_self_session":
+                object.__setattr__(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A Checkpoint holds a communicator, which exists in this process only."""
+        raise TypeError("a Checkpoint cannot be pickled. Call save() and restore() instead.")
+
+    # ---- the collective calls ----
+
+    @property
+    def save_counter(self) -> int:
+        """How many times `save` succeeded in the life of this state: restored with it, 0 at the start."""
+        return self._session.counter
+
+    def save(self, file_prefix: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
+        """Save everything as `<file_prefix>-<N>.h5`. Collective over the communicator.
+
+        N is 1 + the larger of the save counter and the highest number of that prefix on disk; an existing file is
+        never replaced. On return the file is durable and the newest of its directory.
+
+        Args:
+            file_prefix: Directory and start of the file name; ".h5" at its end is ignored.
+            options: The same on all ranks.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            LayoutError: What the ranks hold is not one checkpoint. Nothing was written.
+            RankTimeoutError: Some ranks did not come.
+            CollectiveError: A step failed on some rank. The previous checkpoint stays the latest.
+        """
+        session = self._session
+        walk = functools.partial(self._walk_for_save, with_counter=True)
+        with session.coordinator.uninterrupted():
+            saved = session.saver.save("save", walk, file_prefix, options or SaveOptions(), session.counter)
+            session.counter = saved.number
+        return saved.path
+
+    def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
+        """Write everything to `path`, without number, counter and state file. Collective over the communicator.
+
+        Args:
+            path: The file; ".h5" is added where it is missing. An existing file is replaced atomically.
+            options: The same on all ranks.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            LayoutError: What the ranks hold is not one checkpoint. Nothing was written.
+            RankTimeoutError: Some ranks did not come.
+            CollectiveError: A step failed on some rank. The file at `path` is as it was.
+        """
+        walk = functools.partial(self._walk_for_save, with_counter=False)
+        return self._session.saver.save("write", walk, path, options or SaveOptions(), 0).path
+
+    def restore(
+        self, save_path: str | os.PathLike[str] | None, *, options: RestoreOptions | None = None
+    ) -> RestoreStatus:
+        """Restore a file made by `save`, the save counter included. Collective over the communicator.
+
+        Args:
+            save_path: The file, with or without ".h5"; None restores nothing.
+            options: The same on all ranks.
+
+        Returns:
+            What matched. Values for names that do not exist yet wait until they do.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            CorruptCheckpointError: The file is damaged.
+            RestoreMismatchError: Saved and live values differ in kind, shape or dtype. Nothing was changed.
+            LayoutError: The ranks passed different arguments.
+            RankTimeoutError: Some ranks did not come.
+            CollectiveError: A step failed on some rank.
+        """
+        return self._session.restorer.restore("restore", save_path, options or RestoreOptions())
+
+    def read(self, path: str | os.PathLike[str], *, options: RestoreOptions | None = None) -> RestoreStatus:
+        """Restore a file made by `write`; the save counter stays as it is. Collective over the communicator.
+
+        Args:
+            path: The file, with or without ".h5".
+            options: The same on all ranks.
+
+        Returns:
+            What matched.
+
+        Raises:
+            CheckpointError: As `restore`.
+        """
+        return self._session.restorer.restore("read", path, options or RestoreOptions())
+
+    def retry_pending(self) -> int:
+        """Apply values that waited for names which exist now. Local.
+
+        Returns:
+            Number of values applied.
+
+        Raises:
+            RestoreMismatchError: A waiting value does not fit; the live value stays as it was.
+        """
+        return self._session.restorer.retry_pending()
+
+    # ---- the graph ----
+
+    @property
+    def _session(self) -> _Session:
+        session: _Session = vars(self)["_self_session"]
+        return session
+
+    def _root(self) -> object:
+        root = self._session.root
+        return self if root is None else root()
+
+    def _walk_for_save(self, *, with_counter: bool) -> LiveGraph:
+        graph = self._walk(with_counter=with_counter)
+        self._session.restorer.before_save(graph)
+        if graph.unowned:
+            self._session.saver.warn_once(
+                f"{graph.unowned} optimizer parameter(s) have state but belong to no tracked object: their state is "
+                "not saved. Track the module that owns them."
+            )
+        return graph
+
+    def _walk(self, *, with_counter: bool) -> LiveGraph:
+        """Walk the live graph. Local."""
+        session = self._session
+        root = unwrap(self._root())
+        inner = adapter_for(root)
+        assert inner is not None, "checked by the constructor"
+        attached = {} if session.root is None else dict(tracked_attributes(self))
+        counter = torch.tensor(session.counter, dtype=torch.int64) if with_counter else None
+        adapter = RootAdapter(inner, attached, counter)
+        adapter.on_attached = self._set_attached
+        adapter.on_counter = self._set_counter
+        return walk(root, adapter, session.coordinator.rank)
+
+    def _set_attached(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+
+    def _set_counter(self, value: int) -> None:
+        self._session.counter = value
+
+    def _require_free(self, name: str, value: object) -> None:
+        """With a positional root, its children and the attached ones share one name space."""
+        if self._session.root is None:
+            return
+        root = unwrap(self._root())
+        adapter: Adapter | None = adapter_for(root)
+        assert adapter is not None
+        for part in adapter.parts(root, 0):
+            if part.name == name and getattr(part, "target", None) is not unwrap(value):
+                raise ValueError(f"{name}: the root already has a child of that name. Choose another.")
+
+
+_RESERVED_NAMES = frozenset(
+    {name for name in vars(Checkpoint) if not name.startswith("_")}
+    | {"track", "root", "comm", "file_prefix", "path", "save_path", "options"}
+)

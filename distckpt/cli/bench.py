@@ -1,0 +1,140 @@
+"""`distckpt bench`: how fast it is here, against the raw disk and other checkpointers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from distckpt.bench.cases import Setup
+    from distckpt.bench.session import Outcome
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_WIDTH = 110
+
+
+def bench(
+    directory: Annotated[Path, typer.Option("--dir", help="Directory on the file system to measure.")],
+    size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
+    against: Annotated[str, typer.Option(help="Rivals: raw, dcp, safetensors.")] = "raw,dcp",
+    cases: Annotated[str, typer.Option(help="save, restore, reshard, memory, overhead.")] = "save,restore,reshard",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 5,
+    variables: Annotated[str, typer.Option(help="Numbers of 1 KiB variables, for overhead.")] = "1000,10000",
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the model; else one that suits the size.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Measure durable saves and warm restores of a GPT-like state. Run it under mpirun."""
+    # Torch takes seconds to import, and other commands have no use for it.
+    from distckpt.bench.cases import CASES, COMPETITORS, Setup
+
+    setup = Setup(
+        nbytes=parse_size(size),
+        hidden=hidden,
+        variables=tuple(parse_number(word) for word in variables.split(",")),
+        competitors=("distckpt", *parse_choices("--against", against, COMPETITORS[1:])),
+        cases=parse_choices("--cases", cases, tuple(CASES)),
+        rounds=rounds,
+    )
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{json_path}: its directory does not exist.", param_hint="--json")
+    outcome = _measure(setup, directory)
+    if outcome.rank == 0:
+        _report(outcome, setup, directory, json_path)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "1GiB", "500 MB" or "4096".
+
+    Args:
+        text: A number, and a unit or none.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        typer.BadParameter: It is no size, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if nbytes <= 0:
+        raise typer.BadParameter(f"expected a size such as 64MiB or 1GiB. Got {text!r}.", param_hint="--size")
+    return nbytes
+
+
+def parse_number(text: str) -> int:
+    """A number of variables.
+
+    Args:
+        text: Its digits.
+
+    Returns:
+        The number.
+
+    Raises:
+        typer.BadParameter: It is no number above zero.
+    """
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise typer.BadParameter(f"expected numbers such as 1000,10000. Got {text!r}.", param_hint="--variables")
+    return int(text)
+
+
+def parse_choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of the choices, separated by commas; an empty text chooses none.
+
+    Args:
+        option: Name of the option, for the error.
+        text: What the user gave.
+        choices: What may be chosen.
+
+    Returns:
+        What was chosen, each once, in the user's order.
+
+    Raises:
+        typer.BadParameter: Something is no choice.
+    """
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    unknown = [word for word in words if word not in choices]
+    if unknown:
+        raise typer.BadParameter(f"expected some of {', '.join(choices)}. Got {unknown[0]!r}.", param_hint=option)
+    return words
+
+
+def _measure(setup: Setup, directory: Path) -> Outcome:
+    from distckpt.bench.session import run_session
+    from distckpt.errors import CheckpointError
+
+    try:
+        return run_session(setup, directory, _announce)
+    except CheckpointError:
+        raise
+    except Exception:
+        # The other ranks wait for this one, and MPI would wait for them at exit: only the launcher can end them now.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _announce(case: str) -> None:
+    typer.echo(f"measuring: {case}", err=True)
+
+
+def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None) -> None:
+    from rich.console import Console
+
+    from distckpt.bench.report import make_document, make_rows, make_tables
+
+    rows = make_rows(outcome.results)
+    if json_path is not None:
+        document = make_document(rows, setup, outcome.size, directory)
+        json_path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    # mpirun gives every rank a terminal of its own, which is not the user's: its colours and width mean nothing.
+    console = Console(force_terminal=False, width=_WIDTH)
+    for table in make_tables(rows):
+        console.print(table)

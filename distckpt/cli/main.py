@@ -1,0 +1,44 @@
+"""The `distckpt` command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+
+import typer
+
+from distckpt.errors import CheckpointError
+
+#: Each is the function of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
+COMMANDS = ("ls", "show", "verify", "doctor", "bench")
+
+
+def build(commands: Iterable[str]) -> typer.Typer:
+    """The command line with these commands."""
+    app = typer.Typer(
+        name="distckpt",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    # A callback keeps the name of a command on the command line even where there is one command only.
+    app.callback()(distckpt)
+    for name in commands:
+        app.command(name)(getattr(importlib.import_module(f"distckpt.cli.{name}"), name))
+    return app
+
+
+def distckpt() -> None:
+    """Looks at checkpoints, and at the machine they are made on."""
+
+
+def main() -> None:
+    """Runs the command in sys.argv; errors of the checkpoint or the file system end in one message and status 1."""
+    asked = [name for name in sys.argv[1:2] if name in COMMANDS]
+    try:
+        build(asked or COMMANDS)()
+    except (CheckpointError, OSError) as error:
+        print(f"distckpt: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,147 @@
+"""`distckpt show FILE`: the object graph of a checkpoint as a tree."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape as markup
+from rich.tree import Tree
+
+from distckpt.cli.words import nbytes_in_words, time_in_words
+from distckpt.graph.python_value import decode
+from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.keys import dict_key
+from distckpt.layout.records import OWN_VALUE, Manifest, Variable
+from distckpt.storage.hdf5 import open_checkpoint
+from distckpt.storage.paths import resolve
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="Checkpoint file, with or without .h5.")],
+    python: Annotated[bool, typer.Option("--python/--no-python", help="Show python values.")] = True,
+) -> None:
+    """Prints the object graph of a checkpoint: shapes, dtypes, sharding, sizes."""
+    opened = open_checkpoint(resolve(file))
+    console = Console(highlight=False, soft_wrap=True)
+    for line in _header(opened.path, opened.manifest):
+        console.print(line)
+    console.print(_Drawing(opened.manifest, python).tree())
+
+
+def _header(path: str, manifest: Manifest) -> list[str]:
+    total = sum(_nbytes(variable) for variable in manifest.variables)
+    counter = "no counter" if manifest.save_counter is None else f"save {manifest.save_counter}"
+    made = (
+        f"format {manifest.format_version}, {counter}, {manifest.world_size} rank(s) on {markup(manifest.host)}, "
+        f"{time_in_words(manifest.time)}, transport {manifest.transport}, checksums {manifest.checksums or 'none'}"
+    )
+    size = (
+        f"{len(manifest.variables)} tensors of {nbytes_in_words(total)}, {len(manifest.python_state)} python values, "
+        f"file of {nbytes_in_words(manifest.file_nbytes)}"
+    )
+    return [f"[bold]{markup(path)}[/]", made, size]
+
+
+def _nbytes(variable: Variable) -> int:
+    numel = 1
+    for extent in variable.shape:
+        numel *= extent
+    return numel * dtype_info(variable.dtype).itemsize
+
+
+@dataclass
+class _Drawing:
+    """A manifest on its way to a tree."""
+
+    manifest: Manifest
+    python: bool
+    first_path: dict[int, str] = field(default_factory=dict)
+    variables: dict[str, Variable] = field(default_factory=dict)
+
+    def tree(self) -> Tree:
+        """The whole tree, breadth-first, so that a shared object stands where its key says."""
+        self.variables = {variable.key: variable for variable in self.manifest.variables}
+        tree = Tree("[bold](root)[/]", guide_style="dim")
+        nodes = self.manifest.object_graph.nodes
+        self.first_path[0] = "(root)"
+        queue = deque([(0, tree, "")])
+        while queue:
+            node_id, branch, path = queue.popleft()
+            for attribute in nodes[node_id].attributes:
+                if attribute.name != OWN_VALUE:
+                    self.add_value(branch, attribute.name, attribute.checkpoint_key)
+            for child in nodes[node_id].children:
+                name = str(dict_key(child.local_name))
+                child_path = f"{path}/{name}" if path else name
+                if child.node_id in self.first_path:
+                    branch.add(f"{markup(name)} [dim]= {markup(self.first_path[child.node_id])}[/]")
+                    continue
+                self.first_path[child.node_id] = child_path
+                queue.append((child.node_id, self.add_node(branch, name, child.node_id), child_path))
+            self.add_slots(branch, node_id)
+        return tree
+
+    def add_node(self, branch: Tree, name: str, node_id: int) -> Tree:
+        """One node, with its own value if it has one."""
+        for attribute in self.manifest.object_graph.nodes[node_id].attributes:
+            if attribute.name == OWN_VALUE:
+                return branch.add(self.describe(name, attribute.checkpoint_key))
+        return branch.add(f"[bold]{markup(name)}[/]")
+
+    def add_value(self, branch: Tree, name: str, key: str) -> None:
+        """One value of a node."""
+        if key in self.variables or self.python:
+            branch.add(self.describe(name, key))
+
+    def add_slots(self, branch: Tree, node_id: int) -> None:
+        """The slots of an optimizer, by variable."""
+        slots = self.manifest.object_graph.nodes[node_id].slot_variables
+        if not slots:
+            return
+        below = branch.add(f"[bold].slots[/] [dim]({len(slots)})[/]")
+        by_variable: dict[int, Tree] = {}
+        for slot in slots:
+            variable = slot.original_variable_node_id
+            if variable not in by_variable:
+                by_variable[variable] = below.add(f"[dim]{markup(self.key_of(variable))}[/]")
+            for attribute in self.manifest.object_graph.nodes[slot.slot_variable_node_id].attributes:
+                self.add_value(by_variable[variable], slot.slot_name, attribute.checkpoint_key)
+
+    def key_of(self, node_id: int) -> str:
+        """Key of a variable."""
+        attributes = self.manifest.object_graph.nodes[node_id].attributes
+        return attributes[0].checkpoint_key if attributes else f"node {node_id}"
+
+    def describe(self, name: str, key: str) -> str:
+        """A value in one line."""
+        variable = self.variables.get(key)
+        if variable is None:
+            return f"{markup(name)} = [cyan]{markup(_shortened(decode(bytes(self.manifest.python_state[key]))))}[/]"
+        shape = "x".join(map(str, variable.shape)) or "scalar"
+        return (
+            f"{markup(name)} [green]{variable.dtype}[/] {shape} [dim]{_sharding(variable)}"
+            f"{nbytes_in_words(_nbytes(variable))}[/]"
+        )
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _sharding(variable: Variable) -> str:
+    """How many shards, and along which dimensions they divide the tensor."""
+    if len(variable.shards) <= 1:
+        return ""
+    axes = [
+        str(axis)
+        for axis in range(len(variable.shape))
+        if any(shard.shape[axis] != variable.shape[axis] for shard in variable.shards)
+    ]
+    ranks = len({shard.rank for shard in variable.shards})
+    return f"{len(variable.shards)} shards along dim {', '.join(axes)} by {ranks} rank(s), "

@@ -1,0 +1,173 @@
+"""The torch process group of a job that mpirun or srun started: rank, size and address come from MPI."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
+from distckpt.errors import CheckpointError, CollectiveError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_CONNECT_TIMEOUT = timedelta(seconds=60)
+_AGREE_WITH_MPI = "Unset RANK and WORLD_SIZE, or destroy the process group, and let mpirun or srun alone start the job."
+_REACH_RANK_0 = "Set MASTER_ADDR to an address of rank 0 that every node reaches, GLOO_SOCKET_IFNAME to its network."
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where this rank is.
+
+    Attributes:
+        rank: Index in the communicator.
+        size: Ranks in the communicator.
+        local_rank: Index among the ranks of this node.
+        local_size: Ranks on this node.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Where rank 0 serves the store: a host name or number, and a TCP port."""
+
+    host: str
+    port: int
+
+
+def init_process_group(comm: MPI.Intracomm | None = None, backend: str | None = None) -> torch.device:
+    """Initialise `torch.distributed` with the ranks of an MPI communicator. Collective over the communicator.
+
+    Each rank first binds the GPU of its local rank, where there are GPUs. Rank 0 opens a store at a free port and
+    tells the others where it is, so that no variable of the environment need be set. On several nodes MASTER_ADDR,
+    when set on rank 0, is taken as its address (hosts with more than one network). A process group that exists
+    already and agrees with the communicator is kept.
+
+    Args:
+        comm: The ranks of the process group. None is MPI's COMM_WORLD.
+        backend: As in `torch.distributed.init_process_group`. None is gloo, with NCCL for GPU tensors where there
+            are GPUs.
+
+    Returns:
+        The device of this rank: its GPU, or the CPU.
+
+    Raises:
+        CheckpointError: mpi4py is not installed.
+        CollectiveError: RANK, WORLD_SIZE or an existing process group disagree with MPI, or the ranks cannot reach
+            rank 0. The same on all ranks.
+    """
+    comm = _world() if comm is None else comm
+    place = _place(comm)
+    _agreed(comm, _AGREE_WITH_MPI, _check_agreement, place, comm.allgather(dist.is_initialized()))
+    device = _device(place)
+    if not dist.is_initialized():
+        served = _agreed(comm, _REACH_RANK_0, _serve, place)
+        address = comm.bcast(_Address(served.host, served.port) if served else None)
+        store = _agreed(comm, _REACH_RANK_0, _connect, served, address)
+        _agreed(comm, _REACH_RANK_0, _join, store, place, device, backend or _default_backend(device))
+    return device
+
+
+def _world() -> MPI.Intracomm:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise CheckpointError(f"A process group under mpirun needs mpi4py ({error}): pip install mpi4py.") from error
+    return MPI.COMM_WORLD
+
+
+def _place(comm: MPI.Intracomm) -> _Place:
+    """Collective over the communicator."""
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    place = _Place(comm.Get_rank(), comm.Get_size(), node.Get_rank(), node.Get_size())
+    node.Free()
+    return place
+
+
+def _agreed(comm: MPI.Intracomm, remedy: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Run a local action; where it raises on any rank, raise one error on all. Collective over the communicator."""
+    cause = None
+    try:
+        result = action(*args)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        cause = error
+    texts = comm.allgather(f"{type(cause).__name__}: {cause}" if cause else None)
+    failures = {rank: text for rank, text in enumerate(texts) if text is not None}
+    if failures:
+        raise CollectiveError("process group", failures, remedy) from cause
+    return result
+
+
+def _check_agreement(place: _Place, initialized: list[bool]) -> None:
+    """Refuse an environment or a process group that says otherwise than MPI."""
+    if any(initialized) and not dist.is_initialized():
+        raise ValueError(f"expected a process group, as rank {initialized.index(True)} has one. Got none.")
+    wrong = [
+        f"{name}: expected {expected}, as in MPI. Got {got!r}."
+        for name, expected, got in _claims(place)
+        if str(got) != str(expected)
+    ]
+    if wrong:
+        raise ValueError(" ".join(wrong))
+
+
+def _claims(place: _Place) -> list[tuple[str, int, str | int]]:
+    """Who else says what this rank and size are: (name, value in MPI, value there)."""
+    expected = {"RANK": place.rank, "WORLD_SIZE": place.size}
+    claims: list[tuple[str, int, str | int]] = []
+    claims.extend((name, value, os.environ[name]) for name, value in expected.items() if name in os.environ)
+    if dist.is_initialized():
+        claims.append(("rank in the process group", place.rank, dist.get_rank()))
+        claims.append(("size of the process group", place.size, dist.get_world_size()))
+    return claims
+
+
+def _device(place: _Place) -> torch.device:
+    """The device of this rank. Launchers that show each rank only its own GPU leave index 0."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+
+
+def _default_backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _serve(place: _Place) -> TCPStore | None:
+    """The store, on rank 0, at a port that the system picks: none can be taken between choosing and binding it."""
+    if place.rank != 0:
+        return None
+    one_node = place.local_size == place.size
+    host = "127.0.0.1" if one_node else os.environ.get("MASTER_ADDR") or socket.gethostname()
+    return TCPStore(host, 0, place.size, is_master=True, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
+
+
+def _connect(served: TCPStore | None, address: _Address) -> TCPStore:
+    if served is not None:
+        return served
+    return TCPStore(address.host, address.port, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
+
+
+def _join(store: TCPStore, place: _Place, device: torch.device, backend: str) -> None:
+    """Initialise torch's default process group, bound to the device. Collective over the communicator."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)

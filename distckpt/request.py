@@ -1,0 +1,152 @@
+"""What the ranks must agree on before they save or restore together: operation, path, options."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import xxhash
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.errors import LayoutError
+from distckpt.graph.python_value import UnsupportedValueError, encode
+from distckpt.options import RestoreOptions, SaveOptions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One collective call as this rank made it.
+
+    Attributes:
+        operation: "save", "write", "restore" or "read".
+        fields: Name to value in words: path, counter and every option.
+    """
+
+    operation: str
+    fields: dict[str, str]
+
+    @classmethod
+    def of(cls, operation: str, path: str | None, options: SaveOptions | RestoreOptions, **more: object) -> Request:
+        """Describe a call; the timeout is each rank's own affair."""
+        fields = {"path": repr(path), **{name: repr(value) for name, value in more.items()}}
+        for option in dataclasses.fields(options):
+            if option.name != "timeout":
+                fields[option.name] = _in_words(getattr(options, option.name))
+        return cls(operation, fields)
+
+    @property
+    def digest(self) -> int:
+        """64 bits that differ when anything differs."""
+        return xxhash.xxh3_64_intdigest(self.encode())
+
+    def encode(self) -> bytes:
+        """The request for the wire."""
+        return msgspec.msgpack.encode((self.operation, self.fields))
+
+
+def _in_words(value: Any) -> str:
+    # Mappings compare by content, whatever the order in which they were made.
+    return repr(sorted(value.items())) if hasattr(value, "items") else repr(value)
+
+
+def check_agreement(requests: Sequence[bytes]) -> None:
+    """Compare the requests of all ranks. Rank 0 only.
+
+    Args:
+        requests: `Request.encode()` of each rank.
+
+    Raises:
+        LayoutError: Some rank made another call than rank 0.
+    """
+    decoded = [msgspec.msgpack.decode(data, type=tuple[str, dict[str, str]]) for data in requests]
+    operation, fields = decoded[0]
+    problems = []
+    for rank, (other_operation, other_fields) in enumerate(decoded):
+        if other_operation != operation:
+            problems.append(f"rank 0 called {operation}, rank {rank} called {other_operation}")
+            continue
+        problems += [
+            f"{operation}: {name} differs. Rank 0 passed {fields[name]}, rank {rank} passed {value}."
+            for name, value in other_fields.items()
+            if value != fields[name]
+        ]
+    if problems:
+        more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise LayoutError(
+            "\n".join(problems[:20]) + more + "\nAll ranks must make the same call with the same arguments."
+        )
+
+
+def encode_metadata(options: SaveOptions) -> bytes:
+    """The user's metadata as an encoded python value.
+
+    Raises:
+        LayoutError: It holds something that only pickle could store.
+    """
+    metadata = None if options.metadata is None else dict(options.metadata)
+    try:
+        return encode(metadata)
+    except UnsupportedValueError as error:
+        raise LayoutError(f"SaveOptions.metadata: {error}. Use numbers, strings and containers of those.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt(Generic[T]):
+    """Work that this rank did before it met the others: whatever failed must wait until it can be agreed.
+
+    Attributes:
+        result: What the work returned.
+        error: What it raised.
+    """
+
+    result: T | None
+    error: BaseException | None
+
+    @classmethod
+    def of(cls, work: Callable[[], T]) -> Attempt[T]:
+        """Do the work, whatever it raises."""
+        try:
+            return cls(work(), None)
+        except BaseException as error:  # KeyboardInterrupt too: a rank that leaves here would hang the others
+            return cls(None, error)
+
+    @property
+    def value(self) -> T:
+        """What the work returned; only asked for when no rank had an error."""
+        assert self.result is not None
+        return self.result
+
+
+def meet(coordinator: Coordinator, request: Request, error: BaseException | None, timeout: float) -> None:
+    """Wait for all ranks and see that they make the same call. Collective over the communicator.
+
+    Args:
+        coordinator: Of the ranks that must come.
+        request: This rank's call.
+        error: What failed on this rank before it came; then all ranks raise.
+        timeout: Seconds to wait.
+
+    Raises:
+        RankTimeoutError: Some ranks did not come.
+        LayoutError: The ranks made different calls.
+        CollectiveError: A rank came with an error.
+    """
+    shared = request.digest if error is None else secrets.randbits(64)
+    if coordinator.arrive(request.operation, shared, 0, timeout) and error is None:
+        return
+    with coordinator.step("capture"):
+        if error is not None:
+            raise error
+    coordinator.merge("compare calls", request.encode(), compare)
+
+
+def compare(requests: list[bytes]) -> list[bytes]:
+    """`check_agreement` with an empty answer for every rank. Rank 0 only."""
+    check_agreement(requests)
+    return [b""] * len(requests)

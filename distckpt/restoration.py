@@ -1,0 +1,189 @@
+"""One restore on one rank: what its file holds, what was taken, what waits, and what this rank reports."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+
+from distckpt.errors import RestoreMismatchError
+from distckpt.graph.adapters.optimizer import Group, Slot
+from distckpt.graph.adapters.root import COUNTER_KEY
+from distckpt.graph.assignment import Assignment, assign
+from distckpt.graph.binding import Binding, Mismatch, bind, is_of_other_rank, missing_values
+from distckpt.graph.rename import rename
+from distckpt.graph.values import TensorValue
+from distckpt.graph.view import LiveGraph
+from distckpt.options import RestoreOptions
+from distckpt.source import Source
+from distckpt.status import Report, ValueMismatch
+
+
+class LocalReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank contributes to a `Report`.
+
+    Attributes:
+        taken: One byte per key of `Restoration.keys`: 1 when this rank restored it.
+        missing: Keys of its live values without a saved one.
+        pending: Saved key to what it waits for.
+        mismatched: (key, saved, live).
+        ambiguous: One sentence each.
+        warnings: What the user should know at once.
+    """
+
+    taken: bytes
+    missing: list[str]
+    pending: dict[str, str]
+    mismatched: list[tuple[str, str, str]]
+    ambiguous: list[str]
+    warnings: list[str]
+
+
+class Restoration:
+    """One restore on one rank.
+
+    Attributes:
+        source: The open file.
+        options: How to restore.
+        with_counter: The save counter is restored too.
+        keys: All saved keys, tensors first.
+        pending: Saved key to (key of the parent, name it waits for).
+        quiet: The user expects that not everything matches.
+    """
+
+    def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
+        manifest = source.manifest
+        self.source = source
+        self.options = options
+        self.with_counter = with_counter
+        self.keys = [variable.key for variable in manifest.variables] + list(manifest.python_state)
+        self.pending: dict[str, tuple[str, str]] = {}
+        self.quiet = options.expect_partial
+        self._graph = rename(manifest.object_graph, options.rename or {})
+        self._settled: set[str] = set()
+        self._holders: dict[str, weakref.ref[object]] = {}
+        self._skipped: dict[str, Mismatch] = {}
+
+    # ---- deciding and doing ----
+
+    def plan(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> tuple[Binding, Assignment]:
+        """Match the live graph and decide what is still to restore. Local; changes nothing live.
+
+        Args:
+            live: A fresh walk.
+            claimed: (id of a live object, name of its value) that a newer restore owns; this one's are added.
+        """
+        binding = bind(self._graph, live)
+        binding.matches = [match for match in binding.matches if (id(match.node.obj), match.name) not in claimed]
+        binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
+        claimed.update((id(match.node.obj), match.name) for match in binding.matches)
+        assignment = assign(binding, self.source.manifest, cast=self.options.cast, done=self._settled)
+        self.pending = {key: waits for key, waits in binding.pending.items() if key not in self._settled}
+        return binding, assignment
+
+    def settle(self, binding: Binding, assignment: Assignment) -> None:
+        """Remember what an assignment restored, after it did."""
+        self._settled |= assignment.consumed | assignment.emptied
+        for match in binding.matches:
+            in_place = isinstance(match.value, TensorValue) and match.value.in_place
+            # Groups and slots of optimizers are stand-ins, made anew by every walk.
+            if in_place and match.key in assignment.consumed and not isinstance(match.node.obj, Group | Slot):
+                self._holders[match.key] = weakref.ref(match.node.obj)
+        for mismatch in assignment.mismatches:
+            self._skipped[mismatch.key] = mismatch
+            self._settled.add(mismatch.key)
+
+    def catch_up(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> int:
+        """Restore what waited and can be matched now; returns the number of values. Local.
+
+        Raises:
+            RestoreMismatchError: A value does not fit; nothing was changed.
+        """
+        binding, assignment = self.plan(live, claimed)
+        if assignment.mismatches and self.options.on_mismatch == "error":
+            raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
+        if assignment.consumed:
+            self.source.read(assignment.reads, verify=self.options.verify)
+            assignment.apply()
+        self.settle(binding, assignment)
+        if not self.pending:
+            self.source.close()
+        return len(assignment.consumed)
+
+    def give_up_met(self, live: LiveGraph) -> list[str]:
+        """Give up pending values whose live counterpart exists by now; returns their keys. Local."""
+        if not self.pending:
+            return []
+        _, assignment = self.plan(live, set())
+        met = sorted(assignment.consumed)
+        self._settled |= assignment.consumed | assignment.emptied
+        return met
+
+    def waits_for(self, name: str) -> bool:
+        """Whether some value waits for an attribute of this name."""
+        return any(waits == name for _, waits in self.pending.values())
+
+    # ---- reporting ----
+
+    def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
+        """What this rank has to say after `plan`. Local."""
+        taken = assignment.consumed | self._settled
+        return LocalReport(
+            taken=bytes(key in taken and key not in self._skipped for key in self.keys),
+            missing=missing_values(live, binding),
+            pending={key: f"{name!r} of {parent or 'the root'}" for key, (parent, name) in self.pending.items()},
+            mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
+            ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
+            warnings=binding.warnings,
+        )
+
+    def _conflicts(self, binding: Binding) -> Iterator[str]:
+        for key, first, other in binding.duplicates:
+            pair = f"{first or 'the root'} and {other}"
+            yield f"{key}: one saved object meets two live ones, {pair}; only the first is restored"
+        for first, other, live in binding.combined:
+            if not self.source.same_value(first, other):
+                yield f"{live}: two saved values, {first} and {other}, meet one live object; the first is restored"
+
+    def _reassigned(self, binding: Binding) -> Iterator[str]:
+        for match in binding.matches:
+            holder = self._holders.get(match.key)
+            if holder is not None and holder() is not match.node.obj:
+                yield f"{match.key}: reassigned: its object was replaced after it had been restored"
+
+
+def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[ValueMismatch]) -> str:
+    """The message of a `RestoreMismatchError`."""
+    lines = [f"  {m.key}: saved {m.saved}, live {m.live}" for m in mismatches[:20]]
+    if len(mismatches) > len(lines):
+        lines.append(f"  ... and {len(mismatches) - len(lines)} more")
+    return (
+        f"{path}: {len(mismatches)} saved value(s) do not fit the live ones. Nothing was changed.\n"
+        + "\n".join(lines)
+        + "\nGive the live objects the saved shape and dtype, or pass RestoreOptions(on_mismatch='skip'), "
+        "RestoreOptions(cast=True) for dtypes, RestoreOptions(rename=...) for moved paths."
+    )
+
+
+def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
+    """What all ranks agree about a restore; the same on all, given the same reports."""
+    taken = np.bitwise_or.reduce([np.frombuffer(report.taken, np.uint8) for report in reports])
+    by_value = [(key, bool(flag)) for key, flag in zip(restoration.keys, taken, strict=True) if key != COUNTER_KEY]
+    unexpected = sorted(key for key, flag in by_value if not flag)
+    missing = sorted({key for report in reports for key in report.missing if key != COUNTER_KEY})
+    waits = {key: text for report in reversed(reports) for key, text in report.pending.items()}
+    world_size, size = restoration.source.manifest.world_size, len(reports)
+    return Report(
+        restored=sum(flag for _, flag in by_value),
+        missing=tuple(missing),
+        exempt=frozenset(
+            [key for key in missing if is_of_other_rank(key, world_size)]
+            + [key for key in unexpected if is_of_other_rank(key, size)]
+        ),
+        unexpected=tuple(unexpected),
+        pending={key: waits[key] for key in unexpected if key in waits},
+        mismatched=tuple(sorted({ValueMismatch(*m) for report in reports for m in report.mismatched})),
+        ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
+    )

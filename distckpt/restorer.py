@@ -1,0 +1,235 @@
+"""The restore line: open, match, plan, read, assign; and what waits afterwards."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.errors import RestoreMismatchError
+from distckpt.graph.assignment import Assignment
+from distckpt.graph.trackable import Trackable, tracking_of
+from distckpt.graph.view import LiveGraph
+from distckpt.layout.collector import collector_off
+from distckpt.log import log, warn
+from distckpt.options import RestoreOptions
+from distckpt.progress import progress_bar
+from distckpt.request import Attempt, Request, meet
+from distckpt.restoration import LocalReport, Restoration, combine, describe_mismatches
+from distckpt.source import Source, open_source
+from distckpt.status import Report, RestoreStatus
+
+if TYPE_CHECKING:
+    from distckpt.checkpoint import Checkpoint
+
+
+class Restorer:
+    """The restores of one Checkpoint."""
+
+    def __init__(self, coordinator: Coordinator, checkpoint: weakref.ref[Checkpoint]) -> None:
+        self._coordinator = coordinator
+        self._checkpoint = checkpoint
+        self._active: list[Restoration] = []  # those that wait for something, newest first
+        self._unreported: list[tuple[Restoration, Report]] = []
+        self._applying = False
+
+    # ---- the line ----
+
+    def restore(
+        self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
+    ) -> RestoreStatus:
+        """See `Checkpoint.restore` and `Checkpoint.read`. Collective over the communicator."""
+        with collector_off(), self._coordinator.uninterrupted():
+            return self._restore(operation, save_path, options)
+
+    def _restore(
+        self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
+    ) -> RestoreStatus:
+        coordinator, with_counter = self._coordinator, operation == "restore"
+        path = None if save_path is None else os.fspath(save_path)
+        walk = Attempt.of(lambda: self._walk(with_counter=with_counter))
+        meet(coordinator, Request.of(operation, path, options), walk.error, options.timeout)
+        if path is None:
+            log.info("%s(None): nothing to restore", operation)
+            return RestoreStatus(self, None, Report(0))
+        source = open_source(coordinator, path)
+        checkpoint = self._require_checkpoint()
+        counter = checkpoint.save_counter
+        try:
+            restoration = Restoration(source, options, with_counter=with_counter)
+            return self._carry_out(restoration, walk.value)
+        except BaseException:
+            self._forget(source)
+            checkpoint._set_counter(counter)  # the ranks must go on to agree on it
+            raise
+
+    def _carry_out(self, restoration: Restoration, live: LiveGraph) -> RestoreStatus:
+        """Match, agree, read, assign. Collective over the communicator."""
+        coordinator, source = self._coordinator, restoration.source
+        with coordinator.step("match"):
+            binding, assignment = restoration.plan(live, set())
+            local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
+        report = self._agree(restoration, local)
+        self._refuse(restoration, report)
+        with coordinator.step("read"), progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
+            source.read(assignment.reads, verify=restoration.options.verify, progress=progress)
+        with coordinator.step("assign"):
+            self._apply(assignment)
+            restoration.settle(binding, assignment)
+            self._wait_for_the_rest(restoration, live)
+        with coordinator.step("report"):
+            self._tell(restoration, report, binding.warnings)
+        return RestoreStatus(self, restoration, report)
+
+    def _walk(self, *, with_counter: bool) -> LiveGraph:
+        checkpoint = self._checkpoint()
+        assert checkpoint is not None, "its method is running"
+        return checkpoint._walk(with_counter=with_counter)
+
+    def _agree(self, restoration: Restoration, local: bytes) -> Report:
+        """The report of all ranks, from the encoded `LocalReport` of each. Collective over the communicator."""
+        gathered = self._coordinator.gather_all("report", local)
+        reports: list[LocalReport] = []
+        with self._coordinator.step("combine reports"):
+            reports += [msgspec.msgpack.decode(data, type=LocalReport) for data in gathered]
+        return combine(restoration, reports)
+
+    def _refuse(self, restoration: Restoration, report: Report) -> None:
+        """Raise for what the options do not allow; the same on all ranks, before anything was changed."""
+        options, path = restoration.options, restoration.source.path
+        if report.mismatched and options.on_mismatch == "error":
+            raise RestoreMismatchError(describe_mismatches(path, report.mismatched))
+        if report.ambiguous and options.strict:
+            lines = "\n  ".join(report.ambiguous[:20])
+            raise RestoreMismatchError(f"{path}: ambiguous, and strict=True. Nothing was changed.\n  {lines}")
+        if report.exempt and options.per_rank == "error":
+            saved, size = restoration.source.manifest.world_size, self._coordinator.size
+            raise RestoreMismatchError(
+                f"{path}: per-rank values of {saved} rank(s) cannot be restored on {size}, and per_rank='error'. "
+                f"Nothing was changed. Keys: {', '.join(sorted(report.exempt)[:10])}. Pass per_rank='keep'."
+            )
+
+    def _apply(self, assignment: Assignment) -> None:
+        """Assign without hearing of the attributes that this sets."""
+        self._applying = True
+        try:
+            assignment.apply()
+        finally:
+            self._applying = False
+
+    def _tell(self, restoration: Restoration, report: Report, found: Sequence[str]) -> None:
+        """Log one line, and warn on rank 0."""
+        self._unreported.append((restoration, report))
+        if self._coordinator.rank == 0:
+            log.info("%s from %s", report.summary(), restoration.source.path)
+            warn([*found, *report.immediate_warnings(restoration.source.path)])
+
+    # ---- what waits ----
+
+    def _wait_for_the_rest(self, restoration: Restoration, live: LiveGraph) -> None:
+        if restoration.pending:
+            self._active.insert(0, restoration)
+            self._listen(live)
+        else:
+            restoration.source.close()
+
+    def retry_pending(self) -> int:
+        """Apply what waited and has a live counterpart now; returns the number of values. Local."""
+        if not self._active or self._applying:
+            return 0
+        live = self._walk(with_counter=any(restoration.with_counter for restoration in self._active))
+        claimed: set[tuple[int, str]] = set()
+        self._applying = True
+        try:
+            applied = sum(restoration.catch_up(live, claimed) for restoration in self._active)
+        finally:
+            self._applying = False
+        self._forget_finished()
+        self._listen(live)
+        return applied
+
+    def on_attribute(self, name: str) -> None:
+        """A trackable object of the graph got an attribute. Local."""
+        if any(restoration.waits_for(name) for restoration in self._active):
+            self.retry_pending()
+
+    def refresh(self, restoration: Restoration) -> Report:
+        """Apply what can be applied, and report anew. Collective over the communicator."""
+        request = Request.of("assert", restoration.source.path, restoration.options)
+        attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
+        meet(self._coordinator, request, attempt.error, restoration.options.timeout)
+        return self._agree(restoration, attempt.value)
+
+    def _catch_up_and_report(self, restoration: Restoration) -> bytes:
+        self.retry_pending()
+        live = self._walk(with_counter=restoration.with_counter)
+        binding, assignment = restoration.plan(live, set())
+        assignment.consumed.clear()  # nothing is being restored now
+        return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
+
+    def before_save(self, live: LiveGraph) -> None:
+        """Warn of what stayed unmatched, and give up pending values that this save makes moot. Local."""
+        messages = [
+            message
+            for restoration, report in self._unreported
+            if not restoration.quiet
+            for message in report.partial_warnings(restoration.source.path)
+        ]
+        self._unreported.clear()
+        for restoration in self._active:
+            messages += [
+                f"{key}: a saved value was waiting for this object, which is now saved with a value of its own. The "
+                "waiting value is dropped. Call retry_pending() before save() to apply it."
+                for key in restoration.give_up_met(live)
+            ]
+        self._forget_finished()
+        if self._coordinator.rank == 0:
+            warn(messages)
+
+    def close(self, restoration: Restoration) -> None:
+        """Give up what one restore still waits for. Local."""
+        restoration.pending.clear()
+        self._forget_finished()
+
+    def _forget(self, source: Source) -> None:
+        """Leave nothing behind of a restore that failed."""
+        self._active = [restoration for restoration in self._active if restoration.source is not source]
+        self._unreported = [entry for entry in self._unreported if entry[0].source is not source]
+        source.close()
+
+    def _forget_finished(self) -> None:
+        for restoration in self._active:
+            if not restoration.pending:
+                restoration.source.close()
+        self._active = [restoration for restoration in self._active if restoration.pending]
+
+    def _listen(self, live: LiveGraph) -> None:
+        """Hear of new attributes on every trackable object, while something waits."""
+        hook = _AttributeHook(self)
+        for node in live.nodes if self._active else ():
+            if isinstance(node.obj, Trackable):
+                listeners = tracking_of(node.obj).listeners
+                if hook not in listeners:
+                    listeners.append(hook)
+
+
+class _AttributeHook:
+    """Tells a Restorer of attributes, without keeping it alive."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self._restorer = weakref.ref(restorer)
+
+    def __call__(self, trackable: Trackable, name: str) -> None:
+        restorer = self._restorer()
+        if restorer is not None:
+            restorer.on_attribute(name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _AttributeHook) and self._restorer == other._restorer
+
+    def __hash__(self) -> int:
+        return hash(self._restorer)

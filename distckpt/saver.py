@@ -1,0 +1,223 @@
+"""The save line: capture, agree, create, write, commit."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.graph.adapters.root import COUNTER_KEY
+from distckpt.graph.view import Capture, LiveGraph, capture
+from distckpt.layout.box import Box
+from distckpt.layout.collector import collector_off
+from distckpt.layout.merge import merge
+from distckpt.layout.records import LocalLayout, SavePlan
+from distckpt.log import log, warn
+from distckpt.options import SaveOptions
+from distckpt.output import Created, Output, check_target
+from distckpt.request import Attempt, Request, check_agreement, encode_metadata
+from distckpt.source import sub_tensor
+from distckpt.storage.transfer import WriteJob
+from distckpt.writer import write_shards
+
+_WORD = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A committed checkpoint.
+
+    Attributes:
+        path: Path of the file.
+        number: Its number; 0 for a file made by `write`.
+    """
+
+    path: str
+    number: int
+
+
+@dataclass(slots=True)
+class _Agreed:
+    """What was agreed when the layout last changed; later saves of the same layout only compare digests.
+
+    Attributes:
+        plan: What this rank does.
+        layout: This rank's layout, as it was merged.
+        replicas: The option under which it was merged.
+        weights: `plan.weights` as uint64.
+        offsets: Position of every variable in the file; None until a file was created.
+    """
+
+    plan: SavePlan
+    layout: LocalLayout
+    replicas: str
+    weights: np.ndarray
+    offsets: np.ndarray | None = None
+
+
+class Saver:
+    """The saves of one Checkpoint."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._agreed: dict[str, _Agreed] = {}  # by operation: a file of `write` has no counter, so another layout
+        self._outputs: dict[str, Output] = {}
+        self._warned: set[str] = set()
+
+    def save(
+        self,
+        operation: str,
+        walk: Callable[[], LiveGraph],
+        path: str | os.PathLike[str],
+        options: SaveOptions,
+        counter: int,
+    ) -> Saved:
+        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator."""
+        with collector_off(), self._coordinator.uninterrupted():
+            return self._save(operation, walk, path, options, counter)
+
+    def _save(
+        self,
+        operation: str,
+        walk: Callable[[], LiveGraph],
+        path: str | os.PathLike[str],
+        options: SaveOptions,
+        counter: int,
+    ) -> Saved:
+        coordinator = self._coordinator
+        request = Request.of(operation, os.fspath(path), options, save_counter=counter)
+        captured = Attempt.of(lambda: self._capture(operation, walk, path, options))
+        agreed = self._agree(request, captured, options)
+        output = self._output(operation)
+        try:
+            created = coordinator.on_root(
+                "create", lambda: self._create(output, path, counter, options, agreed, captured.value), Created
+            )
+            if created.fresh:
+                agreed.offsets = coordinator.share(output.offsets)
+            write_shards(coordinator, created, lambda: _jobs(created, agreed, captured.value), options)
+            coordinator.on_root("commit", lambda: output.commit(options), type(None))
+        except BaseException:
+            output.abandon()
+            raise
+        log.info("saved %s", created.path)
+        return Saved(created.path, created.number)
+
+    # ---- capture and agree ----
+
+    def _capture(
+        self, operation: str, walk: Callable[[], LiveGraph], path: str | os.PathLike[str], options: SaveOptions
+    ) -> Capture:
+        """Walk and record this rank's objects. Local."""
+        check_target(operation, path)
+        encode_metadata(options)
+        graph = walk()
+        agreed = self._agreed.get(operation)
+        whole = options.replicas == "check_all"
+        if agreed is not None and len(agreed.weights) == graph.n_values:
+            captured = capture(graph, hash_all=whole, skip=agreed.weights == 0)
+            if _same_layout(captured.layout, agreed, options):
+                return captured
+        return capture(graph, hash_all=whole, skip=None)
+
+    def _agree(self, request: Request, captured: Attempt[Capture], options: SaveOptions) -> _Agreed:
+        """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
+        coordinator, operation = self._coordinator, request.operation
+        agreed = self._agreed.get(operation)
+        unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
+        shared = (request.digest ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
+        balance = _balance(captured.value.layout, agreed) if agreed and unchanged else 0
+        same = coordinator.arrive(operation, shared, balance, options.timeout)
+        if same and unchanged and agreed is not None:
+            return agreed
+        self._agreed.pop(operation, None)  # whatever fails from here on, the next save agrees anew
+        with coordinator.step("capture"):
+            if captured.error is not None:
+                raise captured.error
+            layout = captured.value.layout
+            message = msgspec.msgpack.encode((request.encode(), layout))
+        reply = coordinator.merge("layout", message, lambda messages: self._merge(operation, messages, options))
+        with coordinator.step("plan"):
+            plan = msgspec.msgpack.decode(reply, type=SavePlan)
+            weights = np.array([weight % _WORD for weight in plan.weights], np.uint64)
+            agreed = _Agreed(plan, layout, options.replicas, weights)
+        self._agreed[operation] = agreed
+        return agreed
+
+    def _merge(self, operation: str, messages: Sequence[bytes], options: SaveOptions) -> list[bytes]:
+        """Merge the layouts of all ranks. Rank 0 only."""
+        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, LocalLayout]) for message in messages]
+        check_agreement([request for request, _ in decoded])
+        merged = merge([layout for _, layout in decoded], trust_lowest=options.replicas == "first")
+        self._output(operation).adopt(merged)
+        self.warn_once(*merged.warnings)
+        return [msgspec.msgpack.encode(plan) for plan in merged.plans]
+
+    def _output(self, operation: str) -> Output:
+        return self._outputs.setdefault(operation, Output(numbered=operation == "save"))
+
+    def warn_once(self, *messages: str) -> None:
+        """Warn on rank 0, each message once in the life of the Checkpoint. Local."""
+        if self._coordinator.rank == 0:
+            fresh = [message for message in messages if message not in self._warned]
+            self._warned.update(fresh)
+            warn(fresh)
+
+    # ---- write ----
+
+    def _create(
+        self,
+        output: Output,
+        path: str | os.PathLike[str],
+        counter: int,
+        options: SaveOptions,
+        agreed: _Agreed,
+        captured: Capture,
+    ) -> Created:
+        """Rank 0 only."""
+        output.update_values(captured.python_values(agreed.plan.keys))
+        return output.create(path, counter, options, self._coordinator.size)
+
+
+def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
+    """Whether this rank holds the same kinds of values in the same places as when the ranks last agreed."""
+    old = agreed.layout
+    return layout.graph == old.graph and layout.boxes == old.boxes and options.replicas == agreed.replicas
+
+
+def _unchanged(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
+    """Whether rank 0 can save what this rank holds without hearing more than a digest from it."""
+    if layout.problems or not _same_layout(layout, agreed, options):
+        return False
+    if not agreed.plan.watched:
+        return True
+    new, old = np.frombuffer(layout.fingerprints, np.uint64), np.frombuffer(agreed.layout.fingerprints, np.uint64)
+    return bool((new[agreed.plan.watched] == old[agreed.plan.watched]).all())
+
+
+def _balance(layout: LocalLayout, agreed: _Agreed) -> int:
+    """This rank's part of a sum that is 0 modulo 2**64 when all replicas agree."""
+    return int((np.frombuffer(layout.fingerprints, np.uint64) * agreed.weights).sum(dtype=np.uint64))
+
+
+def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob]:
+    """What this rank writes, in file order."""
+    assert agreed.offsets is not None, "shared when the file was created"
+    plan, tensors = agreed.plan, captured.tensors
+    offsets = agreed.offsets.tolist()
+    keys = captured.tensor_keys(plan.keys)
+    jobs = []
+    for item in plan.items:
+        value, key = tensors[item.tensor], keys[item.tensor]
+        tensor = torch.tensor(created.number) if key == COUNTER_KEY and created.number else value.tensor
+        box = Box(item.offset, item.shape)
+        part = sub_tensor(tensor.detach(), box, value.box)
+        position = offsets[plan.variables[item.tensor]]
+        jobs.append(WriteJob(key, position, value.global_shape, box, part, item.checksum))
+    return jobs

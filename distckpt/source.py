@@ -1,0 +1,159 @@
+"""The file of a restore, opened by all ranks."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import torch
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.graph.assignment import TensorRead
+from distckpt.layout.box import Box
+from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.plan import read_items
+from distckpt.layout.records import Manifest
+from distckpt.storage import manifest as manifests
+from distckpt.storage.hdf5 import Opened, open_checkpoint
+from distckpt.storage.paths import resolve
+from distckpt.storage.rawio import open_shared
+from distckpt.storage.reading import read as read_jobs
+from distckpt.storage.reading import read_through_hdf5
+from distckpt.storage.transfer import Progress, ReadJob
+
+
+class _Found(msgspec.Struct, frozen=True):
+    path: str
+    file_nbytes: int
+    manifest: bytes
+    has_checksums: bool
+
+
+class Source:
+    """A complete checkpoint, open for reading on this rank.
+
+    Attributes:
+        path: Path of the file.
+        manifest: Its manifest.
+        bytes_read: Bytes of data read so far on this rank.
+        bytes_verified: Those whose checksum was compared.
+    """
+
+    def __init__(
+        self, path: str, manifest: Manifest, offsets: np.ndarray, checksums: np.ndarray | None, fd: int
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.bytes_read = 0
+        self.bytes_verified = 0
+        self._offsets = offsets
+        self._checksums = checksums
+        self._firsts = index_checksums(manifest.variables).firsts
+        self._index = {variable.key: index for index, variable in enumerate(manifest.variables)}
+        self._fd = fd
+        self._closer = weakref.finalize(self, os.close, fd)
+        self._closer.atexit = False
+
+    def read(self, reads: Sequence[TensorRead], *, verify: bool, progress: Progress | None = None) -> None:
+        """Read tensors into their targets. Local.
+
+        Raises:
+            CorruptCheckpointError: The bytes of a tensor do not match their checksum.
+        """
+        with torch.no_grad():
+            direct = [job for read in reads if read.cast is None for job in self._jobs(read, read.target.tensor)]
+            self._run(direct, verify, progress)
+            for read in reads:
+                if read.cast is not None:
+                    self._read_converting(read, verify)
+
+    def _read_converting(self, read: TensorRead, verify: bool) -> None:
+        """Read piece by piece through a temporary tensor, so that memory stays bounded."""
+        for job in self._jobs(read, read.target.tensor):
+            piece = torch.empty(job.box.shape, dtype=read.cast)
+            self._run([replace(job, tensor=piece)], verify, None)
+            job.tensor.copy_(piece)
+
+    def _run(self, jobs: list[ReadJob], verify: bool, progress: Progress | None) -> None:
+        placed = [job for job in jobs if job.dataset_offset >= 0]
+        others = [job for job in jobs if job.dataset_offset < 0 and job.box.numel]
+        reports = [read_jobs(self._fd, placed, verify=verify, progress=progress)]
+        if others:  # the file was rewritten by another program, such as h5repack
+            reports.append(read_through_hdf5(self.path, others, verify=verify, progress=progress))
+        self.bytes_read += sum(report.bytes_read for report in reports)
+        self.bytes_verified += sum(report.bytes_verified for report in reports)
+
+    def _jobs(self, read: TensorRead, target: torch.Tensor) -> Iterator[ReadJob]:
+        variable = self.manifest.variables[read.variable]
+        want = read.target.box
+        for item in read_items(variable, self._firsts[read.variable], want):
+            expected = self._checksums[item.checksum] if self._checksums is not None and item.checksum >= 0 else None
+            yield ReadJob(
+                key=read.key,
+                dataset_offset=int(self._offsets[read.variable]),
+                global_shape=variable.shape,
+                box=item.box,
+                tensor=sub_tensor(target, item.box, want),
+                expected=None if expected is None else int(expected),
+            )
+
+    def same_value(self, key: str, other: str) -> bool:
+        """Whether two saved values are known to be equal, without reading them."""
+        if key in self.manifest.python_state and other in self.manifest.python_state:
+            return bytes(self.manifest.python_state[key]) == bytes(self.manifest.python_state[other])
+        first, second = self._index.get(key), self._index.get(other)
+        if first is None or second is None or self._checksums is None:
+            return False
+        a, b = self.manifest.variables[first], self.manifest.variables[second]
+        if (a.dtype, a.shape, a.shards) != (b.dtype, b.shape, b.shards):
+            return False
+        whole = Box.whole(a.shape)
+        pieces = [[item.checksum for item in read_items(a, self._firsts[i], whole)] for i in (first, second)]
+        return bool((self._checksums[pieces[0]] == self._checksums[pieces[1]]).all())
+
+    def close(self) -> None:
+        """Close the file. May be called again."""
+        self._closer()
+
+
+def open_source(coordinator: Coordinator, path: str) -> Source:
+    """Open a checkpoint on all ranks; rank 0 checks it. Collective over the communicator.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CorruptCheckpointError: It is no complete checkpoint.
+    """
+    opened: list[Opened] = []
+
+    def look() -> _Found:
+        opened.append(open_checkpoint(resolve(path)))
+        found = opened[0]
+        return _Found(found.path, found.file_nbytes, found.manifest_bytes, found.checksums is not None)
+
+    found = coordinator.on_root("open", look, _Found)
+    offsets = coordinator.share(opened[0].offsets if opened else None)
+    checksums = coordinator.share(opened[0].checksums if opened else None) if found.has_checksums else None
+    source = None
+    try:
+        with coordinator.step("open the file on every rank"):
+            manifest = opened[0].manifest if opened else manifests.decode(found.manifest)
+            source = Source(found.path, manifest, offsets, checksums, open_shared(found.path, found.file_nbytes))
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    return source
+
+
+def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
+    """The part of a tensor that is `box`, where the whole tensor is `outer`; both in global coordinates."""
+    if box == outer:
+        return tensor
+    for axis, (start, base, extent) in enumerate(zip(box.offset, outer.offset, box.shape, strict=True)):
+        if extent != outer.shape[axis]:
+            tensor = tensor.narrow(axis, start - base, extent)
+    return tensor

@@ -1,0 +1,123 @@
+"""From the created file to the durable one: every rank writes its shards and checksums, in either transport.
+
+The order of steps is the one that never hung (`spikes.md` D): own descriptor, agree; parallel HDF5 open; write whatever
+happens; close on all ranks, always; agree; fsync, agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.options import SaveOptions
+from distckpt.output import Created
+from distckpt.progress import progress_bar
+from distckpt.request import Attempt
+from distckpt.storage import mpio
+from distckpt.storage.rawio import fsync, open_shared
+from distckpt.storage.transfer import WriteJob
+from distckpt.storage.writing import write_posix
+
+
+def write_shards(
+    coordinator: Coordinator, created: Created, plan_jobs: Callable[[], list[WriteJob]], options: SaveOptions
+) -> None:
+    """Write this rank's shards and checksums, and make them durable. Collective over the communicator.
+
+    Args:
+        coordinator: Of the ranks that save.
+        created: The file.
+        plan_jobs: Gives what this rank writes; called within the first step.
+        options: Of the save.
+
+    Raises:
+        CollectiveError: A step failed on some rank.
+    """
+    fd = -1
+    try:
+        with coordinator.step("open"):
+            fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+            work = _Work(coordinator, created, fd, plan_jobs(), options)
+        if created.transport == "mpio":
+            work.write_mpio()
+        else:
+            work.write_posix()
+        with coordinator.step("fsync"):
+            if options.durable:
+                fsync(fd)
+            closing, fd = fd, -1
+            os.close(closing)  # network file systems report a full quota here at the latest
+    finally:
+        if fd >= 0:
+            with suppress(OSError):  # the save has failed already, and all ranks know why
+                os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What this rank writes."""
+
+    coordinator: Coordinator
+    created: Created
+    fd: int
+    jobs: list[WriteJob]
+    options: SaveOptions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return sum(job.tensor.numel() * job.tensor.element_size() for job in self.jobs)
+
+    def write_posix(self) -> None:
+        """Write with `pwrite` only. Collective."""
+        with (
+            self.coordinator.step("write"),
+            progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
+        ):
+            checksums = write_posix(self.fd, self.jobs, checksums=self.options.checksums, progress=progress)
+            checksums.write(self.fd, self.created.checksums_offset)
+
+    def write_mpio(self) -> None:
+        """Write through parallel HDF5. Collective.
+
+        Between open and close nothing may leave: closing is collective, and a rank that does not close would hang the
+        others. What HDF5 itself does in the two calls no program can agree on, so a watchdog stands over them.
+        """
+        coordinator, timeout = self.coordinator, self.options.timeout
+        with coordinator.step("divide"):
+            pieces = mpio.split_pieces(self.jobs)
+        n_calls = self._count_collective_calls(len(pieces.large))
+        communicator = coordinator.communicator
+        with coordinator.watchdog("open parallel HDF5", timeout), coordinator.step("open parallel HDF5"):
+            file = mpio.ParallelFile(self.created.temp_path, communicator, self.options.hints)
+        written = Attempt.of(lambda: self._fill(file, pieces, n_calls))
+        with (
+            coordinator.watchdog("close parallel HDF5", timeout),
+            coordinator.step("write", clear_frames=True),
+        ):
+            file.close()
+            if written.error is not None:
+                raise written.error
+
+    def _count_collective_calls(self, own: int) -> int | None:
+        """The number of transfers that all ranks make; None for independent transfers. Collective."""
+        if not self.options.collective:
+            return None
+        counts = self.coordinator.gather_all("count transfers", own.to_bytes(8, "little"))
+        return max(int.from_bytes(count, "little") for count in counts)
+
+    def _fill(self, file: mpio.ParallelFile, pieces: mpio.SplitPieces, n_calls: int | None) -> bool:
+        with progress_bar(self.coordinator.rank, "save", self.nbytes) as progress:
+            checksums = mpio.write_mpio(
+                file,
+                self.fd,
+                pieces,
+                checksums=self.options.checksums,
+                n_collective_calls=n_calls,
+                progress=progress,
+            )
+        checksums.write(self.fd, self.created.checksums_offset)
+        return True

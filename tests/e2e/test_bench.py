@@ -1,0 +1,57 @@
+"""`distckpt bench` as started by mpirun, at sizes where times mean nothing: none is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+RIVALS = ["raw", "dcp", *(["safetensors"] if importlib.util.find_spec("safetensors") else [])]
+BENCH = ["-m", "distckpt", "bench", "--rounds", "1"]
+
+
+def test_all_cases_are_measured_and_written(mpirun: Any, tmp_path: Path) -> None:
+    cases = ["save", "restore", "reshard", "memory", "overhead"]
+    files, report = tmp_path / "not" / "yet" / "there", tmp_path / "report.json"
+    options = ["--size", "1MiB", "--dir", files, "--variables", "30", "--json", report]
+    done = mpirun(2, [*BENCH, *options, "--against", ",".join(RIVALS), "--cases", ",".join(cases)], timeout=300)
+    assert done.returncode == 0, done.stdout
+    document = json.loads(report.read_text())
+    assert document["setup"] | {"ranks": 2, "nbytes": 2**20, "cases": cases} == document["setup"]
+    assert {"cpu", "cores", "file_system", "packages"} <= document["environment"].keys()
+    measured = {(row["case"], row["name"]) for row in document["results"]}
+    expected = {("save", "raw"), ("save", "DCP"), ("restore", "distckpt"), ("restore", "distckpt unverified")}
+    expected |= {("restore", "DCP"), ("reshard", "distckpt"), ("reshard", "DCP"), ("memory of save", "distckpt")}
+    expected |= {("overhead of 30 variables", "distckpt"), ("overhead of 30 variables", "distckpt, first save")}
+    assert expected <= measured
+    own = next(row for row in document["results"] if (row["case"], row["name"]) == ("save", "distckpt"))
+    assert own["values"] == [own["median"]]
+    assert own["of_raw"] > 0
+    assert own["against_distckpt"] == 1
+    assert done.stdout.count("restore: 1.00 MiB, 1 rounds") == 1
+    assert not list(files.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_one_error_on_all_ranks(mpirun: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = mpirun(2, [*BENCH, "--size", "1MiB", "--dir", tmp_path / "file"])
+    assert done.returncode == 1
+    assert "step 'make the directory' failed on 1 rank(s)" in done.stdout
+    assert "FileExistsError" in done.stdout
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(mpirun: Any, tmp_path: Path) -> None:
+    done = mpirun(2, [*BENCH, "--size", "1000TiB", "--dir", tmp_path])
+    assert done.returncode == 1
+    assert "Choose a smaller size" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_options_name_what_is_expected(mpirun: Any, tmp_path: Path) -> None:
+    done = mpirun(0, [*BENCH, "--dir", tmp_path, "--against", "tar"])
+    assert done.returncode == 2
+    assert "expected some of raw, dcp, safetensors" in " ".join(done.stdout.split())
+    done = mpirun(0, [*BENCH, "--dir", tmp_path, "--json", tmp_path / "missing" / "report.json"])
+    assert done.returncode == 2
+    assert "--json" in done.stdout

@@ -1,0 +1,43 @@
+"""Fixtures of the tests on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distckpt.layout.records import Manifest
+from distckpt.storage.hdf5 import open_checkpoint
+
+
+@pytest.fixture
+def manifest_of() -> Callable[[str], Manifest]:
+    """The manifest of a file."""
+    return lambda path: open_checkpoint(path).manifest
+
+
+@pytest.fixture
+def keys_of() -> Callable[[str], set[str]]:
+    """The keys of all values in a file, tensors and python values."""
+
+    def keys(path: str) -> set[str]:
+        manifest = open_checkpoint(path).manifest
+        return {variable.key for variable in manifest.variables} | set(manifest.python_state)
+
+    return keys
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where a test writes its file."""
+    return str(tmp_path / "state")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same random numbers in every test, and none taken from the next one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,106 @@
+"""Ctrl-C waits until it can be agreed on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from distckpt.coordination.interrupts import Interrupts
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _interrupt_in_nested(interrupts: Interrupts, reached: list[str]) -> None:
+    with interrupts.held():
+        _interrupt()
+        reached.append("inner")
+    reached.append("outer")
+
+
+def test_held_interrupt_is_raised_at_the_end() -> None:
+    interrupts, reached = Interrupts(), list[str]()
+    with pytest.raises(KeyboardInterrupt), interrupts.held():
+        _interrupt_in_nested(interrupts, reached)
+    assert reached == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_held_interrupt_is_raised_where_it_is_allowed() -> None:
+    interrupts = Interrupts()
+    with interrupts.held():
+        _interrupt()
+        with pytest.raises(KeyboardInterrupt), interrupts.allowed():
+            pytest.fail("the body must not run")
+        with interrupts.allowed():
+            pass
+
+
+def test_interrupt_in_an_allowed_region_is_raised_at_once_and_the_next_one_held() -> None:
+    interrupts, reached = Interrupts(), list[str]()
+    with interrupts.held():
+        with pytest.raises(KeyboardInterrupt), interrupts.allowed():
+            _interrupt_and_go_on(reached)
+        _interrupt()
+        with pytest.raises(KeyboardInterrupt), interrupts.allowed():
+            pass
+    assert reached == []
+
+
+def _interrupt_and_go_on(reached: list[str]) -> None:
+    _interrupt()
+    reached.append("must not be reached")
+
+
+def test_verb_within_an_allowed_region_holds() -> None:
+    interrupts, reached = Interrupts(), list[str]()
+    with interrupts.held(), interrupts.allowed():
+        _interrupt_in_nested(interrupts, reached)
+        with pytest.raises(KeyboardInterrupt), interrupts.allowed():
+            pass
+    assert reached == ["inner", "outer"]
+
+
+def test_handlers_of_the_user_are_called_and_put_back() -> None:
+    calls: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        calls.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Interrupts().held():
+            _interrupt()
+            assert calls == []
+        assert calls == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_nothing_is_done_where_python_has_no_handler(handler: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        interrupts = Interrupts()
+        with interrupts.held(), interrupts.allowed():
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_leave_the_handler_alone() -> None:
+    interrupts = Interrupts()
+    handlers: list[object] = []
+
+    def body() -> None:
+        with interrupts.held(), interrupts.allowed():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]
