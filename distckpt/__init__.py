@@ -20,6 +20,7 @@ from distckpt.graph.trackable import (
     Trackable,
 )
 from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
 from distckpt.status import RestoreStatus
 from distckpt.storage.latest import latest_checkpoint
 
@@ -27,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "CheckpointReader",
     "CheckpointWarning",
     "CollectiveError",
     "CorruptCheckpointError",
@@ -43,4 +45,7 @@ __all__ = [
     "ShardedVariable",
     "Trackable",
     "latest_checkpoint",
+    "list_variables",
+    "load_checkpoint",
+    "load_variable",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.restorer import Restorer
 from distckpt.saver import Saver
 from distckpt.status import RestoreStatus
+
+T = TypeVar("T", bound=object)
 
 
 class _Session:
@@ -73,10 +75,13 @@ class Checkpoint(Trackable):
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _RESERVED_NAMES:
-            raise ValueError(f"{name}: the name belongs to a method or parameter of Checkpoint. Choose another.")
         self._require_free(name, value)
         super().__setattr__(name, value)
+
+    def track(self, value: T, name: str, *, overwrite: bool = False) -> T:
+        """Track an object under a name that need not be an attribute. Local. See `Trackable.track`."""
+        self._require_free(name, value)
+        return super().track(value, name, overwrite=overwrite)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Checkpoint:
         """An independent Checkpoint over copies, on the same communicator."""
@@ -236,14 +241,16 @@ class Checkpoint(Trackable):
         self._session.counter = value
 
     def _require_free(self, name: str, value: object) -> None:
-        """With a positional root, its children and the attached ones share one name space."""
+        """Methods, the children of a positional root and the attached ones share one name space."""
+        if name in _RESERVED_NAMES:
+            raise ValueError(f"{name}: the name belongs to a method or parameter of Checkpoint. Choose another.")
         if self._session.root is None:
             return
         root = unwrap(self._root())
         adapter: Adapter | None = adapter_for(root)
         assert adapter is not None
         for part in adapter.parts(root, 0):
-            if part.name == name and getattr(part, "target", None) is not unwrap(value):
+            if part.name == name and getattr(part, "target", part) is not unwrap(value):
                 raise ValueError(f"{name}: the root already has a child of that name. Choose another.")
 
 

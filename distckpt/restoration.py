@@ -13,9 +13,11 @@ from distckpt.graph.adapters.optimizer import Group, Slot
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, assign
 from distckpt.graph.binding import Binding, Mismatch, bind, is_of_other_rank, missing_values
+from distckpt.graph.python_value import decode, holds_nothing
 from distckpt.graph.rename import rename
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
+from distckpt.layout.keys import escape
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
 from distckpt.status import Report, ValueMismatch
@@ -49,6 +51,7 @@ class Restoration:
         options: How to restore.
         with_counter: The save counter is restored too.
         keys: All saved keys, tensors first.
+        hollow: Those of containers without any value inside.
         pending: Saved key to (key of the parent, name it waits for).
         quiet: The user expects that not everything matches.
     """
@@ -59,10 +62,12 @@ class Restoration:
         self.options = options
         self.with_counter = with_counter
         self.keys = [variable.key for variable in manifest.variables] + list(manifest.python_state)
+        self.hollow = frozenset(key for key, value in manifest.python_state.items() if _is_hollow(bytes(value)))
         self.pending: dict[str, tuple[str, str]] = {}
         self.quiet = options.expect_partial
         self._graph = rename(manifest.object_graph, options.rename or {})
-        self._settled: set[str] = set()
+        self._settled = set[str]() if with_counter else {COUNTER_KEY}
+        self._dropped: set[str] = set()
         self._holders: dict[str, weakref.ref[object]] = {}
         self._skipped: dict[str, Mismatch] = {}
 
@@ -75,13 +80,36 @@ class Restoration:
             live: A fresh walk.
             claimed: (id of a live object, name of its value) that a newer restore owns; this one's are added.
         """
-        binding = bind(self._graph, live)
-        binding.matches = [match for match in binding.matches if (id(match.node.obj), match.name) not in claimed]
+        binding = bind(self._graph, live, self.hollow)
+        self._leave_claimed(binding, claimed)
+        claimed.update(_claims(binding))
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
-        claimed.update((id(match.node.obj), match.name) for match in binding.matches)
-        assignment = assign(binding, self.source.manifest, cast=self.options.cast, done=self._settled)
+        manifest, cast = self.source.manifest, self.options.cast
+        assignment = assign(binding, manifest, cast=cast, done=self._settled, skipped=self._skipped)
         self.pending = {key: waits for key, waits in binding.pending.items() if key not in self._settled}
         return binding, assignment
+
+    def give_way(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> None:
+        """Drop the waiting values that a newer restore has taken. Local.
+
+        Args:
+            live: The walk of the newer restore.
+            claimed: As for `plan`.
+        """
+        self._leave_claimed(bind(self._graph, live, self.hollow), claimed)
+        self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
+
+    def _leave_claimed(self, binding: Binding, claimed: set[tuple[int, str]]) -> None:
+        """Take out of a binding, for good, what belongs to a newer restore."""
+        if not claimed:
+            return
+        lost = {match.key for match in binding.matches if (id(match.node.obj), match.name) in claimed}
+        self._settled |= lost
+        binding.matches = [match for match in binding.matches if match.key not in lost]
+        for new in binding.new_slots:
+            if new.claim in claimed:
+                self._settled.update((new.pair, *new.keys))
+        binding.new_slots = [new for new in binding.new_slots if new.claim not in claimed]
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
         """Remember what an assignment restored, after it did."""
@@ -101,8 +129,10 @@ class Restoration:
         Raises:
             RestoreMismatchError: A value does not fit; nothing was changed.
         """
+        waiting = self.pending
         binding, assignment = self.plan(live, claimed)
         if assignment.mismatches and self.options.on_mismatch == "error":
+            self.pending = waiting  # for an object that fits
             raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
         if assignment.consumed:
             self.source.read(assignment.reads, verify=self.options.verify)
@@ -118,20 +148,23 @@ class Restoration:
             return []
         _, assignment = self.plan(live, set())
         met = sorted(assignment.consumed)
+        self._dropped |= assignment.consumed
         self._settled |= assignment.consumed | assignment.emptied
         return met
 
     def waits_for(self, name: str) -> bool:
         """Whether some value waits for an attribute of this name."""
-        return any(waits == name for _, waits in self.pending.values())
+        names = {name, escape(name)}  # values wait under escaped names
+        return any(waits in names for _, waits in self.pending.values())
 
     # ---- reporting ----
 
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """What this rank has to say after `plan`. Local."""
-        taken = assignment.consumed | self._settled
+        taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
+        taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
-            taken=bytes(key in taken and key not in self._skipped for key in self.keys),
+            taken=bytes(key in taken for key in self.keys),
             missing=missing_values(live, binding),
             pending={key: f"{name!r} of {parent or 'the root'}" for key, (parent, name) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
@@ -154,6 +187,18 @@ class Restoration:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
 
 
+def _is_hollow(encoded: bytes) -> bool:
+    return encoded.startswith(b"{") and holds_nothing(decode(encoded))
+
+
+def _claims(binding: Binding) -> Iterator[tuple[int, str]]:
+    """What a restore owns: values of live objects, and the state of pairs (optimizer, parameter)."""
+    for match in binding.matches:
+        yield id(match.node.obj), match.name
+    for new in binding.new_slots:
+        yield new.claim
+
+
 def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[ValueMismatch]) -> str:
     """The message of a `RestoreMismatchError`."""
     lines = [f"  {m.key}: saved {m.saved}, live {m.live}" for m in mismatches[:20]]
@@ -171,7 +216,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
     """What all ranks agree about a restore; the same on all, given the same reports."""
     taken = np.bitwise_or.reduce([np.frombuffer(report.taken, np.uint8) for report in reports])
     by_value = [(key, bool(flag)) for key, flag in zip(restoration.keys, taken, strict=True) if key != COUNTER_KEY]
-    unexpected = sorted(key for key, flag in by_value if not flag)
+    unexpected = sorted(key for key, flag in by_value if not flag and key not in restoration.hollow)
     missing = sorted({key for report in reports for key in report.missing if key != COUNTER_KEY})
     waits = {key: text for report in reversed(reports) for key, text in report.pending.items()}
     world_size, size = restoration.source.manifest.world_size, len(reports)

@@ -55,7 +55,7 @@ class Restorer:
         meet(coordinator, Request.of(operation, path, options), walk.error, options.timeout)
         if path is None:
             log.info("%s(None): nothing to restore", operation)
-            return RestoreStatus(self, None, Report(0))
+            return RestoreStatus(self, self._require_checkpoint(), None, Report(0))
         source = open_source(coordinator, path)
         checkpoint = self._require_checkpoint()
         counter = checkpoint.save_counter
@@ -71,7 +71,8 @@ class Restorer:
         """Match, agree, read, assign. Collective over the communicator."""
         coordinator, source = self._coordinator, restoration.source
         with coordinator.step("match"):
-            binding, assignment = restoration.plan(live, set())
+            claimed: set[tuple[int, str]] = set()
+            binding, assignment = restoration.plan(live, claimed)
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
@@ -80,15 +81,21 @@ class Restorer:
         with coordinator.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
+            for older in self._active:
+                older.give_way(live, claimed)
+            self._forget_finished()
             self._wait_for_the_rest(restoration, live)
         with coordinator.step("report"):
             self._tell(restoration, report, binding.warnings)
-        return RestoreStatus(self, restoration, report)
+        return RestoreStatus(self, self._require_checkpoint(), restoration, report)
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:
+        return self._require_checkpoint()._walk(with_counter=with_counter)
+
+    def _require_checkpoint(self) -> Checkpoint:
         checkpoint = self._checkpoint()
         assert checkpoint is not None, "its method is running"
-        return checkpoint._walk(with_counter=with_counter)
+        return checkpoint
 
     def _agree(self, restoration: Restoration, local: bytes) -> Report:
         """The report of all ranks, from the encoded `LocalReport` of each. Collective over the communicator."""
@@ -210,9 +217,11 @@ class Restorer:
     def _listen(self, live: LiveGraph) -> None:
         """Hear of new attributes on every trackable object, while something waits."""
         hook = _AttributeHook(self)
-        for node in live.nodes if self._active else ():
-            if isinstance(node.obj, Trackable):
-                listeners = tracking_of(node.obj).listeners
+        # With a root of its own a Checkpoint is no node, but may get attributes all the same.
+        objects = [self._require_checkpoint(), *(node.obj for node in live.nodes)] if self._active else []
+        for obj in objects:
+            if isinstance(obj, Trackable):
+                listeners = tracking_of(obj).listeners
                 if hook not in listeners:
                     listeners.append(hook)
 

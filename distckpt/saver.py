@@ -13,6 +13,7 @@ import torch
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.graph.adapters.root import COUNTER_KEY
+from distckpt.graph.memory import shared_memory_warnings
 from distckpt.graph.view import Capture, LiveGraph, capture
 from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off
@@ -147,6 +148,8 @@ class Saver:
             plan = msgspec.msgpack.decode(reply, type=SavePlan)
             weights = np.array([weight % _WORD for weight in plan.weights], np.uint64)
             agreed = _Agreed(plan, layout, options.replicas, weights)
+            tensors = [value.tensor for value in captured.value.tensors]
+            self.warn_once(*shared_memory_warnings(captured.value.tensor_keys(plan.keys), tensors))
         self._agreed[operation] = agreed
         return agreed
 

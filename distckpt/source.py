@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
@@ -63,7 +66,10 @@ class Source:
 
         Raises:
             CorruptCheckpointError: The bytes of a tensor do not match their checksum.
+            ValueError: The file is closed.
         """
+        if not self._closer.alive:
+            raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
             direct = [job for read in reads if read.cast is None for job in self._jobs(read, read.target.tensor)]
             self._run(direct, verify, progress)
@@ -83,6 +89,7 @@ class Source:
         others = [job for job in jobs if job.dataset_offset < 0 and job.box.numel]
         reports = [read_jobs(self._fd, placed, verify=verify, progress=progress)]
         if others:  # the file was rewritten by another program, such as h5repack
+            self._require_at_path()
             reports.append(read_through_hdf5(self.path, others, verify=verify, progress=progress))
         self.bytes_read += sum(report.bytes_read for report in reports)
         self.bytes_verified += sum(report.bytes_verified for report in reports)
@@ -114,6 +121,20 @@ class Source:
         whole = Box.whole(a.shape)
         pieces = [[item.checksum for item in read_items(a, self._firsts[i], whole)] for i in (first, second)]
         return bool((self._checksums[pieces[0]] == self._checksums[pieces[1]]).all())
+
+    def is_at_path(self) -> bool:
+        """Whether the path still names this file: it may have been deleted or replaced."""
+        try:
+            return os.path.samestat(Path(self.path).stat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def _require_at_path(self) -> None:
+        if not self.is_at_path():
+            raise CheckpointNotFoundError(
+                f"{self.path}: the file was deleted or replaced after it had been opened. Its datasets are chunked or "
+                "compressed, so they can be read under its name only. Open it again."
+            )
 
     def close(self) -> None:
         """Close the file. May be called again."""
@@ -147,6 +168,26 @@ def open_source(coordinator: Coordinator, path: str) -> Source:
             source.close()
         raise
     return source
+
+
+def open_local(path: str) -> Source:
+    """Open a checkpoint in this process alone.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CorruptCheckpointError: It is no complete checkpoint.
+    """
+    path = resolve(path)
+    with ExitStack() as on_error:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        on_error.callback(os.close, fd)
+        opened = open_checkpoint(path)
+        source = Source(path, opened.manifest, opened.offsets, opened.checksums, fd)
+        on_error.pop_all()
+    if source.is_at_path():
+        return source
+    source.close()  # `write` has replaced the file between the two openings
+    return open_local(path)
 
 
 def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from distckpt.checkpoint import Checkpoint
     from distckpt.restoration import Restoration
     from distckpt.restorer import Restorer
 
@@ -63,8 +65,10 @@ class Report:
         if self.unexpected and not self.restored:
             messages.append(f"{path}: nothing but the save counter matched. Saved: {_some(self.unexpected)}.")
         if self.exempt:
+            # "rng/.rank/3" stands for all that rank 3 has there.
+            holders = {re.sub(r"(\.rank/\d+)/.*", r"\1", key) for key in self.exempt}
             messages.append(
-                f"{path}: per-rank values were saved on another number of ranks; not restored: {_some(self.exempt)}."
+                f"{path}: per-rank values were saved on another number of ranks; not restored: {_some(holders)}."
             )
         return messages
 
@@ -89,8 +93,11 @@ def _some(keys: Iterable[str]) -> str:
 class RestoreStatus:
     """The outcome of `restore` or `read`. The properties are local; the assertions are collective."""
 
-    def __init__(self, restorer: Restorer, restoration: Restoration | None, report: Report) -> None:
+    def __init__(
+        self, restorer: Restorer, checkpoint: Checkpoint, restoration: Restoration | None, report: Report
+    ) -> None:
         self._restorer = restorer
+        self._checkpoint = checkpoint  # kept alive: the assertions walk it
         self._restoration = restoration
         self._report = report
 

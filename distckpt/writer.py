@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.options import SaveOptions
@@ -91,16 +92,31 @@ class _Work:
             pieces = mpio.split_pieces(self.jobs)
         n_calls = self._count_collective_calls(len(pieces.large))
         communicator = coordinator.communicator
-        with coordinator.watchdog("open parallel HDF5", timeout), coordinator.step("open parallel HDF5"):
-            file = mpio.ParallelFile(self.created.temp_path, communicator, self.options.hints)
+        with coordinator.watchdog("open parallel HDF5", timeout):
+            file = self._open_parallel(communicator)
         written = Attempt.of(lambda: self._fill(file, pieces, n_calls))
-        with (
-            coordinator.watchdog("close parallel HDF5", timeout),
-            coordinator.step("write", clear_frames=True),
-        ):
-            file.close()
-            if written.error is not None:
-                raise written.error
+        with coordinator.watchdog("close parallel HDF5", timeout):
+            closed = Attempt.of(file.close)
+            with coordinator.step("write", clear_frames=True):
+                for error in (written.error, closed.error):
+                    if error is not None:
+                        raise error
+
+    def _open_parallel(self, communicator: Any) -> mpio.ParallelFile:
+        """Open the file on all ranks or, in the end, on none. Collective.
+
+        Not in the body of the step, where Ctrl-C could stop one rank: the others would wait for it in the open.
+        """
+        opened = Attempt.of(lambda: mpio.ParallelFile(self.created.temp_path, communicator, self.options.hints))
+        try:
+            with self.coordinator.step("open parallel HDF5"):
+                if opened.error is not None:
+                    raise opened.error
+        except BaseException:
+            if opened.result is not None:
+                opened.result.close()
+            raise
+        return opened.value
 
     def _count_collective_calls(self, own: int) -> int | None:
         """The number of transfers that all ranks make; None for independent transfers. Collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,12 @@ from distckpt.cli.words import nbytes_in_words, time_in_words
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import dict_key
-from distckpt.layout.records import OWN_VALUE, Manifest, Variable
+from distckpt.layout.records import OWN_VALUE, Attribute, Manifest, Variable
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import resolve
+
+#: Columns when the output is no terminal: rich would cut lines at 80.
+_FILE_WIDTH = 1000
 
 
 def show(
@@ -27,7 +31,7 @@ def show(
 ) -> None:
     """Prints the object graph of a checkpoint: shapes, dtypes, sharding, sizes."""
     opened = open_checkpoint(resolve(file))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
     for line in _header(opened.path, opened.manifest):
         console.print(line)
     console.print(_Drawing(opened.manifest, python).tree())
@@ -72,9 +76,11 @@ class _Drawing:
         queue = deque([(0, tree, "")])
         while queue:
             node_id, branch, path = queue.popleft()
+            of_ranks = [attribute for attribute in nodes[node_id].attributes if attribute.name.startswith(".rank/")]
             for attribute in nodes[node_id].attributes:
-                if attribute.name != OWN_VALUE:
+                if attribute.name != OWN_VALUE and attribute not in of_ranks:
                     self.add_value(branch, attribute.name, attribute.checkpoint_key)
+            self.add_ranks(branch, of_ranks)
             for child in nodes[node_id].children:
                 name = str(dict_key(child.local_name))
                 child_path = f"{path}/{name}" if path else name
@@ -101,16 +107,30 @@ class _Drawing:
     def add_slots(self, branch: Tree, node_id: int) -> None:
         """The slots of an optimizer, by variable."""
         slots = self.manifest.object_graph.nodes[node_id].slot_variables
-        if not slots:
-            return
-        below = branch.add(f"[bold].slots[/] [dim]({len(slots)})[/]")
-        by_variable: dict[int, Tree] = {}
+        by_variable: dict[int, list[str]] = {}
         for slot in slots:
-            variable = slot.original_variable_node_id
-            if variable not in by_variable:
-                by_variable[variable] = below.add(f"[dim]{markup(self.key_of(variable))}[/]")
+            values = by_variable.setdefault(slot.original_variable_node_id, [])
             for attribute in self.manifest.object_graph.nodes[slot.slot_variable_node_id].attributes:
-                self.add_value(by_variable[variable], slot.slot_name, attribute.checkpoint_key)
+                values.append(self.describe_briefly(slot.slot_name, attribute.checkpoint_key))
+        below = branch.add(f"[bold].slots[/] [dim]({len(slots)})[/]") if slots else branch
+        for variable, values in by_variable.items():
+            below.add(f"{markup(self.key_of(variable))}: {', '.join(values)}")
+
+    def add_ranks(self, branch: Tree, attributes: list[Attribute]) -> None:
+        """The values that ranks have for themselves, one line per rank."""
+        by_rank: dict[str, list[str]] = {}
+        for attribute in attributes:
+            _, rank, *rest = attribute.name.split("/", 2)
+            by_rank.setdefault(rank, []).append(self.describe_briefly("".join(rest), attribute.checkpoint_key))
+        for rank, values in by_rank.items():
+            branch.add(f"[bold].rank/{rank}[/]: {', '.join(values)}")
+
+    def describe_briefly(self, name: str, key: str) -> str:
+        """A value in a few words."""
+        variable = self.variables.get(key)
+        if variable is None:
+            return f"{markup(name)} {markup(_shortened(decode(bytes(self.manifest.python_state[key]))))}".strip()
+        return f"{markup(name)} [dim]{variable.dtype} {_shape(variable)}[/]"
 
     def key_of(self, node_id: int) -> str:
         """Key of a variable."""
@@ -122,11 +142,14 @@ class _Drawing:
         variable = self.variables.get(key)
         if variable is None:
             return f"{markup(name)} = [cyan]{markup(_shortened(decode(bytes(self.manifest.python_state[key]))))}[/]"
-        shape = "x".join(map(str, variable.shape)) or "scalar"
         return (
-            f"{markup(name)} [green]{variable.dtype}[/] {shape} [dim]{_sharding(variable)}"
+            f"{markup(name)} [green]{variable.dtype}[/] {_shape(variable)} [dim]{_sharding(variable)}"
             f"{nbytes_in_words(_nbytes(variable))}[/]"
         )
+
+
+def _shape(variable: Variable) -> str:
+    return "x".join(map(str, variable.shape)) or "scalar"
 
 
 def _shortened(value: object) -> str:

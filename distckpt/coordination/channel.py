@@ -47,6 +47,9 @@ class Kind(enum.IntEnum):
     """From root: I am in a call that began after the give-up you were told of."""
 
 
+_KINDS = {kind.value: kind for kind in Kind}
+
+
 class Message(NamedTuple):
     """One message of the arrival protocol.
 
@@ -84,7 +87,7 @@ class Timing:
 
     grace: float = 0.5
     notice: float = 1.0
-    spin: float = 0.0005
+    spin: float = 0.005
     nap: float = 0.001
 
 
@@ -106,7 +109,10 @@ class Channel:
     def send(self, destination: int, message: Message) -> None:
         """Send without waiting, even if the destination never receives."""
         request = self._comm.Isend((encode(message, self.size), self._byte), destination, self._tag)
-        self._under_way = [sent for sent in (*self._under_way, request) if not sent.Test()]
+        if self._under_way:
+            self._under_way = [sent for sent in self._under_way if not sent.Test()]
+        if not request.Test():
+            self._under_way.append(request)
 
     def receive(self, deadline: float, *, interruptible: bool = False) -> Message | None:
         """Wait for the next message until the deadline.
@@ -181,4 +187,4 @@ def decode(inbox: Buffer, nbytes: int, source: int, size: int) -> Message:
     if nbytes > _HEADER.size:
         bits = np.frombuffer(inbox, dtype=np.uint8, count=nbytes - _HEADER.size, offset=_HEADER.size)
         absent = tuple(np.flatnonzero(np.unpackbits(bits, count=size)).tolist())
-    return Message(Kind(kind), call, generation, bool(flag), digest, balance, absent, source)
+    return Message(_KINDS[kind], call, generation, bool(flag), digest, balance, absent, source)

@@ -7,6 +7,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
 
 import msgspec
@@ -39,6 +40,14 @@ class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Replies:
+    """What rank 0 hands out: all replies behind one another, and their lengths as int64."""
+
+    joined: bytes
+    lengths: bytes
 
 
 class Coordinator:
@@ -208,11 +217,11 @@ class Coordinator:
         with INTERRUPTS.held():
             collectives = self._connect(name)
             values, lengths = self._gather(name, value)
-            replies, own = list[bytes](), None
+            replies, own = _Replies(b"", b""), None
             if collectives.rank == 0:
                 try:
                     with INTERRUPTS.allowed():
-                        replies = _one_per_rank(fn(_split(values, lengths)), collectives.size)
+                        replies = _pack_replies(fn(_split(values, lengths)), collectives.size)
                 except BaseException as error:
                     own = error
             del values
@@ -327,16 +336,13 @@ class Coordinator:
         collectives.gather(value, lengths, values)
         return values, lengths
 
-    def _hand_out(self, name: str, replies: list[bytes], own: BaseException | None, remedy: str) -> bytes:
+    def _hand_out(self, name: str, replies: _Replies, own: BaseException | None, remedy: str) -> bytes:
         collectives = self._connect(name)
-        announced = self._announce(
-            name, np.array([len(reply) for reply in replies], dtype=np.int64).tobytes(), own, remedy
-        )
+        announced = self._announce(name, replies.lengths, own, remedy)
         lengths = np.frombuffer(announced, dtype=np.int64).tolist()
         with self.step(name):
             reply = bytearray(lengths[collectives.rank])
-            joined = b"".join(replies)
-        collectives.scatter(joined, lengths, reply)
+        collectives.scatter(replies.joined, lengths, reply)
         return bytes(reply)
 
     def _announce(self, name: str, value: bytes, own: BaseException | None, remedy: str) -> Buffer:
@@ -396,10 +402,11 @@ def _split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
     return [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
-def _one_per_rank(replies: Sequence[bytes], size: int) -> list[bytes]:
+def _pack_replies(replies: Sequence[bytes], size: int) -> _Replies:
     if len(replies) != size:
         raise ValueError(f"expected one reply per rank, {size} in all. Got {len(replies)}.")
-    return list(replies)
+    lengths = np.array([len(reply) for reply in replies], dtype=np.int64)
+    return _Replies(b"".join(replies), lengths.tobytes())
 
 
 def _array_type(array: np.ndarray[Any, Any] | None) -> _ArrayType:

@@ -64,6 +64,8 @@ class Interrupts:
                 handler(signal.SIGINT, None)
         elif undo is not _Undo.NOTHING:
             self._allowed = undo is _Undo.ALLOW
+            if self._allowed:
+                self._deliver()
 
     def _install(self) -> _Undo:
         handler = signal.getsignal(signal.SIGINT)

@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from distckpt.graph.adapters.optimizer import set_slots, step_on_device
+from distckpt.graph.adapters.optimizer import Slot, set_slots, step_on_device
 from distckpt.graph.adapters.stateful import unflatten
 from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe
+from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
-from distckpt.graph.values import PythonValue, TensorValue
+from distckpt.graph.trackable import ShardedVariable
+from distckpt.graph.values import PythonValue, TensorValue, replicated
 from distckpt.graph.view import LiveNode, dtype_name
 from distckpt.layout.dtypes import is_castable
-from distckpt.layout.records import OWN_VALUE, Manifest, Variable
+from distckpt.layout.records import OWN_VALUE, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,9 @@ class Assignment:
             set_slots(optimizer, parameter, slots.values)
 
 
-def assign(binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[str] = ()) -> Assignment:
+def assign(
+    binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[str] = (), skipped: Iterable[str] = ()
+) -> Assignment:
     """Decide what to read and to set. Local; changes nothing live.
 
     Args:
@@ -105,8 +110,9 @@ def assign(binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[s
         manifest: The file's manifest.
         cast: Convert dtypes of the same kind.
         done: Keys that an earlier assignment of the same restore already took.
+        skipped: Those of them that did not fit.
     """
-    builder = _Builder(manifest, cast, frozenset(done))
+    builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped))
     builder.result.mismatches += binding.mismatches
     for match in binding.matches:
         builder.add(match)
@@ -118,43 +124,68 @@ def assign(binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[s
 class _Builder:
     """One assignment under construction."""
 
-    def __init__(self, manifest: Manifest, cast: bool, done: frozenset[str]) -> None:
+    def __init__(self, manifest: Manifest, cast: bool, done: frozenset[str], skipped: frozenset[str]) -> None:
         self.variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self.manifest = manifest
         self.cast = cast
         self.done = done
+        self.skipped = skipped
+        self.unfit: set[int] = set()  # ids of live objects whose stored value is skipped
         self.result = Assignment()
         self.restores: dict[int, NodeRestore] = {}
 
     def add(self, match: Match) -> None:
         """One stored value with a live counterpart."""
-        if match.key in self.done:
+        if match.key in self.skipped:
+            self.unfit.add(_identity(match.node.obj))
+        if match.key in self.done or self.follows_unfit(match.node.obj):
             return
         index = self.variables.get(match.key)
-        if index is None:
+        refusal = match.node.adapter.refusal(match.node.obj, match.name, self.manifest.python_state.get(match.key))
+        if refusal is not None:
+            self.mismatch(match, self.describe(match.key), refusal)
+        elif index is None:
             self.add_python(match)
         elif isinstance(match.value, PythonValue):
-            self.mismatch(match.key, _describe(self.manifest.variables[index]), describe(match.value))
+            self.mismatch(match, self.describe(match.key), describe(match.value))
         elif match.value is not None and match.value.in_place:
-            self.add_tensor(match.key, index, match.value)
+            self.add_tensor(match, index, match.value)
+        elif is_lazy(match.node.obj):
+            self.add_lazy(match, index, dtype_name(match.node.obj.dtype))
         else:
             self.handed(match)[match.name] = self.fresh(match.key, index, match.value)
+
+    def add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
+        """A stored tensor that initialises a parameter, of whatever shape."""
+        saved = self.manifest.variables[index].dtype
+        if saved == live_dtype or (self.cast and is_castable(saved, live_dtype)):
+            self.handed(match)[match.name] = self.fresh(match.key, index, None)
+        else:
+            self.mismatch(match, self.describe(match.key), f"an uninitialised tensor of dtype {live_dtype}")
+
+    def follows_unfit(self, obj: object) -> bool:
+        """Whether this is a slot of a parameter that is skipped: then the slot is, too."""
+        return isinstance(obj, Slot) and id(obj.parameter) in self.unfit
 
     def add_python(self, match: Match) -> None:
         """A stored python value."""
         if isinstance(match.value, TensorValue) and match.value.in_place:
-            self.mismatch(match.key, "a python value", describe(match.value))
+            self.mismatch(match, self.describe(match.key), describe(match.value))
             return
         self.handed(match)[match.name] = decode(bytes(self.manifest.python_state[match.key]))
         self.result.consumed.add(match.key)
 
-    def add_tensor(self, key: str, index: int, value: TensorValue) -> None:
+    def add_tensor(self, match: Match, index: int, value: TensorValue) -> None:
         """A stored tensor for a live one."""
-        variable = self.manifest.variables[index]
+        variable, key = self.manifest.variables[index], match.key
         live_dtype = dtype_name(value.tensor.dtype)
-        castable = self.cast and is_castable(variable.dtype, live_dtype) and not key.endswith("/step")
+        is_step = isinstance(match.node.obj, Slot) and match.node.obj.name == "step"
+        castable = self.cast and is_castable(variable.dtype, live_dtype) and not is_step
         if variable.shape != value.global_shape or (variable.dtype != live_dtype and not castable):
-            self.mismatch(key, _describe(variable), describe(value))
+            self.mismatch(match, self.describe(key), describe(value))
+            return
+        if overlaps_itself(value.tensor):
+            self.mismatch(match, self.describe(key), f"{describe(value)} whose elements share memory, such as expand()")
             return
         stored = None if variable.dtype == live_dtype else getattr(torch, variable.dtype)
         self.result.reads.append(TensorRead(key, index, value, stored))
@@ -182,10 +213,11 @@ class _Builder:
 
     def add_slots(self, new: NewSlots) -> None:
         """Optimizer state that is to become exactly the stored one."""
-        keys = [key for attributes in new.slots.values() for key in attributes.values()]
-        pair = f"{new.optimizer.key} of {new.parameter.key}"
+        keys, pair = new.keys, new.pair
         if pair in self.done or (keys and self.done.issuperset(keys)):
             return  # training has gone on since: the state is live
+        if id(_parameter_of(new.parameter)) in self.unfit:
+            return
         values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
         self.result.slots.append(SlotsRestore(new, values))
         self.result.consumed.update(keys)
@@ -203,8 +235,7 @@ class _Builder:
             return decode(bytes(self.manifest.python_state[key]))
         variable = self.manifest.variables[index]
         stored: torch.dtype = getattr(torch, variable.dtype)
-        parameter, like = _parameter_of(new.parameter), new.parameter.values[OWN_VALUE]
-        assert isinstance(like, TensorValue)
+        parameter, like = _parameter_of(new.parameter), self.own_value(new.parameter)
         follows = self.cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
         if name == "step" and variable.shape == () and not step_on_device(new.optimizer.obj, parameter):
@@ -214,13 +245,31 @@ class _Builder:
         self.result.reads.append(TensorRead(key, index, target, None if dtype == stored else stored))
         return tensor
 
-    def mismatch(self, key: str, saved: str, live: str) -> None:
+    def own_value(self, parameter: LiveNode) -> TensorValue:
+        """The live value of a parameter, or the one that will initialise it."""
+        own = parameter.values.get(OWN_VALUE)
+        if own is None:
+            own = replicated(self.restores[id(parameter)].values[OWN_VALUE])
+        assert isinstance(own, TensorValue)
+        return own
+
+    def mismatch(self, match: Match, saved: str, live: str) -> None:
         """Remember a value that does not fit."""
-        self.result.mismatches.append(Mismatch(key, saved, live))
+        self.result.mismatches.append(Mismatch(match.key, saved, live))
+        self.unfit.add(_identity(match.node.obj))
+
+    def describe(self, key: str) -> str:
+        """A stored value in words, for messages."""
+        index = self.variables.get(key)
+        if index is None:
+            return describe(PythonValue("", decode(bytes(self.manifest.python_state[key]))))
+        variable = self.manifest.variables[index]
+        return f"a tensor of shape {variable.shape} and dtype {variable.dtype}"
 
 
-def _describe(variable: Variable) -> str:
-    return f"a tensor of shape {variable.shape} and dtype {variable.dtype}"
+def _identity(obj: object) -> int:
+    """An object by what an optimizer knows of it: the tensor inside a `ShardedVariable`."""
+    return id(obj.tensor if isinstance(obj, ShardedVariable) else obj)
 
 
 def _parameter_of(node: LiveNode) -> torch.Tensor:

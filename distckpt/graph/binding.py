@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from distckpt.graph.adapters.optimizer import Group, Groups
+from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value
 from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.layout.keys import escape
-from distckpt.layout.records import Node, ObjectGraph
+from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,21 @@ class NewSlots:
     parameter: LiveNode
     slots: dict[str, dict[str, str]]
 
+    @property
+    def pair(self) -> str:
+        """The pair (optimizer, parameter) in words."""
+        return f"{self.optimizer.key} of {self.parameter.key}"
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the stored values."""
+        return [key for attributes in self.slots.values() for key in attributes.values()]
+
+    @property
+    def claim(self) -> tuple[int, str]:
+        """The pair by identity: what two restores of one optimizer may both want."""
+        return id(self.parameter.obj), f"slots of {id(self.optimizer.obj)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
@@ -77,7 +95,7 @@ class Binding:
         mismatches: Differences of kind, and of slot names.
         pending: Stored keys whose parent is bound, to the parent's key and the name it waits for.
         duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
-        combined: (first saved key, other saved key, live key): two saved values, one live object.
+        combined: (first saved key, other saved key, live key): two saved values, one live one.
         warnings: What the user should know.
         matched: Ids of live nodes and names of their values that found a stored one.
     """
@@ -92,30 +110,39 @@ class Binding:
     matched: set[tuple[int, str]] = field(default_factory=set)
 
 
-def bind(saved: ObjectGraph, live: LiveGraph) -> Binding:
+def bind(saved: ObjectGraph, live: LiveGraph, hollow: Container[str] = ()) -> Binding:
     """Match a stored graph with a live one. Local; changes nothing.
 
     Args:
         saved: The stored graph.
         live: A fresh walk.
+        hollow: Keys of stored containers without any value inside.
     """
-    binder = _Binder(saved.nodes, live.nodes)
+    binder = _Binder(saved.nodes, live.nodes, hollow)
     binder.bind_nodes()
+    binder.find_ready()
     binder.bind_groups()
     binder.bind_values()
     binder.bind_slots()
     return binder.result
 
 
+#: Names of values that are the whole of their object.
+_WHOLE = {OWN_VALUE: "a tensor", ".state": "the state of an object with state_dict() or serialize()"}
+
+
 class _Binder:
     """One matching: nodes first, then what depends on all nodes being known."""
 
-    def __init__(self, saved: list[Node], live: list[LiveNode]) -> None:
+    def __init__(self, saved: list[Node], live: list[LiveNode], hollow: Container[str]) -> None:
         self.saved = saved
         self.live = live
+        self.hollow = hollow
+        self.ready: set[int] = set()  # uninitialised parameters that the file can initialise
         self.result = Binding()
         self.live_of: dict[int, int] = {}
         self.saved_of: dict[int, int] = {}
+        self.key_of: dict[tuple[int, str], str] = {}
         self.groups: list[tuple[int, int]] = []
         self.queue: deque[tuple[int, int]] = deque()
 
@@ -131,12 +158,25 @@ class _Binder:
             if isinstance(self.live[live_id].obj, Groups):
                 self.groups.append((saved_id, live_id))
                 continue
+            node = self.live[live_id]
+            if self.saved[saved_id].children and OWN_VALUE in node.values:
+                found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
+                self.result.mismatches.append(found)
+                continue
+            self.compare_lengths(self.saved[saved_id], node)
             for child in self.saved[saved_id].children:
-                target = self.live[live_id].children.get(child.local_name)
+                target = node.children.get(child.local_name)
                 if target is None:
                     self.edge_without_target(child.node_id, live_id, child.local_name)
                 else:
                     self.bind_pair(child.node_id, target)
+
+    def compare_lengths(self, saved: Node, node: LiveNode) -> None:
+        """Warn of a list, tuple or dict that has another number of elements than saved."""
+        before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
+        if before != now and hasattr(node.adapter, "elements"):
+            kind = type(node.obj).__qualname__
+            self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 
     def bind_pair(self, saved_id: int, live_id: int) -> None:
         """Bind a stored node to a live one, unless it is bound to another."""
@@ -148,18 +188,14 @@ class _Binder:
             self.result.duplicates.append((self.any_key(saved_id), *keys))
             return
         self.live_of[saved_id] = live_id
-        if live_id in self.saved_of:
-            first = self.any_key(self.saved_of[live_id])
-            self.result.combined.append((first, self.any_key(saved_id), self.live[live_id].key))
-        else:
-            self.saved_of[live_id] = saved_id
+        self.saved_of.setdefault(live_id, saved_id)
         self.queue.append((saved_id, live_id))
 
     def edge_without_target(self, saved_id: int, live_id: int, name: str) -> None:
         """The live parent has no child of that name: another kind of value has the name, or it may come later."""
         node = self.live[live_id]
         value = node.values.get(escape(name))
-        if value is not None:
+        if value is not None and not is_hollow(value):
             self.result.mismatches.append(
                 Mismatch(node.attribute_key(value.name), "an object or tensor", describe(value))
             )
@@ -167,6 +203,22 @@ class _Binder:
         if not node.adapter.per_rank:  # what another rank saved for itself waits for nothing
             for key in self.keys_below(saved_id):
                 self.result.pending.setdefault(key, (node.key, name))
+
+    def find_ready(self) -> None:
+        """Uninitialised parameters and buffers of lazy modules: initialised together or not at all, since the first
+        forward of a module in between fails.
+        """
+        for live_id in self.saved_of:
+            node = self.live[live_id]
+            if isinstance(node.obj, torch.nn.Module):
+                lazy = [child for child in node.children.values() if is_lazy(self.live[child].obj)]
+                if all(map(self.has_saved_value, lazy)):
+                    self.ready.update(lazy)
+
+    def has_saved_value(self, live_id: int) -> bool:
+        """Whether the file has a tensor for a live node."""
+        saved_id = self.saved_of.get(live_id)
+        return saved_id is not None and any(found.name == OWN_VALUE for found in self.saved[saved_id].attributes)
 
     def keys_below(self, node_id: int) -> list[str]:
         """Keys of a stored node's values and of its descendants'."""
@@ -225,25 +277,33 @@ class _Binder:
     def bind_values(self) -> None:
         """Match the attributes of every bound node."""
         for saved_id, live_id in self.live_of.items():
-            if self.saved_of[live_id] == saved_id:  # of several saved nodes the first has the values
-                self.match_attributes(self.saved[saved_id], live_id)
+            self.match_attributes(self.saved[saved_id], live_id)
 
     def match_attributes(self, saved: Node, live_id: int) -> None:
-        """Match the attributes of one pair of nodes."""
+        """Match the attributes of one pair of nodes; of several saved values for a live one the first counts."""
         node = self.live[live_id]
         for attribute in saved.attributes:
             value = node.values.get(attribute.name)
             key = attribute.checkpoint_key
-            if value is None and not node.adapter.takes(attribute.name, node.values):
+            first = self.key_of.get((live_id, attribute.name))
+            if first is not None:
+                self.result.combined.append((first, key, node.attribute_key(attribute.name)))
+            elif value is None and live_id not in self.ready and not node.adapter.takes(attribute.name, node.values):
                 self.value_without_target(key, attribute.name, node)
-                continue
-            self.result.matches.append(Match(key, attribute.name, node, value))
-            self.result.matched.add((live_id, attribute.name))
+            else:
+                self.key_of[live_id, attribute.name] = key
+                self.result.matches.append(Match(key, attribute.name, node, value))
+                self.result.matched.add((live_id, attribute.name))
 
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
+        if name in _WHOLE and not is_lazy(node.obj):  # no attribute ever has such a name
+            self.result.mismatches.append(Mismatch(key, _WHOLE[name], f"a {type(node.obj).__qualname__}"))
+            return
         for local_name in node.children:
             if escape(local_name) == name:
+                if key in self.hollow:  # the live container has got elements since
+                    return
                 live = self.live[node.children[local_name]]
                 self.result.mismatches.append(Mismatch(key, "a python value", f"a {type(live.obj).__qualname__}"))
                 return
@@ -266,13 +326,19 @@ class _Binder:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
         for parameter_id in self.parameters_of(node):
             variable_id = self.saved_of.get(parameter_id)
-            if variable_id is not None:
+            if variable_id is not None and is_lazy(self.live[parameter_id].obj) and parameter_id not in self.ready:
+                self.slots_without_target(node, variable_id, stored.pop(variable_id, {}))
+            elif variable_id is not None:
                 self.match_pair(node, parameter_id, stored.pop(variable_id, {}))
         for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
-            for slot_id in slots.values():
-                for attribute in self.saved[slot_id].attributes:
-                    waits_for = f"parameter {self.any_key(variable_id)}"
-                    self.result.pending.setdefault(attribute.checkpoint_key, (node.key, waits_for))
+            self.slots_without_target(node, variable_id, slots)
+
+    def slots_without_target(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
+        """The optimizer has no such parameter, or one that is not initialised; both may come later."""
+        for slot_id in slots.values():
+            for attribute in self.saved[slot_id].attributes:
+                waits_for = f"parameter {self.any_key(variable_id)}"
+                self.result.pending.setdefault(attribute.checkpoint_key, (node.key, waits_for))
 
     def parameters_of(self, node: LiveNode) -> list[int]:
         """Live node ids of an optimizer's parameters."""
@@ -314,10 +380,16 @@ def missing_values(live: LiveGraph, binding: Binding) -> list[str]:
     for node_id, node in enumerate(live.nodes):
         if isinstance(node.obj, Group) or not node.values:
             continue
-        names = [name for name in node.values if (node_id, name) not in binding.matched]
+        values = node.values.items()
+        names = [name for name, value in values if (node_id, name) not in binding.matched and not is_hollow(value)]
         if names and not (node.adapter.takes_all and len(names) < len(node.values)):
             missing += [node.attribute_key(name) for name in names]
     return missing
+
+
+def is_hollow(value: Value) -> bool:
+    """Whether a live value is a container without any value inside; such count as nothing."""
+    return isinstance(value, PythonValue) and holds_nothing(value.value)
 
 
 def describe(value: Value | None) -> str:

@@ -11,6 +11,9 @@ from distckpt.tensor_bytes import bytes_of
 _SAMPLE_NBYTES = 64 << 10
 _SAMPLE_BLOCKS = 16
 
+#: Bytes per element to a dtype that torch can copy whatever the bits are.
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def fingerprint_bytes(data: bytes) -> int:
     """xxh3-64 of an encoded python value; never 0, which means "not computed"."""
@@ -25,6 +28,7 @@ def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
         whole: Hash all bytes whatever the size.
     """
     with torch.no_grad():
+        tensor = _copyable(tensor)
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > _SAMPLE_NBYTES and not whole:
             tensor = _sample(tensor)
@@ -33,6 +37,14 @@ def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         return xxhash.xxh3_64_intdigest(bytes_of(tensor)) or 1
+
+
+def _copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements such that torch can copy them: not every dtype has that, and some views are lazy."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    raw = _RAW.get(tensor.element_size())
+    return tensor if raw is None or tensor.is_contiguous() else tensor.view(raw)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

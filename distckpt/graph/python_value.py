@@ -95,6 +95,14 @@ def resolve(value: Any, tensors: dict[str, Any]) -> Any:
     return value
 
 
+def holds_nothing(value: Any) -> bool:
+    """Whether a value is a container that has only such containers inside, if anything."""
+    kind = type(value)
+    if kind in _MAPPING_TYPES:
+        return all(map(holds_nothing, value.values()))
+    return kind in _SEQUENCE_TYPES and all(map(holds_nothing, value))
+
+
 def _tagged(kind: str, value: object) -> dict[str, object]:
     return {"type": kind, "value": value}
 

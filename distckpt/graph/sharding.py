@@ -42,7 +42,7 @@ def array_value(array: np.ndarray, name: str = OWN_VALUE, *, in_place: bool = Tr
         tensor = torch.from_numpy(array)
     except (TypeError, ValueError) as error:
         raise UnsaveableError(
-            f"a NumPy array of dtype {array.dtype} cannot be stored ({error}). Convert it to a native numeric dtype."
+            f"a NumPy array of dtype {array.dtype} cannot be stored ({error}). Use a copy of a native numeric dtype."
         ) from error
     return replicated(tensor, name, in_place=in_place, numpy=True)
 
@@ -76,6 +76,8 @@ def new_plain(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cp
 def _require_plain(tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsaveableError("a tensor on the meta device has no data. Call to_empty() and initialise it first.")
+    if tensor.is_nested:
+        raise UnsaveableError("a nested tensor has no single shape. Keep its parts, or a padded tensor.")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnsaveableError(
             f"a {tensor.layout} / {tensor.dtype} tensor is not dense. Convert it with to_dense() or dequantize()."

@@ -105,6 +105,7 @@ class Trackable:
         if current is not value and not overwrite:
             raise ValueError(f"track({name!r}): the name belongs to another object. Pass overwrite=True to replace it.")
         tracking = tracking_of(self)
+        tracking.opted_out.discard(name)
         if name in vars(self):
             object.__setattr__(self, name, value)
         else:

@@ -73,7 +73,7 @@ def validate_shards(variable: Variable) -> list[str]:
     if not is_known(variable.dtype):
         return [f"{variable.key}: unknown dtype {variable.dtype!r}."]
     too_large = math.prod(shape) * dtype_info(variable.dtype).itemsize > _MAX_NBYTES
-    if len(shape) > MAX_NDIM or any(size < 0 for size in shape) or too_large:
+    if len(shape) > MAX_NDIM or any(not 0 <= size <= _MAX_NBYTES for size in shape) or too_large:
         return [f"{variable.key}: impossible shape {_text(shape)}."]
     boxes = [Box(shard.offset, shard.shape) for shard in variable.shards]
     wrong = [i for i, box in enumerate(boxes) if not box.within(shape) or box.numel == 0]

@@ -1,7 +1,7 @@
-"""The HDF5 file: created by rank 0 with the serial driver, rebuilt from its skeleton, opened and checked.
+"""The HDF5 file: made from a skeleton by rank 0, opened and checked.
 
 Every variable is a contiguous dataset, so a piece of it is a range of bytes in the file. What HDF5 itself writes, the
-skeleton, is the same for every save of a layout: the first save makes it through HDF5, later ones write the same bytes.
+skeleton, is the same for every save of a layout: the first save lets HDF5 make it, in memory; all write its bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage import rawio
 from distckpt.storage.checksum import CHECKSUM_NBYTES
+from distckpt.storage.commit import temp_path
 from distckpt.storage.hdf5_types import hdf5_type, itemsize
 from distckpt.storage.paths import resolve
 
@@ -38,6 +39,9 @@ _ALIGNMENT = 4096
 
 #: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
 _MAX_METADATA_BLOCK = 1 << 20
+
+#: A file system in memory.
+_MEMORY = Path("/dev/shm")
 
 #: HDF5 metadata per dataset and group, without the name: upper bounds. In bytes; measured: 330, and 1,300 for a group
 #: of nine members, which is the dearest.
@@ -118,27 +122,25 @@ def create_file(
         OSError: No space, no permission, or something is at `path`. Nothing new is left there.
         ValueError: HDF5 cannot hold one of the datasets.
     """
-    reusable = skeleton if skeleton is not None and manifest_nbytes <= skeleton.manifest_capacity else None
+    if skeleton is not None and manifest_nbytes > skeleton.manifest_capacity:
+        skeleton = None
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        if reusable is not None:
-            rebuild(fd, reusable)
-            return reusable
-        # Reserve before HDF5 touches the file: when H5Fclose meets a full disk, the interpreter dies.
-        rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
-        created = create(path, datasets, n_checksums, manifest_nbytes)
-        rawio.reserve(fd, created.file_nbytes)
+        if skeleton is None:
+            rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
+            skeleton = make_skeleton(datasets, n_checksums, manifest_nbytes, Path(path).parent)
+        rebuild(fd, skeleton)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
-    else:
-        return created
     finally:
         os.close(fd)
+    return skeleton
 
 
 def rebuild(fd: int, skeleton: Skeleton) -> None:
-    """Turn an empty file into one with this skeleton, its space reserved. Rank 0 only."""
+    """Turn an empty file, perhaps with more space reserved, into one with this skeleton. Rank 0 only."""
+    os.ftruncate(fd, min(os.fstat(fd).st_size, skeleton.file_nbytes))
     rawio.reserve(fd, skeleton.file_nbytes)
     for offset, data in skeleton.runs:
         rawio.write_all(fd, memoryview(data), offset)
@@ -164,36 +166,58 @@ def max_file_nbytes(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_
     return data + _max_metadata_nbytes(datasets)
 
 
-def create(path: str, datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> Skeleton:
-    """Write a checkpoint file without data through HDF5, over the file at `path`. Rank 0 only."""
+def make_skeleton(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int, directory: Path) -> Skeleton:
+    """Let HDF5 make a file without data, and take from it what HDF5 wrote. Rank 0 only.
+
+    The file is sparse and in memory where there is such a file system, else in `directory`: HDF5 must not meet a full
+    disk or an exceeded quota, since a failing H5Fclose kills the interpreter at the next garbage collection.
+    """
+    capacity = manifests.capacity_for(manifest_nbytes)
+    # The last two lie behind the variables, whose positions then do not depend on the length of the manifest.
+    checksums = DatasetSpec(CHECKSUMS, "uint64", (n_checksums,))
+    specs = [*datasets, checksums, DatasetSpec(MANIFEST, "uint8", (capacity,))]
+    needed = 2 * _max_metadata_nbytes(datasets)
+    path = temp_path((_MEMORY if _has_room(_MEMORY, needed) else directory) / "skeleton")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        offsets = _create_datasets(path, specs, _metadata_block(datasets))
+        return Skeleton(
+            file_nbytes=os.fstat(fd).st_size,
+            offsets=np.array(offsets[:-2], np.int64),
+            checksums_offset=offsets[-2],
+            n_checksums=n_checksums,
+            manifest_offset=offsets[-1],
+            manifest_capacity=capacity,
+            runs=_read_runs(fd, [(offset, spec.nbytes) for offset, spec in zip(offsets, specs, strict=True)]),
+        )
+    finally:
+        os.close(fd)
+        Path(path).unlink(missing_ok=True)
+
+
+def _has_room(directory: Path, nbytes: int) -> bool:
+    try:
+        system = os.statvfs(directory)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK | os.X_OK) and system.f_bavail * system.f_frsize >= nbytes
+
+
+def _create_datasets(path: str, specs: Sequence[DatasetSpec], metadata_block: int) -> list[int]:
+    """Create datasets over the file at `path`, and return their positions."""
     from h5py import h5f
 
-    capacity = manifests.capacity_for(manifest_nbytes)
     access, creation = _file_access(), _file_creation()
     access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
-    access.set_meta_block_size(_metadata_block(datasets))
+    access.set_meta_block_size(metadata_block)
     file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)
     try:
+        # It stays open; a process that is killed leaves nothing behind.
+        Path(path).unlink()
         creator = _DatasetCreator(file)
-        offsets = np.array([creator.create(spec) for spec in datasets], np.int64)
-        # Behind the datasets, whose positions then do not depend on the length of the manifest.
-        checksums_offset = creator.create(DatasetSpec(CHECKSUMS, "uint64", (n_checksums,)))
-        manifest_offset = creator.create(DatasetSpec(MANIFEST, "uint8", (capacity,)))
-        creator.close()
+        return [creator.create(spec) for spec in specs]
     finally:
         file.close()
-    extents = [(int(offset), spec.nbytes) for offset, spec in zip(offsets, datasets, strict=True)]
-    extents += [(checksums_offset, n_checksums * CHECKSUM_NBYTES), (manifest_offset, capacity)]
-    file_nbytes = Path(path).stat().st_size
-    return Skeleton(
-        file_nbytes=file_nbytes,
-        offsets=offsets,
-        checksums_offset=checksums_offset,
-        n_checksums=n_checksums,
-        manifest_offset=manifest_offset,
-        manifest_capacity=capacity,
-        runs=_read_runs(path, extents, file_nbytes),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +260,11 @@ def _max_metadata_nbytes(datasets: Sequence[DatasetSpec]) -> int:
 
 
 def _file_access() -> Any:
-    """Access list of the serial driver; no locks, since many shared file systems have none."""
+    """Access list of the serial driver; no locks, since many shared file systems have none. Closing closes objects."""
     from h5py import h5f, h5p
 
     access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
     access.set_fapl_sec2()
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
     if hasattr(access, "set_file_locking"):
@@ -297,22 +322,14 @@ class _DatasetCreator:
             self._groups[path] = group
         return group
 
-    def close(self) -> None:
-        """Drop the groups, so that closing the file closes it."""
-        self._groups.clear()
 
-
-def _read_runs(path: str, extents: Sequence[tuple[int, int]], file_nbytes: int) -> tuple[tuple[int, bytes], ...]:
+def _read_runs(fd: int, extents: Sequence[tuple[int, int]]) -> tuple[tuple[int, bytes], ...]:
     """Everything outside the datasets that is not zero."""
     runs = []
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for start, stop in _gaps(extents, file_nbytes):
-            data = os.pread(fd, stop - start, start).rstrip(b"\0")
-            if data:
-                runs.append((start, data))
-    finally:
-        os.close(fd)
+    for start, stop in _gaps(extents, os.fstat(fd).st_size):
+        data = os.pread(fd, stop - start, start).rstrip(b"\0")
+        if data:
+            runs.append((start, data))
     return tuple(runs)
 
 
@@ -338,7 +355,8 @@ class Opened:
         manifest: Its manifest.
         manifest_bytes: The same encoded, for the other ranks (`manifest.decode`).
         offsets: int64, position of each variable in the file in bytes; -1: no elements, or to be read through HDF5.
-        checksums: uint64 per piece, in the order of `ChecksumIndex`; None when the file has none, or of an algorithm unknown here.
+        checksums: uint64 per piece, in the order of `ChecksumIndex`; None when the file has none, or of an algorithm
+            unknown here.
         file_nbytes: Length of the file in bytes.
     """
 
@@ -363,6 +381,8 @@ def open_readonly(path: str) -> Iterator[Any]:
         file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _file_access())
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path}: no such file") from error
+    except PermissionError:
+        raise
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: HDF5 cannot open the file: {error}") from error
     try:

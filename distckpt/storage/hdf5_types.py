@@ -32,23 +32,23 @@ def hdf5_type(dtype: str) -> Any:
     return h5t.py_create(info.numpy)
 
 
-def _float_type(itemsize: int, fields: FloatFields) -> Any:
+def _float_type(nbytes: int, fields: FloatFields) -> Any:
     from h5py import h5t
 
     made = h5t.IEEE_F16LE.copy()
     made.set_fields(fields.sign, fields.exponent, fields.exponent_nbits, fields.mantissa, fields.mantissa_nbits)
     # In this order: HDF5 refuses a size below the precision.
-    made.set_precision(8 * itemsize)
-    made.set_size(itemsize)
+    made.set_precision(8 * nbytes)
+    made.set_size(nbytes)
     made.set_ebias(fields.bias)
     return made
 
 
-def _complex_type(itemsize: int) -> Any:
+def _complex_type(nbytes: int) -> Any:
     from h5py import h5t
 
-    part = {4: h5t.IEEE_F16LE, 8: h5t.IEEE_F32LE, 16: h5t.IEEE_F64LE}[itemsize]
-    made = h5t.create(h5t.COMPOUND, itemsize)
+    part = {4: h5t.IEEE_F16LE, 8: h5t.IEEE_F32LE, 16: h5t.IEEE_F64LE}[nbytes]
+    made = h5t.create(h5t.COMPOUND, nbytes)
     made.insert(b"r", 0, part)
-    made.insert(b"i", itemsize // 2, part)
+    made.insert(b"i", nbytes // 2, part)
     return made

@@ -127,9 +127,8 @@ class _Transfer:
         """Write a piece; None takes part in a collective transfer without data."""
         from h5py import h5s
 
-        self._open(MANIFEST if piece is None else piece.job.key)
-        dataset, options = self._dataset, self._options
-        in_file, datatype = dataset.get_space(), dataset.get_type()
+        dataset = self._open(MANIFEST if piece is None else piece.job.key)
+        in_file, datatype, options = dataset.get_space(), dataset.get_type(), self._options
         if piece is None:
             data = np.empty(0, np.uint8)
             in_memory = h5s.create_simple((1,))
@@ -138,10 +137,9 @@ class _Transfer:
         else:
             source.flushed()
             data = np.frombuffer(source.get(piece), np.uint8)
-            box = piece.block.box
-            in_memory = h5s.create_simple((box.numel,))
-            if box.shape:
-                in_file.select_hyperslab(box.offset, box.shape)
+            in_memory = h5s.create_simple((piece.block.box.numel,))
+            if piece.block.box.shape:
+                in_file.select_hyperslab(*piece.block.box)
         write = dataset.write
         # In the try there is nothing but the call: `calls` is right even when a signal handler raises.
         try:
@@ -149,13 +147,14 @@ class _Transfer:
         finally:
             self.calls += 1
 
-    def _open(self, key: str) -> None:
+    def _open(self, key: str) -> Any:
         from h5py import h5d
 
         if key != self._key:
             self._close()
             self._dataset = h5d.open(self._file, key.encode())
             self._key = key
+        return self._dataset
 
     def _close(self) -> None:
         if self._dataset is not None:

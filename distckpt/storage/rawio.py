@@ -272,24 +272,28 @@ def open_shared(path: str, nbytes: int, *, writable: bool = False, timeout: floa
     """
     deadline = time.monotonic() + timeout
     while True:
-        seen = "no such file"
-        try:
-            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-        else:
-            size = os.fstat(fd).st_size
-            if size == nbytes:
-                return fd
+        fd = _open_or_none(path, os.O_RDWR if writable else os.O_RDONLY)
+        size = -1 if fd is None else os.fstat(fd).st_size
+        if fd is not None and size == nbytes:
+            return fd
+        if fd is not None:
             os.close(fd)
-            seen = f"{size} bytes"
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"{path}: expected a file of {nbytes} bytes, as on rank 0. Got {seen}. All ranks must see the same "
-                "directory: use a shared file system."
+                f"{path}: expected a file of {nbytes} bytes, as on rank 0. Got "
+                f"{'no such file' if fd is None else f'{size} bytes'}. All ranks must see the same directory: use a "
+                "shared file system."
             )
         time.sleep(0.02)
+
+
+def _open_or_none(path: str, flags: int) -> int | None:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return None
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, digest
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.transfer import (
+    Block,
     Progress,
     ReadJob,
     Staging,
@@ -107,16 +108,16 @@ class _Reader:
         if nbytes <= STEP_NBYTES and is_contiguous(job.box, job.global_shape):
             self._join(job, nbytes)
         else:
-            self._read_large(job, nbytes)
+            self._read_large(job)
 
     # -- small boxes, joined
 
     def _join(self, job: ReadJob, nbytes: int) -> None:
         offset = job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
-        joined = self._stop - self._start
-        full = joined + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
-        if offset != self._stop or full or not self._staging.has_room(nbytes):
+        full = self._stop - self._start + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
+        if full or offset != self._stop or not self._staging.has_room(nbytes):
             self.flush()
+        if not self._waiting:
             self._start = offset
         if is_packed(job.tensor):
             self._waiting.append(_Waiting(job, bytes_of(job.tensor), None))
@@ -136,52 +137,50 @@ class _Reader:
             for waiting in self._waiting:
                 self._accept(waiting)
             self._waiting.clear()
-        self._start = self._stop = 0
         self._staging.clear()
 
     def _accept(self, waiting: _Waiting) -> None:
         job = waiting.job
         if self._verify and job.expected is not None:
             _compare(job, digest(waiting.data), self.report)
-        _put(job, job.tensor, waiting.staged)
+        if waiting.staged is None:
+            _mark_changed(job.tensor)
+        else:
+            copy_bits(job.tensor.detach(), waiting.staged)
         if self._progress is not None:
             self._progress(len(waiting.data))
 
     # -- large boxes, in blocks
 
-    def _read_large(self, job: ReadJob, nbytes: int) -> None:
+    def _read_large(self, job: ReadJob) -> None:
         self.flush()
         hasher = Hasher() if self._verify and job.expected is not None else None
         packed = bytes_of(job.tensor) if is_packed(job.tensor) else None
         for block in blocks_of(job.box, job.tensor.element_size()):
-            part, staged = job.tensor, None
             if packed is None:
-                self._staging.clear()
-                part = part_of(job, block)
-                room = self._staging.take(part)
-                data, staged = room.data, room.tensor
+                self._fill_staged(job, block, hasher)
             else:
-                data = packed[block.start : block.start + block.nbytes]
-            try:
-                self._filler.fill(job, block.box, data, hasher)
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(f"{job.key}: {error}") from error
-            if staged is not None:
-                copy_bits(part, staged)
+                self._fill(job, block, packed[block.start : block.start + block.nbytes], hasher)
             if self._progress is not None:
                 self._progress(block.nbytes)
         if packed is not None:
             _mark_changed(job.tensor)
         if hasher is not None:
             _compare(job, hasher.intdigest(), self.report)
+
+    def _fill_staged(self, job: ReadJob, block: Block, hasher: Any) -> None:
+        self._staging.clear()
+        part = part_of(job, block)
+        staged = self._staging.take(part)
+        self._fill(job, block, staged.data, hasher)
+        copy_bits(part, staged.tensor)
         self._staging.clear()
 
-
-def _put(job: ReadJob, target: torch.Tensor, staged: torch.Tensor | None) -> None:
-    if staged is None:
-        _mark_changed(job.tensor)
-    else:
-        copy_bits(target.detach(), staged)
+    def _fill(self, job: ReadJob, block: Block, data: memoryview, hasher: Any) -> None:
+        try:
+            self._filler.fill(job, block.box, data, hasher)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{job.key}: {error}") from error
 
 
 def _mark_changed(tensor: torch.Tensor) -> None:

@@ -141,7 +141,8 @@ def part_of(job: WriteJob | ReadJob, block: Block) -> torch.Tensor:
 def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy elements of the same dtype bit for bit, between any strides and devices."""
     raw = _RAW.get(source.element_size())
-    if raw is not None and not source.is_conj() and not source.is_neg():
+    lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
+    if raw is not None and not lazy:
         target, source = target.view(raw), source.view(raw)
     target.copy_(source)
 

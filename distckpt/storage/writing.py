@@ -108,7 +108,8 @@ class PieceWriter:
         self._progress = progress
         self._writeback = rawio.Writeback(fd)
         self._buffers: list[memoryview] = []
-        self._first: Piece | None = None
+        # What has been joined: its first piece, and where it is in the file.
+        self._first: Piece
         self._start = 0
         self._stop = 0
 
@@ -123,24 +124,26 @@ class PieceWriter:
 
     def _join(self, piece: Piece) -> None:
         offset = piece.file_offset
-        joined = self._stop - self._start
-        if offset != self._stop or joined >= _JOINED_NBYTES or len(self._buffers) == rawio.MAX_VECTORS:
+        full = self._stop - self._start >= _JOINED_NBYTES or len(self._buffers) == rawio.MAX_VECTORS
+        if full or offset != self._stop:
             self.flush()
+        if not self._buffers:
             self._first, self._start = piece, offset
         self._buffers.append(self._bytes.get(piece))
         self._stop = offset + piece.block.nbytes
 
     def flush(self) -> None:
         """Write what has been joined."""
-        if self._buffers and self._first is not None:
+        if self._buffers:
             nbytes = self._stop - self._start
             try:
                 rawio.write_vector(self._fd, self._buffers, self._start)
             except OSError as error:
                 raise _explained(error, self._first, nbytes) from error
             self._buffers.clear()
-            self._done(self._start, nbytes)
-        self._start = self._stop = 0
+            self._writeback.add(self._start, nbytes)
+            if self._progress is not None:
+                self._progress(nbytes)
         self._bytes.flushed()
 
     def _write_runs(self, piece: Piece) -> None:
@@ -161,11 +164,6 @@ class PieceWriter:
                 raise _explained(error, piece, nbytes) from error
         if self._progress is not None:
             self._progress(piece.block.nbytes)
-
-    def _done(self, offset: int, nbytes: int) -> None:
-        self._writeback.add(offset, nbytes)
-        if self._progress is not None:
-            self._progress(nbytes)
 
 
 def _explained(error: OSError, piece: Piece, nbytes: int) -> OSError:

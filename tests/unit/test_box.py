@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, cut, cut_count, flat_boxes, piece_count, pieces, runs
@@ -137,6 +137,9 @@ def test_flat_boxes_are_the_range_in_order(case: tuple[Shape, list[Box]], start:
 
 
 @given(shape_and_solid_box())
+@example(((3, 4, 2), Box((1, 0, 0), (2, 4, 2))))
+@example(((3, 4, 2), Box((1, 2, 0), (2, 2, 2))))
+@example(((3, 4, 2), Box((1, 2, 1), (2, 2, 1))))
 def test_runs_are_maximal_and_cover_the_box(case: tuple[Shape, Box]) -> None:
     shape, box = case
     found = runs(box, shape)

@@ -19,7 +19,16 @@ from distckpt.layout.box import Box, Shape, pieces
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.merge import Merged, merge
-from distckpt.layout.records import OWN_VALUE, Attribute, Child, LocalAttribute, LocalLayout, LocalNode, SlotVariable
+from distckpt.layout.records import (
+    OWN_VALUE,
+    Attribute,
+    Child,
+    LocalAttribute,
+    LocalLayout,
+    LocalNode,
+    SavePlan,
+    SlotVariable,
+)
 from distckpt.layout.unify import group_ranks
 
 
@@ -560,6 +569,30 @@ def test_replicas_are_compared_box_by_box() -> None:
     )
 
 
+def test_ranks_of_different_graphs_may_alternate() -> None:
+    """Even and odd ranks have different graphs; rows and replicas still belong to the ranks that hold them."""
+    shape = (6, 2)
+
+    def one(r: int) -> Rank:
+        rank = Rank().tensor("odd", ()) if r % 2 else Rank()
+        rank.tensor("rows", shape, rows(r, 6, shape))
+        return rank.tensor("pairs", shape, rows(r // 2, 3, shape), fingerprint=20 + r // 2)
+
+    ranks = [one(r) for r in range(6)]
+    result = merged(*ranks)
+    check_complete(result)
+    stored = {variable.key: [shard.rank for shard in variable.shards] for variable in result.variables}
+    assert stored["rows"] == [0, 1, 2, 3, 4, 5]
+    assert [plan.weights[plan.keys.index("pairs")] for plan in result.plans] == [-1, 1] * 3
+    ranks[4].tensor("late", (), fingerprint=1)
+    ranks[5].tensor("late", (), fingerprint=2)
+    assert "late: replicas differ. Expected the bytes of rank 4. Got others on rank 5." in refused(*ranks)
+
+
+def test_a_buffer_on_one_rank_may_differ_on_all() -> None:
+    assert merged(*(Rank().tensor("b", (2,), fingerprint=r + 1, buffer=r == 1) for r in range(3))).buffers_differ
+
+
 def test_a_fingerprint_that_was_not_computed_is_no_difference() -> None:
     largest = 2**64 - 1
     merged(*(Rank().tensor("w", (2,), fingerprint=f) for f in (0, largest, 0, largest)))
@@ -698,12 +731,17 @@ def test_small_replicas_are_not_split_but_spread() -> None:
 
 
 def test_ranks_with_shards_of_their_own_get_fewer_replicas() -> None:
-    """Rank 0 alone holds a large tensor, so that the others write what all hold."""
-    big, common = (2000, 1000), (1000, 1000)
-    result = merged(Rank().tensor("big", big).tensor("w", common), *[Rank().tensor("w", common)] * 2)
-    assert {shard.rank for shard in result.variables[0].shards} == {0}
-    nbytes = written(result)
-    assert nbytes[0] >= 8_000_000
+    """Rank 0 alone holds one tensor and half of another, so that the others write what all hold."""
+
+    def one(r: int) -> Rank:
+        rank = Rank().tensor("sharded", (20_000,), Box((0,), (20_000 if r == 0 else 0,)))
+        for i in range(20):
+            rank.tensor(f"w{i}", (1000,))
+        return rank.tensor("mixed", (2, 10_000), Box((int(r > 0), 0), (1, 10_000)))
+
+    result = merged(one(0), one(1), one(2))
+    # Bytes of "sharded", "mixed" and all "w" over three ranks: rank 0 cannot have fewer than its own 120,000.
+    assert written(result) == [120_000, 60_000, 60_000]
     check_complete(result)
 
 
@@ -726,16 +764,17 @@ def test_the_lowest_rank_writes_all_when_it_is_trusted() -> None:
 
 
 def test_the_plan_id_follows_the_layout_and_not_the_values() -> None:
-    def one(value: bytes, shape: Shape) -> Rank:
-        return Rank().tensor("w", shape, fingerprint=len(value)).python("p", value)
+    def plans(value: bytes = b"1", shape: Shape = (4,), split: int = 2) -> list[SavePlan]:
+        boxes = [Box((0,), (split,)), Box((split,), (shape[0] - split,))]
+        return merged(
+            *(Rank().tensor("w", shape, box, fingerprint=len(value)).python("p", value) for box in boxes)
+        ).plans
 
-    first, again, values, layout = (
-        merged(*[one(value, shape)] * 2).plans
-        for value, shape in [(b"1", (2,)), (b"1", (2,)), (b"22", (2,)), (b"1", (3,))]
-    )
-    assert first == again
-    assert first[0].plan_id == first[1].plan_id == values[0].plan_id != layout[0].plan_id
+    first = plans()
+    assert plans() == first
+    assert first[0].plan_id == first[1].plan_id == plans(b"22")[0].plan_id
     assert 0 <= first[0].plan_id < 2**63
+    assert len({first[0].plan_id, plans(shape=(5,))[0].plan_id, plans(split=1)[0].plan_id}) == 3
 
 
 def test_records_survive_the_wire() -> None:

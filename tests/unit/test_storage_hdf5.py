@@ -24,7 +24,18 @@ from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import DatasetSpec
 from distckpt.storage.hdf5_types import hdf5_type
 from distckpt.storage.verify import verify_file
-from tests.checkpoint_files import Tensors, load, make_manifest, placed, same_bits, save, specs_of, twins, variables_of
+from tests.checkpoint_files import (
+    Tensors,
+    load,
+    make_manifest,
+    placed,
+    same_bits,
+    save,
+    specs_of,
+    twins,
+    variables_of,
+    with_bytes_of,
+)
 
 DTYPES = sorted({str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)})
 STORABLE = [name for name in DTYPES if is_known(name)]
@@ -136,6 +147,15 @@ def test_every_dtype_keeps_every_bit(tmp_path: Path, dtype: str) -> None:
         assert file["x"].id.get_type().equal(hdf5_type(dtype))
 
 
+@pytest.mark.parametrize("dtype", STORABLE)
+def test_every_dtype_keeps_every_bit_between_strides(tmp_path: Path, dtype: str) -> None:
+    saved = {"x": raw_bytes(dtype, 600)[::2]}
+    save(tmp_path / "file.h5", saved)
+    restored = {"x": with_bytes_of(raw_bytes(dtype, 900), 0x55)[::3]}
+    load(tmp_path / "file.h5", restored)
+    assert same_bits(restored["x"], saved["x"])
+
+
 def test_two_files_of_a_layout_are_equal_in_every_byte(tmp_path: Path) -> None:
     save(tmp_path / "a.h5", tensors(), n_ranks=3)
     time.sleep(1.1)
@@ -206,6 +226,25 @@ def test_creating_never_replaces(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("room", [True, False], ids=["in memory", "no memory"])
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(hdf5, "_MEMORY", memory if room else tmp_path / "nowhere")
+    used: list[str] = []
+    create = hdf5._create_datasets
+    monkeypatch.setattr(hdf5, "_create_datasets", lambda path, *rest: (used.append(path), create(path, *rest))[1])
+    (tmp_path / "run").mkdir()
+    hdf5.create_file(str(tmp_path / "run" / "a.h5"), None, specs_of(tensors()), 7, 500)
+    assert Path(used[0]).parent == (memory if room else tmp_path / "run")
+    clash = [DatasetSpec("a", "float32", (3,)), DatasetSpec("a/b", "float32", (3,))]
+    with pytest.raises((ValueError, OSError, RuntimeError, KeyError)):
+        hdf5.create_file(str(tmp_path / "run" / "b.h5"), None, clash, 7, 500)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["a.h5"]
+    assert list(memory.iterdir()) == []
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
+
+
 def test_the_space_is_reserved(tmp_path: Path) -> None:
     specs = [DatasetSpec("w", "float32", (1 << 20,))]
     skeleton = hdf5.create_file(str(tmp_path / "a.h5"), None, specs, 1, 500)
@@ -248,7 +287,7 @@ def test_a_full_disk_is_a_clean_error(tmp_path: Path) -> None:
     if not mounted:
         pytest.skip("mounting is not allowed")
     try:
-        with pytest.raises(OSError, match="No space|bytes free") as raised:
+        with pytest.raises(OSError, match=r"No space|bytes free") as raised:
             hdf5.create_file(str(mount / "file.h5"), None, [DatasetSpec("w", "float32", (4 << 20,))], 1, 500)
         assert raised.value.errno == errno.ENOSPC
         assert list(mount.iterdir()) == []
@@ -316,9 +355,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "ckpt-12.h5").write_bytes(b"")
     with pytest.raises(CheckpointNotFoundError, match=r"Is the number missing, as in '.*ckpt-12.h5'"):
         hdf5.open_checkpoint(str(tmp_path / "ckpt"))
-    with pytest.raises(CheckpointNotFoundError, match="The directory has ckpt-3.h5, ckpt-12.h5"):
+    with pytest.raises(CheckpointNotFoundError, match=r"The directory has ckpt-3.h5, ckpt-12.h5"):
         hdf5.open_checkpoint(str(tmp_path / "other.h5"))
-    with pytest.raises(CheckpointNotFoundError, match="directory: pass distckpt.latest_checkpoint"):
+    with pytest.raises(CheckpointNotFoundError, match=r"directory: pass distckpt\.latest_checkpoint"):
         hdf5.open_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointNotFoundError, match=r"The directory '.*nowhere' does not exist"):
         hdf5.open_checkpoint(str(tmp_path / "nowhere" / "ckpt"))
@@ -387,7 +426,7 @@ def test_a_flipped_bit_in_the_manifest(tmp_path: Path, position: int) -> None:
     skeleton = save(path, tensors())
     length = len(hdf5.open_checkpoint(str(path)).manifest_bytes)
     flip(path, skeleton.manifest_offset + (position if position >= 0 else length + position))
-    with pytest.raises(CorruptCheckpointError, match="manifest is damaged|the format is unknown"):
+    with pytest.raises(CorruptCheckpointError, match=r"manifest is damaged|the format is unknown"):
         hdf5.open_checkpoint(str(path))
 
 
@@ -486,7 +525,11 @@ def test_data_in_another_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_parts(tmp_path: Path) -> None:
-    for key, message in [("save_counter", None), (".checksums", "its checksums are missing"), (".manifest", "manifest")]:
+    for key, message in [
+        ("save_counter", None),
+        (".checksums", "its checksums are missing"),
+        (".manifest", "manifest"),
+    ]:
         path = tmp_path / f"{key}.h5"
         save(path, tensors())
         with h5py.File(path, "r+") as file:
@@ -507,7 +550,9 @@ def repack(source: Path, target: Path, *options: str) -> None:
     subprocess.run(["h5repack", *options, str(source), str(target)], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("options", [[], ["-f", "GZIP=6"], ["-l", "CHUNK=11x3"], ["-L"], ["-f", "SHUF", "-f", "GZIP=9"]])
+@pytest.mark.parametrize(
+    "options", [[], ["-f", "GZIP=6"], ["-l", "CHUNK=11x3"], ["-L"], ["-f", "SHUF", "-f", "GZIP=9"]]
+)
 def test_a_repacked_file_restores(tmp_path: Path, options: list[str]) -> None:
     saved = {**tensors(), "big": torch.zeros(3 << 20), "flags": torch.arange(100000) % 3 == 0}
     if options:

@@ -251,10 +251,10 @@ def test_open_shared_gives_up(tmp_path: Path, content: bytes | None, seen: str) 
     path = tmp_path / "file"
     if content is not None:
         path.write_bytes(content)
-    n_open = len(os.listdir("/proc/self/fd"))
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(CheckpointError, match=f"expected a file of 5 bytes, as on rank 0. Got {seen}.*shared"):
         rawio.open_shared(str(path), 5, timeout=0.0)
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert len(list(Path("/proc/self/fd").iterdir())) == n_open
 
 
 def test_sync_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,13 @@ from __future__ import annotations
 import errno
 import math
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 import xxhash
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, pieces, runs
-from distckpt.storage import rawio, reading
+from distckpt.storage import mpio, rawio, reading
 from distckpt.storage.reading import read
 from distckpt.storage.transfer import ReadJob, WriteJob, is_contiguous
 from distckpt.storage.writing import write_posix
@@ -50,7 +50,8 @@ def layouts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values with other strides."""
     wide = torch.empty((*tensor.shape, 2), dtype=tensor.dtype)
     wide[..., 1] = tensor
-    turned = tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+    backwards = list(reversed(range(tensor.ndim)))
+    turned = tensor.permute(backwards).contiguous().permute(backwards)
     return {"packed": tensor, "every second": wide[..., 1], "column-major": turned}
 
 
@@ -231,9 +232,7 @@ def test_neighbours_are_joined(fd: int, counted: dict[str, Counted]) -> None:
     log.write(fd, 1 << 20)
     assert counted["pwrite"].calls == 1
     targets = [torch.zeros(17) for _ in range(3000)]
-    reads = [
-        ReadJob(f"{i}", i * 68, (17,), whole(target), target, log.values[i]) for i, target in enumerate(targets)
-    ]
+    reads = [ReadJob(f"{i}", i * 68, (17,), whole(target), target, log.values[i]) for i, target in enumerate(targets)]
     report = read(fd, reads, verify=True)
     assert counted["preadv"].calls == math.ceil(3000 / rawio.MAX_VECTORS)
     assert report.bytes_read == report.bytes_verified == counted["preadv"].nbytes == 3000 * 68
@@ -246,9 +245,7 @@ def test_strided_neighbours_are_staged_and_joined(fd: int, counted: dict[str, Co
     log = write_posix(fd, jobs, checksums=True)
     assert counted["pwritev"].calls == 1
     targets = [torch.zeros(17, 3)[:, 1] for _ in range(500)]
-    reads = [
-        ReadJob(f"{i}", i * 68, (17,), whole(target), target, log.values[i]) for i, target in enumerate(targets)
-    ]
+    reads = [ReadJob(f"{i}", i * 68, (17,), whole(target), target, log.values[i]) for i, target in enumerate(targets)]
     read(fd, reads, verify=True)
     assert counted["preadv"].calls == 1
     assert all(torch.equal(target, tensor) for target, tensor in zip(targets, tensors, strict=True))
@@ -284,6 +281,19 @@ def test_narrow_strips_are_read_by_the_page(fd: int, counted: dict[str, Counted]
     assert report.bytes_read == counted["preadv"].nbytes < values.nbytes
 
 
+# ---- transports
+
+
+def test_why_parallel_hdf5_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Serial:
+        mpi = False
+
+    monkeypatch.setattr(h5py, "get_config", Serial)
+    assert "was built without MPI" in str(mpio.why_unavailable())
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert "h5py cannot be imported" in str(mpio.why_unavailable())
+
+
 # ---- errors
 
 
@@ -314,12 +324,12 @@ def test_a_full_disk_names_the_variable(fd: int, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(OSError, match=rf"No space left on device: key, \d+ bytes at byte {BASE}") as raised:
+    with pytest.raises(OSError, match=r"No space left on device: key, \d+ bytes at byte 12[37]") as raised:
         write_posix(fd, [write_job(torch.rand(box.shape), box, (8, 8))], checksums=True)
-    assert raised.value.errno == errno.ENOSPC or "No space" in str(raised.value)
+    assert raised.value.errno == errno.ENOSPC
 
 
-def test_transient_errors_are_survived(fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: Tensors = {f"{i}": torch.rand(300 + i) for i in range(20)}
     monkeypatch.setattr(rawio.time, "sleep", lambda _: None)
     failures = iter([True, False] * 10000)
@@ -360,7 +370,7 @@ def test_progress_counts_every_byte(fd: int) -> None:
 def test_little_memory_beyond_the_tensors(tmp_path: Path) -> None:
     """Whatever the size, strides and direction: 64 MiB at most. Measured in a process of its own."""
     code = f"""
-import os, resource, torch
+import os, torch
 from distckpt.layout.box import Box
 from distckpt.storage.reading import read
 from distckpt.storage.transfer import ReadJob, WriteJob
@@ -369,7 +379,7 @@ fd = os.open({str(tmp_path / "file")!r}, os.O_RDWR | os.O_CREAT)
 shape = (8 << 20, 8)
 tensor = torch.ones(shape)
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
 write_posix(fd, [WriteJob("w", 0, shape, Box((0, 0), (9, 8)), tensor[:9].T.contiguous().T, 0)], checksums=True)
 read(fd, [ReadJob("w", 0, shape, Box((0, 0), (9, 8)), tensor[:9].T, None)][:0], verify=True)
 before = peak()
@@ -381,21 +391,14 @@ column = Box((0, 3), (8 << 20, 1))
 read(fd, [ReadJob("w", 0, shape, column, tensor[:, :1], None)], verify=True)
 half = tensor.view(-1)[:1 << 20].view(1 << 20, 1)
 write_posix(fd, [WriteJob("w", 0, shape, Box((0, 3), (1 << 20, 1)), half, 0)], checksums=True)
-print(peak() - before)
+small = peak() - before
+buffer = bytearray(b"x") * (200 << 20)
+print(small, peak() - before)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True, env=environment
     )
-    assert int(done.stdout) <= 64
-
-
-def test_the_peak_is_measurable() -> None:
-    """That the number above means something: a buffer of 80 MiB shows."""
-    code = (
-        "import resource; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; bytearray(b'x') * (80 << 20);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert int(done.stdout) >= 64
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    peak, peak_with_a_large_buffer = map(int, done.stdout.split())
+    assert peak <= 64
+    assert peak_with_a_large_buffer >= 150

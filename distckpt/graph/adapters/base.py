@@ -57,6 +57,20 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
+        """Why a stored value cannot be put into the live object, whatever its shape or dtype; asked before anything
+        is restored.
+
+        Args:
+            obj: The live object.
+            name: Attribute name.
+            encoded: The stored python value, encoded; None for a tensor.
+
+        Returns:
+            What the live value is, for the error; None where nothing is in the way.
+        """
+        return None
+
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Put values back into a live object.
 

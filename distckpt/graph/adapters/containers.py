@@ -8,7 +8,7 @@ from typing import Any
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.registry import adapter_for, unwrap
-from distckpt.graph.python_value import is_python_value
+from distckpt.graph.python_value import decode, encode, is_python_value
 from distckpt.graph.values import Edge, PythonValue
 from distckpt.layout.keys import dict_key, edge_name, escape, unescape
 
@@ -58,15 +58,20 @@ class SequenceAdapter(Adapter):
         for index, element in enumerate(obj):
             yield part_of(names[index] if names else str(index), element)
 
+    def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
+        """An element of a tuple cannot be replaced: it must be equal, or a list or dict that can be filled anew."""
+        if encoded is None or isinstance(obj, MutableSequence):
+            return None
+        live, saved = _element(obj, name), decode(bytes(encoded))
+        if encode(live) == bytes(encoded) or (type(live) is type(saved) and isinstance(live, list | dict)):
+            return None
+        return f"{live!r:.60} in a tuple, which cannot change (use a list)"
+
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Set the elements of a list; those of a tuple cannot change and must be equal."""
+        """Set the elements; a list or dict is changed in place."""
         for name, value in saved.items():
-            if isinstance(obj, MutableSequence):
+            if not assign_python_value(_element(obj, name), value) and isinstance(obj, MutableSequence):
                 obj[int(name)] = value
-            elif value != _element(obj, name):
-                raise ValueError(
-                    f"element {name} of a tuple is {_element(obj, name)!r} and cannot become {value!r}. Use a list."
-                )
 
 
 def _element(obj: Any, name: str) -> object:
@@ -88,15 +93,23 @@ class MappingAdapter(Adapter):
         """Elements that are python values are values of the container, all others are edges."""
         assert isinstance(obj, dict)
         for key, element in obj.items():
-            if type(key) is str or type(key) is int:
+            if type(key) is int or (type(key) is str and _is_utf8(key)):
                 yield part_of(edge_name(key), element)
             else:
                 yield Problem(
-                    "", f"a dict key of type {type(key).__qualname__} ({key!r}) cannot be stored. Use str or int keys."
+                    "",
+                    f"a dict key of type {type(key).__qualname__} ({key!r}) cannot be stored. "
+                    "Use str keys without lone surrogates, or int keys.",
                 )
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the elements."""
         assert isinstance(obj, MutableMapping)
         for escaped, value in saved.items():
-            obj[dict_key(unescape(escaped))] = value
+            key = dict_key(unescape(escaped))
+            if not assign_python_value(obj.get(key), value):
+                obj[key] = value
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

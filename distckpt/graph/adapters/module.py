@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
@@ -24,6 +25,10 @@ class ModuleAdapter(Adapter):
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """Children, then parameters, then persistent buffers, then extra state."""
         assert isinstance(obj, torch.nn.Module)
+        if isinstance(obj, FSDPModule):
+            # After a forward without backward its parameters are the gathered ones: others than the optimizer's, and
+            # copies of what a restore writes. Freeing them is what torch's own state_dict() does, too.
+            obj.reshard()
         for name, module in obj._modules.items():
             if module is not None:
                 yield Edge(name, unwrap(module))

@@ -12,12 +12,15 @@ import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
-from distckpt.graph.adapters.stateful import flatten
+from distckpt.graph.adapters.stateful import flatten, unflatten
 from distckpt.graph.python_value import is_python_value
 from distckpt.graph.sharding import tensor_value
 from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
 from distckpt.layout.keys import escape
 from distckpt.layout.records import OWN_VALUE
+
+#: Name of the value that holds the rest of a slot which is a structure of tensors, as LBFGS has them.
+_STRUCTURE = ".state"
 
 
 class Groups:
@@ -128,12 +131,17 @@ class SlotAdapter(Adapter):
             return (tensor_value(value),)
         if is_python_value(value):
             return (PythonValue(OWN_VALUE, value),)
-        return flatten(value, "", ".state")
+        return flatten(value, "", _STRUCTURE)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Set a python slot."""
+        """Set a python slot, or a structure."""
         assert isinstance(obj, Slot)
-        obj.optimizer.state[obj.parameter][obj.name] = saved[OWN_VALUE]
+        value = saved[OWN_VALUE] if OWN_VALUE in saved else unflatten(saved, _STRUCTURE)
+        obj.optimizer.state[obj.parameter][obj.name] = value
+
+    def takes(self, name: str, live: Mapping[str, Value]) -> bool:
+        """A structure is restored as a whole: the file decides which tensors it has."""
+        return _STRUCTURE in live and name != OWN_VALUE
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

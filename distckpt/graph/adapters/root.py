@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part
+from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value, part_of
 from distckpt.graph.adapters.registry import is_checkpointable
-from distckpt.graph.values import replicated
+from distckpt.graph.values import Edge, Value, replicated
 from distckpt.layout.keys import escape
 
 COUNTER_KEY = "save_counter"
@@ -43,12 +43,31 @@ class RootAdapter(Adapter):
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """The root's parts, the attached ones, the counter."""
-        yield from self.inner.parts(obj, rank)
+        own: dict[str, Part] = {}
+        for part in self.inner.parts(obj, rank):
+            own[part.name] = part
+            yield part
         for name, value in self.attached.items():
             if is_checkpointable(value):
-                yield part_of(name, value)
+                yield self._unless_taken(part_of(name, value), own)
         if self.counter is not None:
-            yield replicated(self.counter, COUNTER_KEY, in_place=False)
+            yield self._unless_taken(replicated(self.counter, COUNTER_KEY, in_place=False), own)
+
+    def _unless_taken(self, part: Part, own: Mapping[str, Part]) -> Part:
+        """The part, or the problem that the root got another one of that name by itself."""
+        taken = own.get(part.name)
+        if taken is None or (isinstance(part, Edge) and isinstance(taken, Edge) and part.target is taken.target):
+            return part
+        return Problem(part.name, "the root and the Checkpoint both have something of this name. Rename one of them.")
+
+    def takes(self, name: str, live: Mapping[str, Value]) -> bool:
+        """What the root takes."""
+        return self.inner.takes(name, live)
+
+    def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
+        """What the root refuses."""
+        attached = name == COUNTER_KEY or any(escape(other) == name for other in self.attached)
+        return None if attached else self.inner.refusal(obj, name, encoded)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Hand every value to whom it belongs."""

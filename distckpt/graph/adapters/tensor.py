@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.sharding import array_value, tensor_value
@@ -27,6 +27,15 @@ class TensorAdapter(Adapter):
         """The tensor's own value; a parameter that is not initialised yet is a node without one."""
         assert isinstance(obj, torch.Tensor)  # as `handles` says
         return () if is_lazy(obj) else (tensor_value(obj),)
+
+    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
+        """Initialise an uninitialised parameter or buffer; all others are restored in place."""
+        value = saved[OWN_VALUE]
+        assert isinstance(obj, UninitializedTensorMixin)
+        assert isinstance(value, torch.Tensor)
+        with torch.no_grad():
+            obj.materialize(value.shape)
+            obj.copy_(value)  # type: ignore[attr-defined]  # it has become a tensor
 
 
 class ShardedVariableAdapter(Adapter):
@@ -55,6 +64,7 @@ class ArrayAdapter(Adapter):
         assert isinstance(obj, np.ndarray)
         return (array_value(obj),)
 
-    def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Only reached for read-only arrays, whose memory cannot be written."""
-        raise ValueError("a read-only NumPy array cannot be restored in place. Call setflags(write=True) first.")
+    def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
+        """The memory of a read-only array cannot be written."""
+        assert isinstance(obj, np.ndarray)
+        return None if obj.flags.writeable else "a read-only NumPy array (call setflags(write=True) first)"

@@ -1,0 +1,397 @@
+"""`CheckpointReader`: the values of a checkpoint in one process, without MPI and without live objects."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import torch
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from distckpt.graph.adapters.registry import adapter_for, unwrap
+from distckpt.graph.adapters.root import COUNTER_KEY
+from distckpt.graph.assignment import Assignment, TensorRead
+from distckpt.graph.binding import Binding
+from distckpt.graph.python_value import decode, resolve
+from distckpt.graph.values import TensorValue
+from distckpt.graph.view import LiveGraph, walk
+from distckpt.layout.aliases import find_key
+from distckpt.layout.box import Box, Shape
+from distckpt.layout.keys import join, slot_key
+from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
+from distckpt.layout.slicing import Index, Part, parts_of, select
+from distckpt.options import RestoreOptions
+from distckpt.restoration import Restoration, combine
+from distckpt.source import Source, open_local, sub_tensor
+from distckpt.status import ValueMismatch
+from distckpt.storage.latest import latest_checkpoint
+from distckpt.storage.transfer import copy_bits
+
+#: Most keys that an unknown one is compared with: that many take a second.
+_MAX_COMPARED = 20_000
+
+
+class VariableHandle:
+    """A stored tensor; indexing it reads.
+
+    Attributes:
+        key: Checkpoint key.
+        shape: Global shape.
+        dtype: torch dtype.
+        shards: The boxes as the ranks wrote them; they tile the shape.
+    """
+
+    def __init__(self, source: Source, index: int) -> None:
+        variable = source.manifest.variables[index]
+        self.key = variable.key
+        self.shape: Shape = variable.shape
+        self.dtype: torch.dtype = getattr(torch, variable.dtype)
+        self.shards: tuple[Shard, ...] = tuple(variable.shards)
+        self._source = source
+        self._index = index
+        self._numpy = variable.numpy
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor | np.ndarray:
+        """All of it, as `handle[...]`.
+
+        Raises:
+            CorruptCheckpointError: The bytes do not match their checksum.
+        """
+        return self[...]
+
+    def __getitem__(self, index: Index) -> torch.Tensor | np.ndarray:
+        """Read a slice, and nothing else of the file but what lies in gaps of less than a page.
+
+        Args:
+            index: Ints, slices with positive steps, and `...`, alone or in a tuple.
+
+        Returns:
+            A CPU tensor; a NumPy array where one was saved.
+
+        Raises:
+            CorruptCheckpointError: A piece that the slice contains does not match its checksum. Pieces that it
+                contains in part cannot be verified.
+            IndexError: An int is out of bounds, or there are too many dimensions.
+            TypeError: The index has something else in it, such as None, a bool or a mask.
+            ValueError: A step is not positive, or the reader is closed.
+        """
+        selection = select(index, self.shape)
+        out = torch.empty(selection.extents, dtype=self.dtype)
+        for part in parts_of(selection, self.shape, self.dtype.itemsize):
+            self._read(part, sub_tensor(out, part.taken, Box.whole(selection.extents)))
+        result = out.view(selection.shape)
+        return result.numpy() if self._numpy else result
+
+    def _read(self, part: Part, target: torch.Tensor) -> None:
+        direct = part.box.shape == part.taken.shape
+        tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype)
+        value = TensorValue(OWN_VALUE, tensor, self.shape, part.box)
+        self._source.read([TensorRead(self.key, self._index, value)], verify=True)
+        if not direct:
+            copy_bits(target, tensor[tuple(slice(None, None, step) for step in part.steps)])
+
+    def __repr__(self) -> str:
+        return f"<{self.key}: shape {self.shape}, {self.dtype}, {len(self.shards)} shard(s)>"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDiff:
+    """Where a checkpoint and a live object differ; as the properties of `RestoreStatus`, all sorted.
+
+    Attributes:
+        missing: Keys of live values that the file does not have.
+        unexpected: Keys of saved values that nothing live takes.
+        pending: Those of `unexpected` that would wait for a name to appear on an existing object.
+        mismatched: Saved values that do not fit the live ones.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    pending: tuple[str, ...]
+    mismatched: tuple[ValueMismatch, ...]
+
+
+class CheckpointReader:
+    """The values of a checkpoint, by key. Needs one process, and nothing of what was saved.
+
+    The file stays open until `close`, also when it is deleted meanwhile.
+
+    Example:
+        >>> with load_checkpoint("runs/a") as reader:
+        ...     rows = reader["model/fc/weight"][10:20]
+        ...     step = reader["step"]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a checkpoint.
+
+        Args:
+            path: The file, with or without ".h5"; or a directory, which means its latest checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
+            CorruptCheckpointError: The file is no complete checkpoint.
+        """
+        self._source = open_local(_file_of(path))
+        self._manifest = self._source.manifest
+        self._variables = {variable.key: index for index, variable in enumerate(self._manifest.variables)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. What the manifest says stays readable. May be called again."""
+        self._source.close()
+
+    @property
+    def path(self) -> str:
+        """Path of the file."""
+        return self._source.path
+
+    @property
+    def save_counter(self) -> int | None:
+        """The save counter; None for a file made by `write`."""
+        return self._manifest.save_counter
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved."""
+        return self._manifest.world_size
+
+    @property
+    def object_graph(self) -> ObjectGraph:
+        """The stored object graph."""
+        return self._manifest.object_graph
+
+    @property
+    def metadata(self) -> Any:
+        """What was passed as `SaveOptions(metadata=...)`; None when nothing was."""
+        return self._decode("the metadata", msgspec.json.encode(self._manifest.metadata))
+
+    # ---- values ----
+
+    def keys(self) -> list[str]:
+        """The keys of all values: tensors in file order, then python values. A shared object has one key."""
+        return [*self._variables, *self._manifest.python_state]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._variables) + len(self._manifest.python_state)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._find(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        """One value.
+
+        Args:
+            key: As in `keys`, or another path to a shared object; a leading slash is ignored.
+
+        Returns:
+            A `VariableHandle` for a tensor or array. A python value as it was saved, with the tensors in it.
+
+        Raises:
+            KeyError: There is no such value; names similar keys.
+            CorruptCheckpointError: The value is damaged.
+        """
+        found = self._find(key)
+        if found is None:
+            raise KeyError(f"{self.path} has no value {key!r}. {self._suggest(key.strip('/'))}")
+        index = self._variables.get(found)
+        return self._python_value(found) if index is None else VariableHandle(self._source, index)
+
+    def _find(self, path: str) -> str | None:
+        key = path.removeprefix("/")
+        if key in self._variables or key in self._manifest.python_state:
+            return key
+        return find_key(self.object_graph, key)
+
+    def _suggest(self, path: str) -> str:
+        keys = self.keys()
+        near = [key for key in keys if key.startswith(f"{path}/") or key.endswith(f"/{path}")]
+        near = near or difflib.get_close_matches(path, keys[:_MAX_COMPARED], n=5)
+        return f"Similar: {', '.join(near[:5])}." if near else "See keys() for those it has."
+
+    def _python_value(self, key: str) -> Any:
+        """A python value; the tensors it refers to are values of the same node."""
+        names = {attribute.name: attribute.checkpoint_key for attribute in self._node_of[key].attributes}
+        value = self._decode(key, bytes(self._manifest.python_state[key]))
+        return resolve(value, _Tensors(names, lambda other: self[other].read()))
+
+    @functools.cached_property
+    def _node_of(self) -> dict[str, Node]:
+        """The node of each value."""
+        return {attribute.checkpoint_key: node for node in self.object_graph.nodes for attribute in node.attributes}
+
+    def _decode(self, what: str, data: bytes) -> Any:
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.path}: {what}: {error}") from error
+
+    # ---- live objects ----
+
+    def match(self, live: object, *, options: RestoreOptions | None = None) -> dict[str, str]:
+        """What a restore into a live object would find; it stays as it is. The save counter is not counted.
+
+        Args:
+            live: A `Checkpoint`, or what would be its positional root; a dict stands for `Checkpoint(**live)`.
+            options: Of the restore.
+
+        Returns:
+            Key of each saved value that fits, to the key of the live one.
+
+        Raises:
+            TypeError: The object cannot be checkpointed.
+        """
+        plan = self._plan(live, options)
+        return {key: where for key, where in _live_keys(plan.binding) if key in plan.assignment.consumed}
+
+    def diff(self, live: object, *, options: RestoreOptions | None = None) -> CheckpointDiff:
+        """What a restore into a live object would not find; it stays as it is. The save counter is not counted.
+
+        Args:
+            live: As for `match`.
+            options: Of the restore.
+
+        Returns:
+            What the status of the restore would say.
+
+        Raises:
+            TypeError: The object cannot be checkpointed.
+        """
+        plan = self._plan(live, options)
+        report = combine(plan.restoration, [plan.restoration.report(plan.live, plan.binding, plan.assignment)])
+        return CheckpointDiff(report.missing, report.unexpected, tuple(sorted(report.pending)), report.mismatched)
+
+    def _plan(self, live: object, options: RestoreOptions | None) -> _Plan:
+        with_counter = self.save_counter is not None
+        restoration = Restoration(self._source, options or RestoreOptions(), with_counter=with_counter)
+        graph = _walk(live, with_counter)
+        return _Plan(restoration, graph, *restoration.plan(graph, set()))
+
+    def __repr__(self) -> str:
+        tensors, python_values = len(self._variables), len(self._manifest.python_state)
+        return f"<CheckpointReader of {self.path}: {tensors} tensors, {python_values} python values>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A restore that is not carried out."""
+
+    restoration: Restoration
+    live: LiveGraph
+    binding: Binding
+    assignment: Assignment
+
+
+class _Tensors(dict[str, Any]):
+    """The tensors that a structure refers to, read when it does."""
+
+    def __init__(self, keys: Mapping[str, str], read: Callable[[str], Any]) -> None:
+        self._keys = keys
+        self._read = read
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self._keys:
+            raise CorruptCheckpointError(f"a python value refers to {name!r}, which is not in the file.")
+        return self._read(self._keys[name])
+
+
+def _walk(live: object, with_counter: bool) -> LiveGraph:
+    if isinstance(live, Checkpoint):
+        return live._walk(with_counter=with_counter)
+    root = unwrap(live)
+    adapter = adapter_for(root)
+    if adapter is None:
+        raise TypeError(f"a {type(root).__qualname__} cannot be checkpointed, so nothing can match it.")
+    return walk(root, adapter, 0)
+
+
+def _live_keys(binding: Binding) -> Iterator[tuple[str, str]]:
+    """Saved keys and the keys of the live values that they are bound to."""
+    for match in binding.matches:
+        if match.key != COUNTER_KEY:
+            yield match.key, match.node.attribute_key(match.name)
+    for new in binding.new_slots:
+        for slot, attributes in new.slots.items():
+            key = slot_key(new.optimizer.key, new.parameter.key, slot)
+            for name, saved in attributes.items():
+                yield saved, key if name == OWN_VALUE else join(key, name)
+
+
+def _file_of(path: str | os.PathLike[str]) -> str:
+    """The file that a path means."""
+    if not Path(path).is_dir():
+        return os.fspath(path)
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise CheckpointNotFoundError(f"{os.fspath(path)}: no complete checkpoint of `save` in this directory.")
+    return latest
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
+    """Open a checkpoint for reading in one process.
+
+    Args:
+        path: The file, with or without ".h5"; or a directory, which means its latest checkpoint.
+
+    Returns:
+        The reader; a context manager.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
+        CorruptCheckpointError: The file is no complete checkpoint.
+    """
+    return CheckpointReader(path)
+
+
+def list_variables(path: str | os.PathLike[str]) -> list[tuple[str, Shape]]:
+    """The key and global shape of every tensor and array in a checkpoint, sorted.
+
+    Args:
+        path: As for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
+    """
+    with load_checkpoint(path) as reader:
+        return sorted((variable.key, variable.shape) for variable in reader._manifest.variables)
+
+
+def load_variable(path: str | os.PathLike[str], key: str) -> Any:
+    """Read one value of a checkpoint.
+
+    Args:
+        path: As for `load_checkpoint`.
+        key: As for `CheckpointReader`.
+
+    Returns:
+        A CPU tensor, a NumPy array where one was saved, or a python value.
+
+    Raises:
+        KeyError: There is no such value; names similar keys.
+        CheckpointError: As `load_checkpoint`.
+    """
+    with load_checkpoint(path) as reader:
+        value = reader[key]
+        return value.read() if isinstance(value, VariableHandle) else value
