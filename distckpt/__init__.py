@@ -19,16 +19,20 @@ from distckpt.graph.trackable import (
     ShardedVariable,
     Trackable,
 )
+from distckpt.manager import CheckpointManager, checkpoints_iterator
 from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
+from distckpt.retention import CheckpointRecord
 from distckpt.status import RestoreStatus
 from distckpt.storage.latest import latest_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointReader",
+    "CheckpointRecord",
     "CheckpointWarning",
     "CollectiveError",
     "CorruptCheckpointError",
@@ -44,6 +48,7 @@ __all__ = [
     "SaveOptions",
     "ShardedVariable",
     "Trackable",
+    "checkpoints_iterator",
     "latest_checkpoint",
     "list_variables",
     "load_checkpoint",

@@ -16,6 +16,7 @@ from distckpt.graph.adapters.root import RootAdapter
 from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
 from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.output import Target
 from distckpt.restorer import Restorer
 from distckpt.saver import Saver
 from distckpt.status import RestoreStatus
@@ -127,12 +128,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank. The previous checkpoint stays the latest.
         """
-        session = self._session
-        walk = functools.partial(self._walk_for_save, with_counter=True)
-        with session.coordinator.uninterrupted():
-            saved = session.saver.save("save", walk, file_prefix, options or SaveOptions(), session.counter)
-            session.counter = saved.number
-        return saved.path
+        return self._save_numbered(file_prefix, None, options or SaveOptions())
 
     def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Write everything to `path`, without number, counter and state file. Collective over the communicator.
@@ -150,7 +146,7 @@ class Checkpoint(Trackable):
             CollectiveError: A step failed on some rank. The file at `path` is as it was.
         """
         walk = functools.partial(self._walk_for_save, with_counter=False)
-        return self._session.saver.save("write", walk, path, options or SaveOptions(), 0).path
+        return self._session.saver.save("write", walk, Target(path, 0, None), options or SaveOptions()).path
 
     def restore(
         self, save_path: str | os.PathLike[str] | None, *, options: RestoreOptions | None = None
@@ -199,6 +195,16 @@ class Checkpoint(Trackable):
             RestoreMismatchError: A waiting value does not fit; the live value stays as it was.
         """
         return self._session.restorer.retry_pending()
+
+    def _save_numbered(self, file_prefix: str | os.PathLike[str], number: int | None, options: SaveOptions) -> str:
+        """`save`, with a number of the caller's choice for the file name. Collective over the communicator."""
+        session = self._session
+        walk = functools.partial(self._walk_for_save, with_counter=True)
+        target = Target(file_prefix, session.counter, number)
+        with session.coordinator.uninterrupted():
+            saved = session.saver.save("save", walk, target, options)
+            session.counter = saved.counter
+        return saved.path
 
     # ---- the graph ----
 

@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,11 +31,34 @@ from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
 from distckpt.storage.commit import commit, discard, sweep, temp_path
 from distckpt.storage.hdf5 import DatasetSpec, Skeleton, create_file, write_manifest
-from distckpt.storage.paths import next_number, single_path, split_prefix
+from distckpt.storage.paths import make_directory, next_number, require_newest, single_path, split_prefix
 from distckpt.storage.rawio import sync_directory
 from distckpt.storage.state import record_save
 
 _LIBRARIES = ("distckpt", "torch", "numpy", "h5py", "mpi4py")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a save goes.
+
+    Attributes:
+        path: As given to `save` or `write`.
+        counter: The live save counter.
+        number: The number that the file is to have; None for the next one. For files made by `write` it says nothing.
+    """
+
+    path: str | os.PathLike[str]
+    counter: int
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """The final path of a file, and the save counter that it stores: 0 for a file made by `write`."""
+
+    final: str
+    counter: int
 
 
 class Created(msgspec.Struct, frozen=True):
@@ -43,7 +67,7 @@ class Created(msgspec.Struct, frozen=True):
     Attributes:
         path: The final path.
         temp_path: Where the file is until it is committed.
-        number: Its number; 0 for a file made by `write`.
+        counter: The save counter that it stores; 0 for a file made by `write`.
         file_nbytes: Length of the file in bytes.
         checksums_offset: Position of the checksum dataset in the file, in bytes.
         transport: "mpio" or "posix".
@@ -52,7 +76,7 @@ class Created(msgspec.Struct, frozen=True):
 
     path: str
     temp_path: str
-    number: int
+    counter: int
     file_nbytes: int
     checksums_offset: int
     transport: str
@@ -103,34 +127,35 @@ class Output:
         """Position of every variable in the file, in bytes; None on other ranks than 0."""
         return None if self._skeleton is None else self._skeleton.offsets
 
-    def create(self, path: str | os.PathLike[str], counter: int, options: SaveOptions, size: int) -> Created:
+    def create(self, target: Target, options: SaveOptions, size: int) -> Created:
         """Create the temporary file with everything but the data.
 
         Args:
-            path: As given to `save` or `write`.
-            counter: The live save counter.
+            target: Where the save goes.
             options: Of the save.
             size: Number of ranks.
 
         Raises:
             OSError: The directory or the file cannot be made, or there is no space.
+            ValueError: There is a checkpoint with the wanted number or a higher one.
         """
-        final, number = self._name(path, counter)
-        directory = Path(final).parent
-        _make_directory(directory)
+        name = self._name(target)
+        directory = Path(name.final).parent
+        make_directory(directory)
         if str(directory) not in self._swept:
             sweep(directory)
             self._swept.add(str(directory))
         if self._with_checksums != options.checksums:
             self._with_checksums, self._skeleton = options.checksums, None
         transport = _choose_transport(options, size)
-        manifest = self._manifest(number, options, size, transport)
-        self._temp = temp = temp_path(final)
+        manifest = self._manifest(name.counter, options, size, transport)
+        self._temp = temp = temp_path(name.final)
         skeleton = self._make_file(temp, manifest)
         fresh = skeleton is not self._skeleton
         if fresh:
             self._place(skeleton)
-        self._created = Created(final, temp, number, skeleton.file_nbytes, skeleton.checksums_offset, transport, fresh)
+        file_nbytes, checksums_offset = skeleton.file_nbytes, skeleton.checksums_offset
+        self._created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
         self._fill_manifest(temp, msgspec.structs.replace(manifest, variables=self._variables))
         return self._created
 
@@ -169,20 +194,23 @@ class Output:
 
     # ---- parts of create ----
 
-    def _name(self, path: str | os.PathLike[str], counter: int) -> tuple[str, int]:
+    def _name(self, target: Target) -> _Name:
         if not self._numbered:
-            return single_path(path), 0
-        prefix = split_prefix(path)
-        number = next_number(prefix, counter)
-        return prefix.numbered(number), number
+            return _Name(single_path(target.path), 0)
+        prefix = split_prefix(target.path)
+        if target.number is None:
+            number = next_number(prefix, target.counter)
+            return _Name(prefix.numbered(number), number)
+        require_newest(prefix, target.number)
+        return _Name(prefix.numbered(target.number), target.counter + 1)
 
-    def _manifest(self, number: int, options: SaveOptions, size: int, transport: str) -> Manifest:
+    def _manifest(self, counter: int, options: SaveOptions, size: int, transport: str) -> Manifest:
         merged = self._require_merged()
         return Manifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
             save_id=uuid.uuid4().hex,
-            save_counter=number if self._numbered else None,
+            save_counter=counter if self._numbered else None,
             world_size=size,
             time=time.time(),
             host=socket.gethostname(),
@@ -198,11 +226,12 @@ class Output:
 
     def _make_file(self, temp: str, manifest: Manifest) -> Skeleton:
         merged = self._require_merged()
+        nbytes = manifests.max_nbytes(manifest)
         datasets: Sequence[DatasetSpec] = ()
-        if self._skeleton is None or manifests.max_nbytes(manifest) > self._skeleton.manifest_capacity:
+        if self._skeleton is None or nbytes > self._skeleton.manifest_capacity:
             datasets = [DatasetSpec(variable.key, variable.dtype, variable.shape) for variable in merged.variables]
         n_checksums = merged.n_checksums if self._with_checksums else 0
-        return create_file(temp, self._skeleton, datasets, n_checksums, manifests.max_nbytes(manifest))
+        return create_file(temp, self._skeleton, datasets, n_checksums, nbytes)
 
     def _place(self, skeleton: Skeleton) -> None:
         """Remember where a new file has its variables; the next files have them there, too."""
@@ -225,15 +254,6 @@ class Output:
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"
         return self._merged
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(f"{directory} is a file. Save into a directory.") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise PermissionError(f"{directory}: no permission to write. Choose another directory or change its mode.")
 
 
 def _choose_transport(options: SaveOptions, size: int) -> str:

@@ -21,7 +21,7 @@ from distckpt.layout.merge import merge
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import log, warn
 from distckpt.options import SaveOptions
-from distckpt.output import Created, Output, check_target
+from distckpt.output import Created, Output, Target, check_target
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
 from distckpt.source import sub_tensor
 from distckpt.storage.transfer import WriteJob
@@ -36,11 +36,11 @@ class Saved:
 
     Attributes:
         path: Path of the file.
-        number: Its number; 0 for a file made by `write`.
+        counter: The save counter from now on; 0 for a file made by `write`.
     """
 
     path: str
-    number: int
+    counter: int
 
 
 @dataclass(slots=True)
@@ -75,30 +75,30 @@ class Saver:
         self,
         operation: str,
         walk: Callable[[], LiveGraph],
-        path: str | os.PathLike[str],
+        target: Target,
         options: SaveOptions,
-        counter: int,
     ) -> Saved:
         """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator."""
         with collector_off(), self._coordinator.uninterrupted():
-            return self._save(operation, walk, path, options, counter)
+            return self._save(operation, walk, target, options)
 
     def _save(
         self,
         operation: str,
         walk: Callable[[], LiveGraph],
-        path: str | os.PathLike[str],
+        target: Target,
         options: SaveOptions,
-        counter: int,
     ) -> Saved:
-        coordinator = self._coordinator
-        request = Request.of(operation, os.fspath(path), options, save_counter=counter)
+        coordinator, path = self._coordinator, target.path
+        request = Request.of(
+            operation, os.fspath(path), options, save_counter=target.counter, checkpoint_number=target.number
+        )
         captured = Attempt.of(lambda: self._capture(operation, walk, path, options))
         agreed = self._agree(request, captured, options)
         output = self._output(operation)
         try:
             created = coordinator.on_root(
-                "create", lambda: self._create(output, path, counter, options, agreed, captured.value), Created
+                "create", lambda: self._create(output, target, options, agreed, captured.value), Created
             )
             if created.fresh:
                 agreed.offsets = coordinator.share(output.offsets)
@@ -108,7 +108,7 @@ class Saver:
             output.abandon()
             raise
         log.info("saved %s", created.path)
-        return Saved(created.path, created.number)
+        return Saved(created.path, created.counter)
 
     # ---- capture and agree ----
 
@@ -177,15 +177,14 @@ class Saver:
     def _create(
         self,
         output: Output,
-        path: str | os.PathLike[str],
-        counter: int,
+        target: Target,
         options: SaveOptions,
         agreed: _Agreed,
         captured: Capture,
     ) -> Created:
         """Rank 0 only."""
         output.update_values(captured.python_values(agreed.plan.keys))
-        return output.create(path, counter, options, self._coordinator.size)
+        return output.create(target, options, self._coordinator.size)
 
 
 def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
@@ -218,7 +217,7 @@ def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob
     jobs = []
     for item in plan.items:
         value, key = tensors[item.tensor], keys[item.tensor]
-        tensor = torch.tensor(created.number) if key == COUNTER_KEY and created.number else value.tensor
+        tensor = torch.tensor(created.counter) if key == COUNTER_KEY and created.counter else value.tensor
         box = Box(item.offset, item.shape)
         part = sub_tensor(tensor.detach(), box, value.box)
         position = offsets[plan.variables[item.tensor]]

@@ -170,7 +170,7 @@ class RestoreStatus:
         self._update("assert_nontrivial_match")
         self._require(
             self._report.restored > 0,
-            "nothing but the save counter matched. Saved values",
+            "saved values, but nothing besides the save counter matched",
             [self._unexpected_line(key) for key in self._report.unexpected],
         )
         return self

@@ -51,7 +51,7 @@ def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) 
     init_process_group(backend="gloo")
     try:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        own = gather(agreed("make the directory", _make_directory, setup, directory))[0]
+        own = gather(agreed("make the directory", make_directory, setup, directory))[0]
         results = _run_cases(Bench(setup, mesh, Path(own)), announce)
         return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results))
     finally:
@@ -72,11 +72,23 @@ def _run_cases(bench: Bench, announce: Callable[[str], None]) -> list[Samples]:
     return results
 
 
-def _make_directory(setup: Setup, directory: Path) -> str:
-    """A directory of our own, on rank 0; nothing elsewhere."""
+def make_directory(setup: Setup, directory: Path) -> str:
+    """Make a directory of our own, on rank 0. Local.
+
+    Args:
+        setup: What is going to be written there.
+        directory: Where, made if missing.
+
+    Returns:
+        The new directory; on other ranks than 0 an empty text.
+
+    Raises:
+        OSError: It cannot be made, or there is too little space.
+    """
     if dist.get_rank() != 0:
         return ""
     directory.mkdir(parents=True, exist_ok=True)
+    # Restores keep one file of each competitor.
     needed = setup.nbytes * (1 + len(setup.competitors)) + _SPARE
     free = os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize
     if free < needed:

@@ -174,7 +174,8 @@ class _Binder:
     def compare_lengths(self, saved: Node, node: LiveNode) -> None:
         """Warn of a list, tuple or dict that has another number of elements than saved."""
         before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
-        if before != now and hasattr(node.adapter, "elements"):
+        of_a_container = _WHOLE.keys().isdisjoint(attribute.name for attribute in saved.attributes)
+        if before != now and of_a_container and hasattr(node.adapter, "elements"):
             kind = type(node.obj).__qualname__
             self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 
@@ -221,15 +222,15 @@ class _Binder:
         return saved_id is not None and any(found.name == OWN_VALUE for found in self.saved[saved_id].attributes)
 
     def keys_below(self, node_id: int) -> list[str]:
-        """Keys of a stored node's values and of its descendants'."""
+        """Keys of a stored node's values and of its descendants', slots included."""
         keys, seen, stack = [], {node_id}, [node_id]
         while stack:
             node = self.saved[stack.pop()]
             keys += [attribute.checkpoint_key for attribute in node.attributes]
-            for child in node.children:
-                if child.node_id not in seen:
-                    seen.add(child.node_id)
-                    stack.append(child.node_id)
+            below = {child.node_id for child in node.children}
+            below.update(slot.slot_variable_node_id for slot in node.slot_variables)
+            stack += below - seen
+            seen |= below
         return keys
 
     def any_key(self, node_id: int) -> str:
@@ -282,6 +283,10 @@ class _Binder:
     def match_attributes(self, saved: Node, live_id: int) -> None:
         """Match the attributes of one pair of nodes; of several saved values for a live one the first counts."""
         node = self.live[live_id]
+        if is_foreign(saved, node):
+            found = Mismatch(node.key, "an object of another kind", f"a {type(node.obj).__qualname__}")
+            self.result.mismatches.append(found)
+            return
         for attribute in saved.attributes:
             value = node.values.get(attribute.name)
             key = attribute.checkpoint_key
@@ -363,6 +368,14 @@ class _Binder:
             for name, slot_id in stored.items()
         }
         self.result.new_slots.append(NewSlots(node, self.live[parameter_id], slots))
+
+
+def is_foreign(saved: Node, node: LiveNode) -> bool:
+    """Whether a stored node has something, but not what the live object's adapter cannot do without."""
+    needed = node.adapter.needs
+    if needed is None or not (saved.attributes or saved.children):
+        return False
+    return all(attribute.name != needed for attribute in saved.attributes)
 
 
 _PER_RANK = re.compile(r"(?:^|/)\.rank/(\d+)(?:/|$)")

@@ -112,8 +112,8 @@ def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
         if type(part) is Edge:
             _add_edge(graph, node, part)
         elif type(part) is Problem:
-            name = child_key(node.key, part.name, per_rank=False) if part.name else node.key or "the root"
-            graph.problems.append(f"{name}: {part.text}")
+            key = join(node.key, part.name) if part.name else node.key or "the root"
+            graph.problems.append(f"{key}: {part.text}")
         else:
             _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
 

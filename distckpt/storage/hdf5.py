@@ -176,11 +176,14 @@ def make_skeleton(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nb
     # The last two lie behind the variables, whose positions then do not depend on the length of the manifest.
     checksums = DatasetSpec(CHECKSUMS, "uint64", (n_checksums,))
     specs = [*datasets, checksums, DatasetSpec(MANIFEST, "uint8", (capacity,))]
+    access = _file_access()
+    access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
+    access.set_meta_block_size(_metadata_block(datasets))
     needed = 2 * _max_metadata_nbytes(datasets)
     path = temp_path((_MEMORY if _has_room(_MEMORY, needed) else directory) / "skeleton")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        offsets = _create_datasets(path, specs, _metadata_block(datasets))
+        offsets = _create_datasets(path, specs, access)
         return Skeleton(
             file_nbytes=os.fstat(fd).st_size,
             offsets=np.array(offsets[:-2], np.int64),
@@ -203,16 +206,13 @@ def _has_room(directory: Path, nbytes: int) -> bool:
     return os.access(directory, os.W_OK | os.X_OK) and system.f_bavail * system.f_frsize >= nbytes
 
 
-def _create_datasets(path: str, specs: Sequence[DatasetSpec], metadata_block: int) -> list[int]:
+def _create_datasets(path: str, specs: Sequence[DatasetSpec], access: Any) -> list[int]:
     """Create datasets over the file at `path`, and return their positions."""
     from h5py import h5f
 
-    access, creation = _file_access(), _file_creation()
-    access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
-    access.set_meta_block_size(metadata_block)
-    file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)
+    file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, _file_creation(), access)
     try:
-        # It stays open; a process that is killed leaves nothing behind.
+        # It stays open, and a process that is killed leaves nothing behind.
         Path(path).unlink()
         creator = _DatasetCreator(file)
         return [creator.create(spec) for spec in specs]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -37,12 +39,28 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
     Returns:
         Path of the checkpoint, below `directory`.
     """
-    by_prefix = groupby(_saved_files(directory), lambda file: file.prefix)
-    newest = [found for _, files in by_prefix if (found := _newest(directory, list(files), verify)) is not None]
-    return max(newest).path if newest else None
+    return next(complete_checkpoints(directory, verify=verify), None)
 
 
-def _saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
+def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:
+    """The complete checkpoints that `save` has made in a directory, newest first.
+
+    A file is opened when its turn comes; a damaged one is passed over with a warning.
+
+    Args:
+        directory: The directory.
+        verify: Compare the checksums of all data too.
+
+    Yields:
+        Paths, below `directory`.
+    """
+    by_prefix = groupby(saved_files(directory), lambda file: file.prefix)
+    found = [_newest_first(directory, list(files), verify) for _, files in by_prefix]
+    for checkpoint in heapq.merge(*found, reverse=True):
+        yield checkpoint.path
+
+
+def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
     """The numbered files of the known prefixes, of all prefixes when there is no state file."""
     files = numbered_files(directory)
     try:
@@ -65,8 +83,8 @@ class _Found:
     path: str
 
 
-def _newest(directory: str | os.PathLike[str], files: list[NumberedFile], verify: bool) -> _Found | None:
-    """The complete one with the highest number, of files of one prefix in ascending order."""
+def _newest_first(directory: str | os.PathLike[str], files: list[NumberedFile], verify: bool) -> Iterator[_Found]:
+    """The complete ones by descending number, of files of one prefix in ascending order."""
     for file in reversed(files):
         path = str(Path(directory, file.name))
         try:
@@ -77,9 +95,8 @@ def _newest(directory: str | os.PathLike[str], files: list[NumberedFile], verify
         if problems:
             _warn(f"{path} is passed over: {'; '.join(problems[:3])}")
         elif manifest.save_counter is not None:
-            return _Found(manifest.time, file.number, path)
-    return None
+            yield _Found(manifest.time, file.number, path)
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, CheckpointWarning, stacklevel=3)
+    warnings.warn(message, CheckpointWarning, stacklevel=2)

@@ -105,6 +105,25 @@ def problems(manifest: Manifest) -> list[str]:
         found.append("two variables have the same key")
     if manifest.world_size < 1:
         found.append(f"world size {manifest.world_size}")
+    return found + _graph_problems(manifest)
+
+
+def _graph_problems(manifest: Manifest) -> list[str]:
+    """References of the object graph to nodes or values that the manifest does not have."""
+    nodes = manifest.object_graph.nodes
+    ids = range(len(nodes))
+    keys = {variable.key for variable in manifest.variables} | manifest.python_state.keys()
+    found = [] if nodes else ["the object graph has no root"]
+    for number, node in enumerate(nodes):
+        referred = [child.node_id for child in node.children] + (node.parameters or [])
+        for slot in node.slot_variables:
+            referred += (slot.original_variable_node_id, slot.slot_variable_node_id)
+        found += [f"node {number} refers to node {other}, of {len(nodes)}" for other in referred if other not in ids]
+        found += [
+            f"node {number} has a value {attribute.checkpoint_key!r} that is not stored"
+            for attribute in node.attributes
+            if attribute.checkpoint_key not in keys
+        ]
     return found
 
 

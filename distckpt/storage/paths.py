@@ -95,6 +95,21 @@ def next_number(prefix: Prefix, live_counter: int) -> int:
     return 1 + max(live_counter, *on_disk, 0)
 
 
+def require_newest(prefix: Prefix, number: int) -> None:
+    """Refuse a number that is not above those on disk, for the highest is the latest. Rank 0 only.
+
+    Raises:
+        ValueError: There is a checkpoint with this number or a higher one.
+    """
+    on_disk = [file for file in numbered_files(prefix.directory) if file.prefix == prefix.name]
+    if on_disk and on_disk[-1].number >= number:
+        raise ValueError(
+            f"{prefix.numbered(number)}: expected a number above that of {on_disk[-1].name!r}, for the highest number "
+            "is the latest checkpoint, and saves never replace one. Choose a higher number or another name, or move "
+            "the later checkpoints away."
+        )
+
+
 def resolve(path: str | os.PathLike[str]) -> str:
     """The checkpoint file that a user means, with or without ".h5". Rank 0 only.
 

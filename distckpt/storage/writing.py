@@ -108,8 +108,8 @@ class PieceWriter:
         self._progress = progress
         self._writeback = rawio.Writeback(fd)
         self._buffers: list[memoryview] = []
-        # What has been joined: its first piece, and where it is in the file.
-        self._first: Piece
+        # What has been joined, and where it is in the file. The pieces keep the memory of their tensors alive.
+        self._joined: list[Piece] = []
         self._start = 0
         self._stop = 0
 
@@ -127,19 +127,21 @@ class PieceWriter:
         full = self._stop - self._start >= _JOINED_NBYTES or len(self._buffers) == rawio.MAX_VECTORS
         if full or offset != self._stop:
             self.flush()
-        if not self._buffers:
-            self._first, self._start = piece, offset
+        if not self._joined:
+            self._start = offset
+        self._joined.append(piece)
         self._buffers.append(self._bytes.get(piece))
         self._stop = offset + piece.block.nbytes
 
     def flush(self) -> None:
         """Write what has been joined."""
-        if self._buffers:
+        if self._joined:
             nbytes = self._stop - self._start
             try:
                 rawio.write_vector(self._fd, self._buffers, self._start)
             except OSError as error:
-                raise _explained(error, self._first, nbytes) from error
+                raise _explained(error, self._joined[0], nbytes) from error
+            self._joined.clear()
             self._buffers.clear()
             self._writeback.add(self._start, nbytes)
             if self._progress is not None:

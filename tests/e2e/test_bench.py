@@ -29,7 +29,7 @@ def test_all_cases_are_measured_and_written(mpirun: Any, tmp_path: Path) -> None
     assert own["values"] == [own["median"]]
     assert own["of_raw"] > 0
     assert own["against_distckpt"] == 1
-    assert done.stdout.count("restore: 1.00 MiB, 1 rounds") == 1
+    assert len([line for line in done.stdout.splitlines() if line.startswith("restore: 1.00 MiB")]) == 1
     assert not list(files.iterdir())
 
 
@@ -39,19 +39,3 @@ def test_a_directory_that_cannot_be_made_is_one_error_on_all_ranks(mpirun: Any, 
     assert done.returncode == 1
     assert "step 'make the directory' failed on 1 rank(s)" in done.stdout
     assert "FileExistsError" in done.stdout
-
-
-def test_too_small_a_disk_is_told_before_anything_is_written(mpirun: Any, tmp_path: Path) -> None:
-    done = mpirun(2, [*BENCH, "--size", "1000TiB", "--dir", tmp_path])
-    assert done.returncode == 1
-    assert "Choose a smaller size" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_options_name_what_is_expected(mpirun: Any, tmp_path: Path) -> None:
-    done = mpirun(0, [*BENCH, "--dir", tmp_path, "--against", "tar"])
-    assert done.returncode == 2
-    assert "expected some of raw, dcp, safetensors" in " ".join(done.stdout.split())
-    done = mpirun(0, [*BENCH, "--dir", tmp_path, "--json", tmp_path / "missing" / "report.json"])
-    assert done.returncode == 2
-    assert "--json" in done.stdout

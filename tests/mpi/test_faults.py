@@ -403,9 +403,7 @@ def test_a_failing_restore_is_the_same_error_on_all_ranks(
     assert_usable(comm, program, mpi_dir, 2, options)
 
 
-def test_a_rank_without_memory_for_shared_arrays(
-    subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_without_memory_for_shared_arrays(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comm = subcomm(SIZE)
     if comm is None:
         return

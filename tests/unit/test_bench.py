@@ -15,6 +15,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typer.testing import CliRunner
 
 from distckpt.bench.cases import Bench, Samples, Setup, run_case
 from distckpt.bench.competitor import Competitor
@@ -22,9 +23,11 @@ from distckpt.bench.dcp import Dcp
 from distckpt.bench.raw import Raw, supports_direct
 from distckpt.bench.report import make_document, make_rows, make_tables
 from distckpt.bench.runner import agreed, extra_mib, interleave, seconds
+from distckpt.bench.session import make_directory
 from distckpt.bench.state import build_state, gpt_shapes, small_shapes
 from distckpt.bench.trials import FirstSaveTrial, RestoreTrial, SaveTrial, check_restore
 from distckpt.cli.bench import parse_choices, parse_number, parse_size
+from distckpt.cli.main import build
 from distckpt.errors import CollectiveError
 
 MIB = 2**20
@@ -217,6 +220,30 @@ def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_pat
     assert any(samples.name == "raw" for samples in results) == (case in {"save", "restore", "overhead"})
     assert {samples.unit for samples in results} == {"MiB" if case == "memory" else "s"}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("mesh")
+def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"expected 5242880064 MiB free.*Choose a smaller size"):
+        make_directory(a_setup(nbytes=1000 * 2**40, competitors=("raw",) * 4), tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+    assert Path(make_directory(a_setup(), tmp_path / "new")).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "tar"], "expected some of raw, dcp, safetensors. Got 'tar'"),
+        (["--cases", "sleep"], "expected some of save, restore, reshard, memory, overhead. Got 'sleep'"),
+        (["--size", "big"], "expected a size such as 64MiB or 1GiB. Got 'big'"),
+        (["--json", "no/such/directory/file.json"], "no/such/directory/file.json: its directory does not exist"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(options: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(build(("bench",)), ["bench", "--dir", str(tmp_path), *options])
+    assert done.exit_code == 2
+    words = " ".join(done.output.replace("│", " ").split())
+    assert message in words
 
 
 RESULTS = [

@@ -149,6 +149,24 @@ def test_extent_problems(offsets: list[int], file_nbytes: int, expected: list[st
     assert manifests.extent_problems(VARIABLES, np.array(offsets), file_nbytes) == expected
 
 
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        (Node(children=[Child(2, "x")]), "node 0 refers to node 2, of 1"),
+        (Node(children=[Child(-1, "x")]), "node 0 refers to node -1, of 1"),
+        (Node(parameters=[1]), "node 0 refers to node 1, of 1"),
+        (Node(slot_variables=[SlotVariable(0, "exp_avg", 7)]), "node 0 refers to node 7, of 1"),
+        (Node(attributes=[Attribute(".value", "no such key")]), "node 0 has a value 'no such key' that is not stored"),
+    ],
+)
+def test_graphs_that_refer_to_nothing(node: Node, expected: str) -> None:
+    assert manifests.problems(manifest(object_graph=ObjectGraph([node]))) == [expected]
+
+
+def test_a_graph_without_a_root() -> None:
+    assert manifests.problems(manifest(object_graph=ObjectGraph([]))) == ["the object graph has no root"]
+
+
 def test_impossible_worlds() -> None:
     assert manifests.problems(manifest(world_size=0)) == ["world size 0"]
     assert manifests.problems(manifest(variables=[VARIABLES[0]] * 2)) == ["two variables have the same key"]

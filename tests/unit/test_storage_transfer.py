@@ -251,6 +251,14 @@ def test_strided_neighbours_are_staged_and_joined(fd: int, counted: dict[str, Co
     assert all(torch.equal(target, tensor) for target, tensor in zip(targets, tensors, strict=True))
 
 
+def test_jobs_may_be_made_on_the_way(fd: int) -> None:
+    """Each tensor lives until it is written, though nobody else holds it."""
+    jobs = (WriteJob("x", i * 4000, (1000,), Box((0,), (1000,)), torch.full((1000,), float(i)), i) for i in range(500))
+    write_posix(fd, jobs, checksums=True)
+    expected = torch.arange(500.0).repeat_interleave(1000)
+    assert os.pread(fd, 1 << 22, 0) == bits(expected)
+
+
 def test_more_strided_bytes_than_the_staging_buffer_holds(fd: int) -> None:
     tensors = [torch.rand(3 << 18, 2)[:, 0] for _ in range(9)]
     jobs = [WriteJob(f"{i}", i * (3 << 20), (3 << 18,), whole(tensor), tensor, i) for i, tensor in enumerate(tensors)]

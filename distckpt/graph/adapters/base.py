@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from distckpt.graph.values import Edge, Value
+from distckpt.layout.records import OWN_VALUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class Problem:
     """A part of an object that cannot be stored.
 
     Attributes:
-        name: Local name of the part; "" for the object itself.
+        name: As `layout.records.Attribute.name`; "" for the object itself.
         text: What is wrong and what to do.
     """
 
@@ -31,6 +32,8 @@ class Adapter:
     per_rank = False
     #: The values are one state that is restored as a whole; the file decides which names it has.
     takes_all = False
+    #: Name of the value without which the others cannot be restored.
+    needs: str | None = None
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """Whether `restore` accepts a stored value for which the live object has none of that name.
@@ -39,7 +42,7 @@ class Adapter:
             name: Attribute name.
             live: The live object's values by name.
         """
-        return self.takes_all
+        return self.takes_all and name != OWN_VALUE
 
     def handles(self, cls: type) -> bool:
         """Whether objects of this class are of this kind."""

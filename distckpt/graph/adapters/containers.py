@@ -21,7 +21,7 @@ def part_of(name: str, value: object) -> Part:
     if adapter_for(target) is None:
         kind = type(value)
         return Problem(
-            name,
+            escape(name),
             f"a {kind.__module__}.{kind.__qualname__} cannot be checkpointed. Give it state_dict() and "
             "load_state_dict(), wrap it in a PythonState, or keep it out with NoDependency.",
         )

@@ -95,7 +95,7 @@ class GroupAdapter(Adapter):
                 yield PythonValue(escape(name), value)
             else:
                 kind = type(value).__qualname__
-                yield Problem(name, f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors.")
+                yield Problem(escape(name), f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors.")
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the options the live group has; a group's own extras keep their value."""

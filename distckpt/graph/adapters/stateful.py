@@ -91,6 +91,7 @@ class StatefulAdapter(Adapter):
     """Schedulers, gradient scalers, data loaders, metrics: anything with `state_dict` and `load_state_dict`."""
 
     takes_all = True
+    needs = _STATE
 
     def handles(self, cls: type) -> bool:
         """Classes with both methods."""
@@ -110,6 +111,7 @@ class PythonStateAdapter(Adapter):
     """`PythonState`: a str or bytes of the user's making."""
 
     takes_all = True
+    needs = _STATE
 
     def handles(self, cls: type) -> bool:
         """`PythonState` and its subclasses."""

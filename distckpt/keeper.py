@@ -1,0 +1,217 @@
+"""A manager as rank 0 sees it: the directory, the clock and the records. Rank 0 only, all of it but the constructor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distckpt import retention
+from distckpt.errors import CorruptCheckpointError
+from distckpt.log import warn
+from distckpt.retention import CheckpointRecord, History, Policy
+from distckpt.schedule import LastSave, Schedule
+from distckpt.storage.commit import sweep as sweep_temporary_files
+from distckpt.storage.latest import complete_checkpoints, is_complete, latest_checkpoint, saved_files
+from distckpt.storage.managed import read_entry, remove_checkpoints, write_entry
+from distckpt.storage.paths import SUFFIX, numbered_files, parse_numbered, resolve
+from distckpt.storage.state import DamagedStateError
+
+
+class View(msgspec.Struct, frozen=True):
+    """What all ranks know of the directory.
+
+    Attributes:
+        latest: Path of the newest complete checkpoint.
+        checkpoints: Paths of those that the manager may delete, oldest first.
+    """
+
+    latest: str | None
+    checkpoints: list[str]
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Whether to save now, and what will be recorded of it.
+
+    Attributes:
+        due: Whether to save.
+        step: Of the step counter; None without one.
+        metrics: Those that are finite.
+    """
+
+    due: bool
+    step: int | None
+    metrics: dict[str, float]
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The checkpoint to restore; None when the directory has none."""
+
+    path: str | None
+
+
+class Keeper:
+    """The checkpoints of one prefix in one directory."""
+
+    def __init__(
+        self,
+        directory: str,
+        prefix: str,
+        policy: Policy,
+        schedule: Schedule,
+        *,
+        last_step: int | None,
+        read_step: Callable[[], int | None],
+        clock: Callable[[], float],
+    ) -> None:
+        """Local.
+
+        Args:
+            directory: Directory of the checkpoints.
+            prefix: What their names begin with.
+            policy: Which to keep.
+            schedule: When to save.
+            last_step: Step at which the first interval begins; None saves at once.
+            read_step: Gives the present step; None when nobody counts.
+            clock: Gives the time in seconds.
+        """
+        self._directory = directory
+        self._prefix = prefix
+        self._policy = policy
+        self._schedule = schedule
+        self._read_step = read_step
+        self._clock = clock
+        self._last = LastSave(last_step)
+        self._history = History(last_preserved_time=clock() - 1)
+        self._latest: str | None = None
+        self._candidates: Iterator[str] = iter(())
+        self._rejected: list[str] = []
+
+    def open(self) -> View:
+        """Look at the directory for the first time, and clean up after saves that were cut off."""
+        sweep_temporary_files(self._directory)
+        self._history = retention.present(self._recorded(), self._own_files())
+        now = self._clock()
+        if now < self._history.last_preserved_time:
+            warn([f"{self._directory}: the clock was set back. All checkpoints made so far are kept for good."])
+            self._history = retention.after_clock_reset(self._history, now)
+        self._latest = latest_checkpoint(self._directory)
+        return self._view()
+
+    # ---- save ----
+
+    def decide(self, metrics: Mapping[str, Any] | None, *, check_interval: bool) -> Decision:
+        """Whether to save now.
+
+        Raises:
+            ValueError: The step or a metric is no number.
+        """
+        step = self._read_step()
+        due = self._schedule.is_due(step, self._clock(), self._last, check_interval=check_interval)
+        return Decision(due, step, retention.finite_metrics(metrics))
+
+    def record(self, path: str, decision: Decision, *, durable: bool) -> View:
+        """Take in a new checkpoint, and delete what no policy keeps.
+
+        The state file names the new checkpoint before an old one is deleted, and the deleted ones until the next save:
+        whenever the process ends, the next one knows all files that are there.
+
+        Raises:
+            OSError: The state file cannot be written.
+        """
+        number = parse_numbered(Path(path).name)
+        assert number is not None, "made by save"
+        now = self._clock()
+        step = number.number if decision.step is None else decision.step
+        record = CheckpointRecord(name=number.name, time=now, step=step, metrics=decision.metrics, durable=durable)
+        self._latest, self._last = path, LastSave(decision.step, now)
+        self._history = retention.after_save(retention.present(self._history, self._own_files()), record)
+        swept = retention.sweep(self._history, self._policy)
+        self._write(swept.history, durable=durable)
+        left = remove_checkpoints(self._directory, swept.delete)
+        self._history = retention.forget(swept.history, {*swept.delete} - {*left})
+        return self._view()
+
+    # ---- restore ----
+
+    def begin_restore(self) -> None:
+        """Begin with the newest checkpoint."""
+        self._candidates = complete_checkpoints(self._directory)
+        self._rejected = []
+
+    def choose(self, problem: str) -> Choice:
+        """The next checkpoint to try.
+
+        Args:
+            problem: Why the one chosen before could not be restored; empty at first.
+
+        Raises:
+            CorruptCheckpointError: There were some, and none can be restored.
+        """
+        if problem:
+            self._rejected.append(problem)
+            warn([f"falling back to an older checkpoint: {problem}"])
+        path = next(self._candidates, None)
+        if path is None:
+            self._require_nothing_lost()
+        return Choice(path)
+
+    def restored(self, path: str) -> View:
+        """Take in that a checkpoint was restored: intervals count from here.
+
+        Raises:
+            ValueError: The step is no integer.
+        """
+        self._latest, self._last = path, LastSave(self._read_step(), self._clock())
+        return self._view()
+
+    def _require_nothing_lost(self) -> None:
+        """To start anew where checkpoints are must be the user's decision."""
+        paths = [Path(self._directory, file.name) for file in saved_files(self._directory)]
+        problems = [*self._rejected, *(problem for path in paths if (problem := is_complete(path)) is not None)]
+        if problems:
+            lines = "\n  ".join(problems[:10])
+            raise CorruptCheckpointError(
+                f"{self._directory}: no checkpoint can be restored. Move these away to start anew:\n  {lines}"
+            )
+
+    # ---- pins ----
+
+    def pin(self, path: str) -> View:
+        """See `CheckpointManager.pin`."""
+        found = Path(resolve(path))
+        if found.name not in self._own_files() or not found.parent.samefile(self._directory):
+            pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
+            raise ValueError(f"pin: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
+        self._write(retention.pin(self._history, found.name), durable=True)
+        return self._view()
+
+    def unpin(self, path: str) -> View:
+        """See `CheckpointManager.unpin`."""
+        self._write(retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX), durable=True)
+        return self._view()
+
+    # ---- parts of the above ----
+
+    def _recorded(self) -> History:
+        """The history as the state file has it."""
+        try:
+            entry = read_entry(self._directory, self._prefix)
+            return self._history if entry is None else retention.decode(entry)
+        except (DamagedStateError, msgspec.ValidationError) as error:
+            warn([f"{self._directory}: the manager's records are damaged ({error}). Checkpoints made so far are kept."])
+            return self._history
+
+    def _own_files(self) -> set[str]:
+        """The files of the prefix that are there. A name in the state file is only believed when it is one of them."""
+        return {file.name for file in numbered_files(self._directory) if file.prefix == self._prefix}
+
+    def _write(self, history: History, *, durable: bool) -> None:
+        write_entry(self._directory, self._prefix, retention.encode(history), durable=durable)
+        self._history = history
+
+    def _view(self) -> View:
+        paths = [str(Path(self._directory, record.name)) for record in self._history.checkpoints]
+        return View(self._latest, paths)

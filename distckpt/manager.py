@@ -1,0 +1,353 @@
+"""`CheckpointManager`: when to save, and which checkpoints to keep; `checkpoints_iterator` for evaluation jobs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from distckpt.keeper import Choice, Decision, Keeper, View
+from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.request import Attempt, Request, meet
+from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
+from distckpt.schedule import Schedule, StepCounter, as_integer, read_step
+from distckpt.status import RestoreStatus
+from distckpt.storage.latest import latest_checkpoint
+from distckpt.storage.paths import SUFFIX
+
+#: Seconds between two looks at a directory.
+_POLL_INTERVAL = 1.0
+_SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."
+
+
+class CheckpointManager:
+    """Saves a Checkpoint at intervals, deletes old checkpoints, and restores the newest one that is sound.
+
+    Rank 0 decides: only its clock, step counter, metrics and view of the directory count, and all ranks do the same.
+    Checkpoints that the manager did not make are never deleted. Its records are in the directory's state file, so that
+    a manager made after a restart, even for a directory that was moved, goes on where the last one was. One manager at
+    a time may use a directory and name.
+
+    Example:
+        >>> manager = CheckpointManager(checkpoint, "runs/a", max_to_keep=3, step_counter="step",
+        ...                             checkpoint_interval=100)
+        >>> manager.restore_or_initialize()
+        >>> for checkpoint.step in range(checkpoint.step + 1, 1001):
+        ...     train()
+        ...     manager.save()
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = 5,
+        keep_every_n_hours: float | None = None,
+        keep_every_n_steps: int | None = None,
+        keep_best: tuple[str, Mode, int] | None = None,
+        keep: Callable[[CheckpointRecord], bool] | None = None,
+        checkpoint_name: str = "ckpt",
+        step_counter: StepCounter | None = None,
+        checkpoint_interval: int | None = None,
+        checkpoint_interval_seconds: float | None = None,
+        init_fn: Callable[[], object] | None = None,
+        last_checkpoint_step: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Local: the first collective call looks at the directory.
+
+        Args:
+            checkpoint: What to save.
+            directory: Directory of the checkpoints; made by the first save.
+            max_to_keep: How many of the newest to keep; None keeps all. Those beyond are deleted, but for what the
+                other options keep.
+            keep_every_n_hours: Of those beyond `max_to_keep`, one in so many hours is kept for good.
+            keep_every_n_steps: Of those beyond `max_to_keep`, the first at or after each multiple of so many steps is
+                kept for good. Without a `step_counter` the steps are the numbers of the checkpoints.
+            keep_best: (metric, "min" or "max", count): the so many best by a metric passed to `save` are kept. A
+                checkpoint without the metric, or where it is not finite, is none of the best.
+            keep: A checkpoint is kept while this returns True for it. Called on rank 0.
+            checkpoint_name: What the names of the files begin with.
+            step_counter: Where rank 0 finds the present step: a function, a tensor, or the name of an attribute of the
+                checkpoint, such as "step".
+            checkpoint_interval: `save` does nothing until the step counter has advanced by so many steps.
+            checkpoint_interval_seconds: `save` does nothing until so many seconds have passed. With both intervals, it
+                saves when either has passed.
+            init_fn: Called by `restore_or_initialize`, on every rank, when there is nothing to restore.
+            last_checkpoint_step: Step at which the first interval begins; None makes the first `save` save.
+            clock: The time in seconds since the epoch; only that of rank 0 counts.
+
+        Raises:
+            TypeError: `checkpoint` is no Checkpoint.
+            ValueError: An option has a bad value.
+        """
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(f"checkpoint: expected a distckpt.Checkpoint. Got a {type(checkpoint).__qualname__}.")
+        if checkpoint_interval is not None and step_counter is None:
+            raise ValueError("checkpoint_interval: expected a step_counter with it. Got none.")
+        policy = Policy(
+            max_to_keep=max_to_keep,
+            keep_every_n_hours=keep_every_n_hours,
+            keep_every_n_steps=keep_every_n_steps,
+            keep_best=as_best(keep_best),
+            keep=keep,
+        )
+        self._checkpoint = checkpoint
+        self._directory = str(Path(directory))
+        self._name = _checked_name(checkpoint_name)
+        self._init_fn = init_fn
+        self._keeper = Keeper(
+            self._directory,
+            self._name,
+            policy,
+            Schedule(checkpoint_interval, checkpoint_interval_seconds),
+            last_step=last_checkpoint_step,
+            read_step=functools.partial(read_step, step_counter, checkpoint),
+            clock=clock,
+        )
+        self._known: View | None = None
+        self._status: RestoreStatus | None = None
+
+    # ---- what there is ----
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is saved."""
+        return self._checkpoint
+
+    @property
+    def directory(self) -> str:
+        """Directory of the checkpoints, as it was given."""
+        return self._directory
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """Path of the newest complete checkpoint, made by whatever Checkpoint; None when there is none.
+
+        Collective over the communicator at the first use of the manager, local afterwards.
+        """
+        return self._view().latest
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Paths of the checkpoints that this manager may delete some day, oldest first.
+
+        Without those kept for good and those that others have made. Collective over the communicator at the first use
+        of the manager, local afterwards.
+        """
+        return list(self._view().checkpoints)
+
+    @property
+    def status(self) -> RestoreStatus | None:
+        """The status of the last `restore_or_initialize`; None before it. Local."""
+        return self._status
+
+    # ---- the collective calls ----
+
+    def save(
+        self,
+        checkpoint_number: int | None = None,
+        *,
+        check_interval: bool = True,
+        metrics: Mapping[str, Any] | None = None,
+        options: SaveOptions | None = None,
+    ) -> str | None:
+        """Save, unless the interval has not passed, and delete old checkpoints. Collective over the communicator.
+
+        Args:
+            checkpoint_number: Number for the name of the file, above all that are there; None for the next one. The
+                save counter is incremented all the same.
+            check_interval: False saves before the interval has passed, but not twice at one step.
+            metrics: Name to number, for `keep_best` and `keep`; only those of rank 0 count.
+            options: The same on all ranks.
+
+        Returns:
+            Path of the file; None when the interval has not passed.
+
+        Raises:
+            CheckpointError: As `Checkpoint.save`.
+        """
+        options = options or SaveOptions()
+        with self._coordinator.uninterrupted():
+            number = Attempt.of(functools.partial(_as_number, checkpoint_number))
+            fields = {"checkpoint_number": repr(number.result), "check_interval": repr(check_interval)}
+            self._meet("save", options.timeout, fields, number.error)
+            decide = functools.partial(self._keeper.decide, metrics, check_interval=check_interval)
+            decision = self._coordinator.on_root("decide whether to save", decide, Decision)
+            if not decision.due:
+                return None
+            prefix = Path(self._directory, self._name)
+            path = self._checkpoint._save_numbered(prefix, number.result, options)
+            record = functools.partial(self._keeper.record, path, decision, durable=options.durable)
+            self._known = self._coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED)
+        return path
+
+    def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
+        """Restore the newest checkpoint, or call `init_fn` when there is none. Collective over the communicator.
+
+        A damaged checkpoint is passed over with a warning, and the next older one restored. The status is at `status`.
+
+        Args:
+            options: The same on all ranks.
+
+        Returns:
+            Path of the restored file; None when there is none.
+
+        Raises:
+            CorruptCheckpointError: There are checkpoints, and all of them are damaged.
+            CheckpointError: As `Checkpoint.restore`.
+        """
+        options = options or RestoreOptions()
+        with self._coordinator.uninterrupted():
+            self._meet("restore_or_initialize", options.timeout)
+            self._coordinator.on_root("look for checkpoints", self._keeper.begin_restore, type(None))
+            path = self._restore_newest(options)
+            if path is None:
+                self._initialize(options)
+            else:
+                restored = functools.partial(self._keeper.restored, path)
+                self._known = self._coordinator.on_root("read the step", restored, View)
+        return path
+
+    def pin(self, path: str | os.PathLike[str]) -> None:
+        """Keep a checkpoint until it is unpinned, whatever the policies say. Collective over the communicator.
+
+        Args:
+            path: A checkpoint of this manager, with or without ".h5".
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            CollectiveError: It is not a checkpoint of this manager.
+        """
+        self._change_pin("pin", path, self._keeper.pin)
+
+    def unpin(self, path: str | os.PathLike[str]) -> None:
+        """Leave a checkpoint to the policies again, from the next save on. Collective over the communicator.
+
+        Args:
+            path: The checkpoint, with or without ".h5"; nothing happens when it is not pinned.
+        """
+        self._change_pin("unpin", path, self._keeper.unpin)
+
+    # ---- parts of the above ----
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._checkpoint._session.coordinator
+
+    def _meet(
+        self,
+        operation: str,
+        timeout: float,
+        fields: Mapping[str, str] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Wait for all ranks; the first time, look at the directory. Collective over the communicator."""
+        own = {"directory": repr(self._directory), "checkpoint_name": repr(self._name)}
+        request = Request(f"CheckpointManager.{operation}", {**own, **(fields or {})})
+        meet(self._coordinator, request, error, timeout)
+        if self._known is None:
+            self._known = self._coordinator.on_root("look at the directory", self._keeper.open, View)
+
+    def _view(self) -> View:
+        if self._known is None:
+            with self._coordinator.uninterrupted():
+                self._meet("look", SaveOptions().timeout)
+        assert self._known is not None, "just looked"
+        return self._known
+
+    def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], View]) -> None:
+        with self._coordinator.uninterrupted():
+            text = Attempt.of(functools.partial(os.fspath, path))
+            self._meet(operation, SaveOptions().timeout, {"path": repr(text.result)}, text.error)
+            self._known = self._coordinator.on_root(operation, functools.partial(change, text.value), View)
+
+    def _restore_newest(self, options: RestoreOptions) -> str | None:
+        """Restore the newest checkpoint that is sound. Collective over the communicator."""
+        problem = ""
+        while True:
+            choose = functools.partial(self._keeper.choose, problem)
+            path = self._coordinator.on_root("choose a checkpoint", choose, Choice).path
+            if path is None:
+                return None
+            try:
+                self._status = self._checkpoint.restore(path, options=options)
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # the same on all ranks
+                problem = str(error)
+            else:
+                return path
+
+    def _initialize(self, options: RestoreOptions) -> None:
+        self._status = self._checkpoint.restore(None, options=options)
+        if self._init_fn is not None:
+            with self._coordinator.step("init_fn"):
+                self._init_fn()
+
+
+def _checked_name(name: object) -> str:
+    if isinstance(name, str) and "/" not in name and name.removesuffix(SUFFIX) == name and name not in {"", ".", ".."}:
+        return name
+    raise ValueError(f"checkpoint_name: expected what file names begin with, such as 'ckpt'. Got {name!r}.")
+
+
+def _as_number(checkpoint_number: int | None) -> int | None:
+    if checkpoint_number is None:
+        return None
+    number = as_integer("checkpoint_number", checkpoint_number)
+    if number < 0:
+        raise ValueError(f"checkpoint_number: expected a number >= 0. Got {number}.")
+    return number
+
+
+# ---- watching a directory ----------------------------------------------------------------------------------------
+
+
+def checkpoints_iterator(
+    directory: str | os.PathLike[str],
+    *,
+    min_interval_secs: float = 0,
+    timeout: float | None = None,
+    timeout_fn: Callable[[], bool] | None = None,
+) -> Iterator[str]:
+    """Wait for checkpoints that another job makes, and give each in turn. One process; no MPI.
+
+    Gives the newest complete checkpoint each time it is another than the last one given, so those made while the
+    caller was busy with one are left out, but for the newest.
+
+    Args:
+        directory: Directory of the checkpoints; it need not exist yet.
+        min_interval_secs: Seconds from giving one checkpoint to looking for the next, at least.
+        timeout: Seconds to wait for a new checkpoint; None waits for ever.
+        timeout_fn: Called after each checkpoint and each time that the timeout has passed: True ends the iteration.
+            Without it, the timeout does.
+
+    Yields:
+        Paths, below `directory`.
+    """
+    last = None
+    while True:
+        path = _wait_for_other(directory, last, timeout)
+        if path is not None:
+            last, started = path, time.monotonic()
+            yield path
+            time.sleep(max(0.0, started + min_interval_secs - time.monotonic()))
+        if timeout_fn() if timeout_fn is not None else path is None:
+            return
+
+
+def _wait_for_other(directory: str | os.PathLike[str], last: str | None, timeout: float | None) -> str | None:
+    """The newest complete checkpoint when it is not `last`; None when the timeout has passed."""
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    while (path := latest_checkpoint(directory)) in {None, last}:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        time.sleep(min(_POLL_INTERVAL, left))
+    return path

@@ -1,0 +1,579 @@
+"""Optimizers: state follows its parameter, groups follow their members, and nothing ever disturbs the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distckpt import Checkpoint, CheckpointWarning, LayoutError, RestoreMismatchError, RestoreOptions
+
+Keys = Callable[[str], set[str]]
+Make = Callable[[Iterable[Any]], Optimizer]
+PARTIAL = RestoreOptions(expect_partial=True)
+
+_OPTIMIZERS: dict[str, Make] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.01),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=0.1, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "Adam tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1), foreach=False),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=2),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.9),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "Muon": lambda p: torch.optim.Muon(p, lr=0.1),
+    "SparseAdam": lambda p: torch.optim.SparseAdam(list(p), lr=0.1),
+}
+_TESTED = {torch.optim.LBFGS, Optimizer, *(type(make([nn.Parameter(torch.ones(2, 2))])) for make in _OPTIMIZERS.values())}
+
+
+def test_all_optimizers_of_torch_are_tested() -> None:
+    found = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)}
+    assert found == _TESTED
+
+
+class _Model(nn.Module):
+    """Three matrices."""
+
+    def __init__(self, seed: int, names: str = "abc") -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(4, 3)))
+
+    def loss(self, step: int, *, sparse: bool = False) -> torch.Tensor:
+        losses = []
+        for name, parameter in sorted(self.named_parameters()):
+            generator = torch.Generator().manual_seed(step * 10 + ord(name))
+            x = torch.randn(3, 2, generator=generator)
+            rows = torch.tensor([step % 4, (step + 1) % 4])
+            used = nn.functional.embedding(rows, parameter, sparse=True) if sparse else parameter
+            losses.append((used @ x).square().sum())
+        return torch.stack(losses).sum()
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+
+def train(model: _Model, optimizer: Optimizer, steps: range) -> None:
+    sparse = isinstance(optimizer, torch.optim.SparseAdam)
+    for step in steps:
+
+        def closure(step: int = step) -> Any:
+            optimizer.zero_grad()
+            loss = model.loss(step, sparse=sparse)
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Same bits and types, in any nesting."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def slots(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The state by parameter name, copied."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        for parameter, state in optimizer.state.items()
+    }
+
+
+# ---- every optimizer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", _OPTIMIZERS)
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+def test_training_goes_on_bit_for_bit(kind: str, stepped: bool, path: str) -> None:
+    """Into a twin with other values, its parameters in another order, its groups in another order, other rates."""
+    make = _OPTIMIZERS[kind]
+    rate: Callable[[float], Any] = torch.tensor if "tensor" in kind else float
+    model = _Model(1)
+    optimizer = make([{"params": [model.a, model.b], "lr": rate(0.1)}, {"params": [model.c], "lr": rate(0.02)}])
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    saved_slots = slots(model, optimizer)
+    train(model, optimizer, range(3, 6))
+
+    twin = _Model(2, "cab")
+    twin_optimizer = make([{"params": [twin.c], "lr": rate(0.5)}, {"params": [twin.b, twin.a], "lr": rate(0.25)}])
+    if stepped:
+        train(twin, twin_optimizer, range(20, 22))
+    assert not equal(twin.values(), model.values())
+    assert kind == "SGD" or not equal(slots(twin, twin_optimizer), saved_slots)
+    Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+    assert equal(slots(twin, twin_optimizer), saved_slots)
+    assert [float(group["lr"]) for group in twin_optimizer.param_groups] == pytest.approx([0.02, 0.1])
+    train(twin, twin_optimizer, range(3, 6))
+    assert equal(twin.values(), model.values())
+    assert equal(slots(twin, twin_optimizer), slots(model, optimizer))
+
+
+@pytest.mark.parametrize("kind", _OPTIMIZERS)
+def test_a_file_from_before_the_first_step_takes_the_state_away(kind: str, path: str) -> None:
+    make = _OPTIMIZERS[kind]
+    model = _Model(1)
+    optimizer = make(model.parameters())
+    before = slots(model, optimizer)  # Adagrad has a state from the start
+    checkpoint = Checkpoint(m=model, o=optimizer)
+    file = checkpoint.write(path)
+    assert equal(slots(model, optimizer), before)
+    train(model, optimizer, range(3))
+
+    twin = _Model(2)
+    twin_optimizer = make(twin.parameters())
+    train(twin, twin_optimizer, range(20, 22))
+    assert kind == "SGD" or not equal(slots(twin, twin_optimizer), before)
+    Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+    assert equal(slots(twin, twin_optimizer), before)
+    train(twin, twin_optimizer, range(3))
+    assert equal(twin.values(), model.values())
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_whose_state_is_a_structure(stepped: bool, search: str | None, path: str) -> None:
+    def make(model: _Model) -> Optimizer:
+        return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4, line_search_fn=search)
+
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = make(model), make(twin)
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    saved = slots(model, optimizer)
+    train(model, optimizer, range(3, 5))
+    if stepped:
+        train(twin, twin_optimizer, range(20, 22))
+    assert not equal(slots(twin, twin_optimizer), saved)
+    Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+    train(twin, twin_optimizer, range(3, 5))
+    assert equal(twin.values(), model.values())
+
+
+# ---- nothing disturbs the training -------------------------------------------------------------------------------
+
+
+def test_saves_and_restores_leave_the_training_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin = _Model(1), _Model(1)
+    optimizer = torch.optim.AdamW([{"params": [model.a]}, {"params": [model.b, model.c], "lr": 0.2}], lr=0.1)
+    twin_optimizer = torch.optim.AdamW([{"params": [twin.a]}, {"params": [twin.b, twin.c], "lr": 0.2}], lr=0.1)
+    scheduler, twin_scheduler = (torch.optim.lr_scheduler.StepLR(o, 2) for o in (optimizer, twin_optimizer))
+    checkpoint = Checkpoint(m=model, o=optimizer, s=scheduler)
+
+    def forbidden(name: str) -> Callable[..., Any]:
+        def called(*_: Any, **__: Any) -> Any:
+            raise AssertionError(f"{name} was called")
+
+        return called
+
+    for step in range(6):
+        with monkeypatch.context() as patch:
+            for name in ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"):
+                patch.setattr(torch.optim.AdamW, name, forbidden(name))
+                patch.setattr(Optimizer, name, forbidden(name))
+            patch.setattr(torch.Tensor, "backward", forbidden("backward"))
+            grads = [parameter.grad for parameter in model.parameters()]
+            file = checkpoint.save(path)
+            checkpoint.write(path)
+            assert len(optimizer.state) == (3 if step else 0)
+            checkpoint.restore(file).assert_consumed()
+            checkpoint.restore(None)
+            assert len(optimizer.state) == (3 if step else 0)
+            assert all(parameter.grad is grad for parameter, grad in zip(model.parameters(), grads, strict=True))
+        for m, o, s in ((model, optimizer, scheduler), (twin, twin_optimizer, twin_scheduler)):
+            train(m, o, range(step, step + 1))
+            s.step()
+    assert equal(model.values(), twin.values())
+    assert equal(slots(model, optimizer), slots(twin, twin_optimizer))
+    assert equal(optimizer.state_dict(), twin_optimizer.state_dict())
+    assert equal(scheduler.state_dict(), twin_scheduler.state_dict())
+
+
+def test_a_save_changes_no_bit_of_memory(path: str) -> None:
+    model = _Model(1)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(2))
+    checkpoint = Checkpoint(m=model, o=optimizer)
+    tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    before = [(tensor.data_ptr(), tensor._version, tensor.detach().clone()) for tensor in tensors]
+    checkpoint.save(path)
+    after = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    for tensor, same, (address, version, value) in zip(tensors, after, before, strict=True):
+        assert tensor is same
+        assert (tensor.data_ptr(), tensor._version) == (address, version)
+        assert torch.equal(tensor, value)
+
+
+# ---- parameters without state, or without a counterpart ----------------------------------------------------------
+
+
+def test_frozen_and_unused_parameters_have_no_state(path: str, keys_of: Keys) -> None:
+    def make(seed: int, *, freeze: bool) -> tuple[_Model, Optimizer]:
+        model = _Model(seed)
+        optimizer = torch.optim.Adam(model.parameters())
+        if freeze:
+            model.b.requires_grad_(False)
+        train(model, optimizer, range(2))
+        return model, optimizer
+
+    model, optimizer = make(1, freeze=True)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    assert not any(key.startswith("o/.slots/m/b/") for key in keys_of(file))
+    train(model, optimizer, range(2, 4))
+
+    twin, twin_optimizer = make(2, freeze=False)
+    assert twin.b in twin_optimizer.state
+    twin.b.requires_grad_(False)
+    Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+    assert twin.b not in twin_optimizer.state
+    train(twin, twin_optimizer, range(2, 4))
+    assert equal(twin.values(), model.values())
+
+
+def test_an_optimizer_that_is_not_in_the_file_is_left_alone(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    file = Checkpoint(m=model).write(path)
+    optimizer = torch.optim.Adam(twin.parameters())
+    train(twin, optimizer, range(2))
+    before = slots(twin, optimizer)
+    status = Checkpoint(m=twin, o=optimizer).read(file, options=PARTIAL)
+    assert equal(twin.values(), model.values())
+    assert equal(slots(twin, optimizer), before)
+    assert "o/.slots/m/a/exp_avg" in status.missing
+    assert not any("param_groups" in key for key in status.missing)
+
+
+def test_a_parameter_that_is_not_in_the_file_keeps_its_state(path: str) -> None:
+    model, twin = _Model(1, "ab"), _Model(2, "abc")
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters())
+    train(model, optimizer, range(3))
+    train(twin, twin_optimizer, range(1))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    before = slots(twin, twin_optimizer)
+    with pytest.warns(CheckpointWarning, match="o/param_groups: parameter groups have other members"):
+        status = Checkpoint(m=twin, o=twin_optimizer).read(file, options=PARTIAL)
+    after = slots(twin, twin_optimizer)
+    assert equal(after["c"], before["c"])
+    assert equal(after["a"], slots(model, optimizer)["a"])
+    assert status.missing == ("m/c", *(f"o/.slots/m/c/{name}" for name in ("exp_avg", "exp_avg_sq", "step")))
+
+
+def test_a_parameter_that_joins_the_optimizer_later(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.Adam([{"params": [model.a, model.b]}, {"params": [model.c], "lr": 0.5}])
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    train(model, optimizer, range(3, 5))
+
+    twin_optimizer = torch.optim.Adam([twin.a, twin.b])
+    checkpoint = Checkpoint(m=twin, o=twin_optimizer)
+    with pytest.warns(CheckpointWarning, match=r"o/param_groups: 1 saved parameter group\(s\) have no live group"):
+        status = checkpoint.read(file)
+    assert status.pending == tuple(f"o/.slots/m/c/{name}" for name in ("exp_avg", "exp_avg_sq", "step"))
+    with pytest.raises(AssertionError, match=r"o/\.slots/m/c/exp_avg \(pending: waits for .*m/c"):
+        status.assert_consumed()
+    twin_optimizer.add_param_group({"params": [twin.c]})
+    status.assert_consumed()
+    assert twin_optimizer.param_groups[1]["lr"] == 0.5
+    train(twin, twin_optimizer, range(3, 5))
+    assert equal(twin.values(), model.values())
+
+
+def test_an_optimizer_that_comes_later_has_its_state_before_its_first_step(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    train(model, optimizer, range(3, 5))
+    checkpoint = Checkpoint(m=twin)
+    status = checkpoint.read(file)
+    assert len([key for key in status.pending if ".slots" in key]) == 9
+    checkpoint.o = torch.optim.Adam(twin.parameters())
+    assert checkpoint.o.param_groups[0]["lr"] == 0.3
+    assert equal(slots(twin, checkpoint.o)["a"]["step"], torch.tensor(3.0))
+    status.assert_consumed()
+    train(twin, checkpoint.o, range(3, 5))
+    assert equal(twin.values(), model.values())
+
+
+def test_state_is_restored_once(path: str) -> None:
+    """What training does to it afterwards is no reason to restore it again, whatever is still pending."""
+    model = _Model(1)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(3))
+    checkpoint = Checkpoint(m=model, o=optimizer, later=torch.ones(2))
+    trained = checkpoint.write(path)
+    fresh_model = _Model(1)
+    fresh = Checkpoint(m=fresh_model, o=torch.optim.Adam(fresh_model.parameters()), later=torch.ones(2)).write(f"{path}-2")
+    for file, n in ((trained, 3), (fresh, 0)):
+        twin = _Model(2)
+        twin_optimizer = torch.optim.Adam(twin.parameters())
+        live = Checkpoint(m=twin, o=twin_optimizer)
+        status = live.read(file)
+        train(twin, twin_optimizer, range(1))
+        before = slots(twin, twin_optimizer), twin.values()
+        status.assert_existing_objects_matched()
+        live.later = torch.zeros(2)
+        status.assert_consumed()
+        assert live.later.tolist() == [1, 1]
+        assert equal((slots(twin, twin_optimizer), twin.values()), before)
+        assert slots(twin, twin_optimizer)["a"]["step"] == n + 1
+
+
+# ---- slots that differ -------------------------------------------------------------------------------------------
+
+
+def test_other_slot_names_are_a_mismatch(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters(), amsgrad=True)
+    train(model, optimizer, range(1))
+    train(twin, twin_optimizer, range(1))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    before = twin.values(), slots(twin, twin_optimizer)
+    checkpoint = Checkpoint(m=twin, o=twin_optimizer)
+    with pytest.raises(RestoreMismatchError, match=r"o/\.slots/m/a: saved slots .*live slots .*max_exp_avg_sq"):
+        checkpoint.read(file)
+    assert equal((twin.values(), slots(twin, twin_optimizer)), before)
+    with pytest.warns(CheckpointWarning, match="skipped"):
+        checkpoint.read(file, options=RestoreOptions(on_mismatch="skip"))
+    assert equal(slots(twin, twin_optimizer), before[1])
+    assert equal(twin.values(), model.values())
+
+
+def test_a_fresh_optimizer_gets_exactly_the_saved_slots(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters(), amsgrad=True)
+    train(model, optimizer, range(1))
+    Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert equal(slots(twin, twin_optimizer), slots(model, optimizer))
+    assert twin_optimizer.param_groups[0]["amsgrad"] is False
+    for state in twin_optimizer.state.values():
+        assert not state["exp_avg"].requires_grad
+        assert state["step"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+def test_slots_of_a_skipped_parameter_are_skipped(stepped: bool, path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    twin.b = nn.Parameter(torch.randn(5, 3))
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters())
+    train(model, optimizer, range(3))
+    if stepped:
+        train(twin, twin_optimizer, range(1))
+    before = slots(twin, twin_optimizer).get("b")
+    checkpoint = Checkpoint(m=twin, o=twin_optimizer)
+    with pytest.warns(CheckpointWarning, match="m/b skipped"):
+        status = checkpoint.read(
+            Checkpoint(m=model, o=optimizer).write(path), options=RestoreOptions(on_mismatch="skip")
+        )
+    assert [key for key, _, _ in status.mismatched] == ["m/b"]
+    assert equal(slots(twin, twin_optimizer).get("b"), before)
+    assert equal(slots(twin, twin_optimizer)["a"], slots(model, optimizer)["a"])
+    assert status.unexpected == ("m/b", *(f"o/.slots/m/b/{name}" for name in ("exp_avg", "exp_avg_sq", "step")))
+    train(twin, twin_optimizer, range(1))
+
+
+def test_slots_of_a_parameter_skipped_earlier_are_skipped_too(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    twin.b = nn.Parameter(torch.randn(5, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(3))
+    checkpoint = Checkpoint(m=twin)
+    with pytest.warns(CheckpointWarning, match="m/b skipped"):
+        checkpoint.read(Checkpoint(m=model, o=optimizer).write(path), options=RestoreOptions(on_mismatch="skip"))
+    checkpoint.o = torch.optim.Adam(twin.parameters())
+    assert set(slots(twin, checkpoint.o)) == {"a", "c"}
+    train(twin, checkpoint.o, range(1))
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+def test_cast_slots_follow_the_parameter_and_step_never(stepped: bool, path: str) -> None:
+    model, twin = _Model(1), _Model(2).bfloat16()
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters())
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    if stepped:
+        for parameter in twin.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        twin_optimizer.step()
+    with pytest.raises(RestoreMismatchError, match=r"m/a: saved .*float32, live .*bfloat16"):
+        Checkpoint(m=twin, o=twin_optimizer).read(file)
+    Checkpoint(m=twin, o=twin_optimizer).read(file, options=RestoreOptions(cast=True)).assert_consumed()
+    expected, got = slots(model, optimizer), slots(twin, twin_optimizer)
+    for name in "abc":
+        assert equal(got[name]["exp_avg"], expected[name]["exp_avg"].bfloat16())
+        assert equal(got[name]["step"], torch.tensor(3.0))
+        assert torch.equal(getattr(twin, name), getattr(model, name).bfloat16())
+
+
+def test_a_step_of_another_dtype_is_never_cast(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters())
+    train(model, optimizer, range(1))
+    train(twin, twin_optimizer, range(1))
+    twin_optimizer.state[twin.a]["step"] = torch.tensor(1.0, dtype=torch.float64)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    with pytest.raises(RestoreMismatchError, match=r"o/\.slots/m/a/step: saved .*float32, live .*float64"):
+        Checkpoint(m=twin, o=twin_optimizer).read(file, options=RestoreOptions(cast=True))
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------
+
+
+def _groups(optimizer: Optimizer, name: str = "lr") -> list[Any]:
+    return [group[name] for group in optimizer.param_groups]
+
+
+def test_options_of_a_group_follow_its_members(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model.a], "lr": 1.0, "betas": (0.5, 0.6)},
+            {"params": [model.b], "lr": 2.0, "name": "decay"},
+            {"params": [model.c], "lr": 3.0, "extra": [1, {"x": None}]},
+        ]
+    )
+    twin_optimizer = torch.optim.AdamW([{"params": [twin.c]}, {"params": [twin.a]}, {"params": [twin.b], "own": 7}])
+    params = [group["params"] for group in twin_optimizer.param_groups]
+    Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert _groups(twin_optimizer) == [3.0, 1.0, 2.0]
+    assert twin_optimizer.param_groups[1]["betas"] == (0.5, 0.6)
+    assert type(twin_optimizer.param_groups[1]["betas"]) is tuple
+    assert twin_optimizer.param_groups[2]["name"] == "decay"
+    assert twin_optimizer.param_groups[2]["own"] == 7  # the file says nothing about it
+    assert twin_optimizer.param_groups[0]["extra"] == [1, {"x": None}]
+    assert all(group["params"] is old for group, old in zip(twin_optimizer.param_groups, params, strict=True))
+
+
+def test_a_tensor_rate_is_restored_in_place(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.125), foreach=False)
+    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=rate, foreach=False)
+    status = Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path))
+    status.assert_consumed()
+    assert twin_optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.125
+
+
+def test_groups_with_other_members_match_by_index_with_a_warning(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.SGD([{"params": [model.a], "lr": 1.0}, {"params": [model.b, model.c], "lr": 2.0}])
+    twin_optimizer = torch.optim.SGD([{"params": [twin.a, twin.b]}, {"params": [twin.c]}], lr=9.0)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    with pytest.warns(CheckpointWarning, match="o/param_groups: parameter groups have other members.*by index"):
+        status = Checkpoint(m=twin, o=twin_optimizer).read(file)
+    assert _groups(twin_optimizer) == [1.0, 2.0]
+    status.assert_consumed()
+
+
+def test_another_number_of_groups_keeps_the_live_options_with_a_warning(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.Adam([{"params": [model.a, model.b]}, {"params": [model.c]}], lr=0.1)
+    train(model, optimizer, range(3))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    train(model, optimizer, range(3, 6))
+    twin_optimizer = torch.optim.Adam([twin.c, twin.a, twin.b], lr=0.1, eps=1e-8)
+    with pytest.warns(CheckpointWarning, match=r"2 saved parameter group\(s\) have no live group with the same param"):
+        status = Checkpoint(m=twin, o=twin_optimizer).read(file, options=PARTIAL)
+    status.assert_existing_objects_matched()
+    assert {key.rsplit("/", 1)[0] for key in status.unexpected} == {"o/param_groups/0", "o/param_groups/1"}
+    train(twin, twin_optimizer, range(3, 6))  # regrouped, and still bit for bit: state follows the parameters
+    assert equal(twin.values(), model.values())
+
+
+def test_a_group_that_matches_is_restored_whatever_the_others_do(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.SGD([{"params": [model.a], "lr": 1.0}, {"params": [model.b, model.c], "lr": 2.0}])
+    twin_optimizer = torch.optim.SGD([{"params": [twin.b]}, {"params": [twin.c]}, {"params": [twin.a]}], lr=9.0)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    with pytest.warns(CheckpointWarning, match=r"1 saved parameter group\(s\) have no live group"):
+        Checkpoint(m=twin, o=twin_optimizer).read(file, options=PARTIAL)
+    assert _groups(twin_optimizer) == [9.0, 9.0, 1.0]
+
+
+def test_a_group_entry_that_cannot_be_stored_is_refused(path: str) -> None:
+    model = _Model(1)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "hook": print}], lr=0.1)
+    with pytest.raises(LayoutError, match=r"o/param_groups/0/hook: a param-group entry of type builtin"):
+        Checkpoint(m=model, o=optimizer).write(path)
+
+
+def test_state_under_other_keys_than_parameters_is_refused(path: str) -> None:
+    model = _Model(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["global"] = 5  # type: ignore[index]
+    with pytest.raises(LayoutError, match=r"o/\.state: optimizer state under 'global' belongs to no parameter"):
+        Checkpoint(m=model, o=optimizer).write(path)
+
+
+def test_python_slots(path: str) -> None:
+    def make(value: Any) -> tuple[_Model, Optimizer]:
+        model = _Model(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.state[model.a] = {"count": value, "window": [torch.full((2,), float(value)), None, {"n": value}]}
+        return model, optimizer
+
+    (model, optimizer), (twin, twin_optimizer) = make(5), make(6)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    for fresh in (False, True):
+        if fresh:
+            twin_optimizer.state.clear()
+        assert not equal(slots(twin, twin_optimizer), slots(model, optimizer))
+        Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+        assert equal(slots(twin, twin_optimizer), slots(model, optimizer))
+        twin_optimizer.state[twin.a]["count"] = -1
+
+
+def test_a_slot_whose_kind_changed(path: str) -> None:
+    def make(slot: Any) -> Checkpoint:
+        model = _Model(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.state[model.a] = {"slot": slot}
+        return Checkpoint(m=model, o=optimizer)
+
+    kinds = {"number": 5, "tensor": torch.ones(2), "structure": [torch.ones(2), 1]}
+    for name, slot in kinds.items():
+        file = make(slot).write(path)
+        for other, live in kinds.items():
+            if name != other:
+                with pytest.raises(RestoreMismatchError, match=r"o/\.slots/m/a/slot"):
+                    make(live).read(file)
+
+
+def test_two_optimizers_of_one_parameter(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    first, second = torch.optim.Adam(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    for optimizer in (first, second):
+        train(model, optimizer, range(2))
+    file = Checkpoint(m=model, one=first, two=second).write(path)
+    twins = torch.optim.Adam(twin.parameters()), torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.5)
+    Checkpoint(m=twin, one=twins[0], two=twins[1]).read(file).assert_consumed()
+    assert equal(slots(twin, twins[0]), slots(model, first))
+    assert equal(slots(twin, twins[1]), slots(model, second))
