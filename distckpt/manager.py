@@ -280,7 +280,7 @@ class CheckpointManager:
             try:
                 self._status = self._checkpoint.restore(path, options=options)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # the same on all ranks
-                problem = str(error)
+                problem = str(error) if path in str(error) else f"{path}: {error}"
             else:
                 return path
 
