@@ -83,18 +83,6 @@ class Created(msgspec.Struct, frozen=True):
     fresh: bool
 
 
-def check_target(operation: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a path that can be no checkpoint.
-
-    Raises:
-        ValueError: It has no file name, or that of the state file.
-    """
-    if operation == "save":
-        split_prefix(path)
-    else:
-        single_path(path)
-
-
 class Output:
     """The files of one operation, "save" or "write". Rank 0 only."""
 
@@ -112,6 +100,7 @@ class Output:
         self._swept: set[str] = set()
         self._temp = ""
         self._created: Created | None = None
+        self._finished: os.stat_result | None = None  # of the complete temporary file
 
     def adopt(self, merged: Merged) -> None:
         """Take a new layout; the next file is made through HDF5."""
@@ -160,37 +149,36 @@ class Output:
         return self._created
 
     def commit(self, options: SaveOptions) -> None:
-        """Make the finished file the checkpoint. It is durable and visible afterwards, or not there at all.
+        """Make the finished file the checkpoint: durable, and visible to all.
 
         Raises:
-            OSError: It could not be renamed or recorded.
+            OSError: It could not be renamed or recorded; `abandon` takes the checkpoint back.
         """
         assert self._created is not None, "created first"
         temp, final, durable = self._created.temp_path, Path(self._created.path), options.durable
-        finished = Path(temp).stat()
-        try:
-            commit(temp, str(final), replace=not self._numbered, durable=False)
-            if durable:
-                sync_directory(final.parent)
-            if self._numbered:
-                record_save(final, durable=durable)
-        except BaseException:
-            # The caller is told that the save failed: then there must be no file. One in the way is another job's.
-            if self._numbered and final.exists() and os.path.samestat(finished, final.stat()):
-                final.unlink()
-            raise
-        self._created, self._temp = None, ""
+        self._finished = Path(temp).stat()
+        commit(temp, str(final), replace=not self._numbered, durable=False)
+        if durable:
+            sync_directory(final.parent)
+        if self._numbered:
+            record_save(final, durable=durable)
+
+    def finish(self) -> None:
+        """All ranks know that the checkpoint is committed."""
+        self._created = self._finished = None
+        self._temp = ""
 
     def abandon(self) -> None:
         """Remove what a failed save has left; nothing happens when there is nothing, as on other ranks than 0."""
         self._skeleton = None  # perhaps not all ranks have heard where it has the variables
-        self._created = None
-        if self._temp:
-            try:
+        try:
+            if self._created is not None and self._finished is not None and self._numbered:
+                _remove(Path(self._created.path), self._finished)
+            if self._temp:
                 discard(self._temp)
-            except OSError as error:  # all ranks raise what they agreed on; a later sweep removes the file
-                log.warning("temporary file %s: %s", self._temp, error)
-            self._temp = ""
+        except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
+            log.warning("%s: what a failed save has left could not be removed: %s", self._temp, error)
+        self.finish()
 
     # ---- parts of create ----
 
@@ -254,6 +242,12 @@ class Output:
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"
         return self._merged
+
+
+def _remove(final: Path, finished: os.stat_result) -> None:
+    """Remove a checkpoint that was committed, but not its namesake of another job that was in the way."""
+    if final.exists() and os.path.samestat(finished, final.stat()):
+        final.unlink()
 
 
 def _choose_transport(options: SaveOptions, size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ class Request:
     fields: dict[str, str]
 
     @classmethod
-    def of(cls, operation: str, path: str | None, options: SaveOptions | RestoreOptions, **more: object) -> Request:
+    def of(cls, operation: str, path: object, options: SaveOptions | RestoreOptions, **more: object) -> Request:
         """Describe a call; the timeout is each rank's own affair."""
-        fields = {"path": repr(path), **{name: repr(value) for name, value in more.items()}}
+        fields = {"path": _path_in_words(path), **{name: repr(value) for name, value in more.items()}}
         for option in dataclasses.fields(options):
             if option.name != "timeout":
                 fields[option.name] = _in_words(getattr(options, option.name))
@@ -48,6 +49,11 @@ class Request:
     def encode(self) -> bytes:
         """The request for the wire."""
         return msgspec.msgpack.encode((self.operation, self.fields))
+
+
+def _path_in_words(path: object) -> str:
+    # What is no path, such as None, is shown as it is: some ranks may have passed one.
+    return repr(os.fspath(path) if isinstance(path, str | os.PathLike) else path)
 
 
 def _in_words(value: Any) -> str:
@@ -115,6 +121,11 @@ class Attempt(Generic[T]):
             return cls(work(), None)
         except BaseException as error:  # KeyboardInterrupt too: a rank that leaves here would hang the others
             return cls(None, error)
+
+    def require(self) -> None:
+        """Raise what the work raised, if it did."""
+        if self.error is not None:
+            raise self.error
 
     @property
     def value(self) -> T:

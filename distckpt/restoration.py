@@ -68,6 +68,7 @@ class Restoration:
         self._graph = rename(manifest.object_graph, options.rename or {})
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
         self._dropped: set[str] = set()
+        self._awaited: set[str] = set()
         self._holders: dict[str, weakref.ref[object]] = {}
         self._skipped: dict[str, Mismatch] = {}
 
@@ -87,6 +88,7 @@ class Restoration:
         manifest, cast = self.source.manifest, self.options.cast
         assignment = assign(binding, manifest, cast=cast, done=self._settled, skipped=self._skipped)
         self.pending = {key: waits for key, waits in binding.pending.items() if key not in self._settled}
+        self._awaited = binding.awaited
         return binding, assignment
 
     def give_way(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> None:
@@ -115,6 +117,8 @@ class Restoration:
         """Remember what an assignment restored, after it did."""
         self._settled |= assignment.consumed | assignment.emptied
         for match in binding.matches:
+            if isinstance(match.node.obj, Slot):  # its pair is done, whatever slots training adds
+                self._settled.add(match.node.key.rpartition("/")[0])
             in_place = isinstance(match.value, TensorValue) and match.value.in_place
             # Groups and slots of optimizers are stand-ins, made anew by every walk.
             if in_place and match.key in assignment.consumed and not isinstance(match.node.obj, Group | Slot):
@@ -129,10 +133,10 @@ class Restoration:
         Raises:
             RestoreMismatchError: A value does not fit; nothing was changed.
         """
-        waiting = self.pending
+        before = self.pending, self._awaited
         binding, assignment = self.plan(live, claimed)
         if assignment.mismatches and self.options.on_mismatch == "error":
-            self.pending = waiting  # for an object that fits
+            self.pending, self._awaited = before  # for an object that fits
             raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
         if assignment.consumed:
             self.source.read(assignment.reads, verify=self.options.verify)
@@ -154,8 +158,7 @@ class Restoration:
 
     def waits_for(self, name: str) -> bool:
         """Whether some value waits for an attribute of this name."""
-        names = {name, escape(name)}  # values wait under escaped names
-        return any(waits in names for _, waits in self.pending.values())
+        return not self._awaited.isdisjoint((name, escape(name)))  # values wait under escaped names
 
     # ---- reporting ----
 

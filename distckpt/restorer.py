@@ -50,13 +50,12 @@ class Restorer:
         self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
     ) -> RestoreStatus:
         coordinator, with_counter = self._coordinator, operation == "restore"
-        path = None if save_path is None else os.fspath(save_path)
         walk = Attempt.of(lambda: self._walk(with_counter=with_counter))
-        meet(coordinator, Request.of(operation, path, options), walk.error, options.timeout)
-        if path is None:
+        meet(coordinator, Request.of(operation, save_path, options), walk.error, options.timeout)
+        if save_path is None:
             log.info("%s(None): nothing to restore", operation)
             return RestoreStatus(self, self._require_checkpoint(), None, Report(0))
-        source = open_source(coordinator, path)
+        source = open_source(coordinator, os.fspath(save_path))
         checkpoint = self._require_checkpoint()
         counter = checkpoint.save_counter
         try:
@@ -167,7 +166,8 @@ class Restorer:
     def refresh(self, restoration: Restoration) -> Report:
         """Apply what can be applied, and report anew. Collective over the communicator."""
         request = Request.of("assert", restoration.source.path, restoration.options)
-        attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
+        with collector_off():
+            attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
         meet(self._coordinator, request, attempt.error, restoration.options.timeout)
         return self._agree(restoration, attempt.value)
 

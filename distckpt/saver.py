@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from distckpt.layout.merge import merge
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import log, warn
 from distckpt.options import SaveOptions
-from distckpt.output import Created, Output, Target, check_target
+from distckpt.output import Created, Output, Target
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
 from distckpt.source import sub_tensor
 from distckpt.storage.transfer import WriteJob
@@ -91,9 +90,9 @@ class Saver:
     ) -> Saved:
         coordinator, path = self._coordinator, target.path
         request = Request.of(
-            operation, os.fspath(path), options, save_counter=target.counter, checkpoint_number=target.number
+            operation, path, options, save_counter=target.counter, checkpoint_number=target.number
         )
-        captured = Attempt.of(lambda: self._capture(operation, walk, path, options))
+        captured = Attempt.of(lambda: self._capture(operation, walk, options))
         agreed = self._agree(request, captured, options)
         output = self._output(operation)
         try:
@@ -103,20 +102,18 @@ class Saver:
             if created.fresh:
                 agreed.offsets = coordinator.share(output.offsets)
             write_shards(coordinator, created, lambda: _jobs(created, agreed, captured.value), options)
-            coordinator.on_root("commit", lambda: output.commit(options), type(None))
+            coordinator.on_root("commit", lambda: self._commit(output, options), type(None))
         except BaseException:
             output.abandon()
             raise
+        output.finish()
         log.info("saved %s", created.path)
         return Saved(created.path, created.counter)
 
     # ---- capture and agree ----
 
-    def _capture(
-        self, operation: str, walk: Callable[[], LiveGraph], path: str | os.PathLike[str], options: SaveOptions
-    ) -> Capture:
+    def _capture(self, operation: str, walk: Callable[[], LiveGraph], options: SaveOptions) -> Capture:
         """Walk and record this rank's objects. Local."""
-        check_target(operation, path)
         encode_metadata(options)
         graph = walk()
         agreed = self._agreed.get(operation)
@@ -185,6 +182,11 @@ class Saver:
         """Rank 0 only."""
         output.update_values(captured.python_values(agreed.plan.keys))
         return output.create(target, options, self._coordinator.size)
+
+    def _commit(self, output: Output, options: SaveOptions) -> None:
+        """Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""
+        with self._coordinator.uninterrupted():
+            output.commit(options)
 
 
 def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:

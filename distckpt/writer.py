@@ -98,9 +98,8 @@ class _Work:
         with coordinator.watchdog("close parallel HDF5", timeout):
             closed = Attempt.of(file.close)
             with coordinator.step("write", clear_frames=True):
-                for error in (written.error, closed.error):
-                    if error is not None:
-                        raise error
+                written.require()
+                closed.require()
 
     def _open_parallel(self, communicator: Any) -> mpio.ParallelFile:
         """Open the file on all ranks or, in the end, on none. Collective.
@@ -110,8 +109,7 @@ class _Work:
         opened = Attempt.of(lambda: mpio.ParallelFile(self.created.temp_path, communicator, self.options.hints))
         try:
             with self.coordinator.step("open parallel HDF5"):
-                if opened.error is not None:
-                    raise opened.error
+                opened.require()
         except BaseException:
             if opened.result is not None:
                 opened.result.close()

@@ -8,7 +8,7 @@ confirmed tells them to start. The steady state costs one exchange, which also s
     -------------------------                        ----
     WAITING   -- ARRIVE(digest, balance) -->         GATHERING   until all are here
               <-- GO --
-    CONFIRMED -- CONFIRM -->                         STARTING    until all have answered
+    CONFIRMED -- CONFIRM -->                         STARTING    until all have confirmed
               <-- START(verdict) --
 
 A give-up ends as an error on all ranks that came, which names the same absent ranks:
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distckpt.coordination.channel import Channel, Kind, Message
@@ -201,125 +202,133 @@ class Root(Arrival):
         super().__init__(channel)
         # The ARRIVE of each member that is in a call; it may be there before root itself.
         self._present: dict[int, Message] = {}
+        # Members that have been asked to GO in this call, and those of them that have confirmed.
+        self._asked: set[int] = set()
+        self._confirmed: set[int] = set()
+        # Who came last to this call.
+        self._last = ROOT
         # Give-ups below this generation are over: a rank has come back from them. Later ones may still be going on.
         self._settled = 0
 
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`."""
-        self._call += 1
-        self._notice_end = math.inf
-        self._settled = self._generation
-        last = self._gather(call)
-        return self._start(call, last)
-
-    def _gather(self, call: Call) -> int:
-        """GATHERING.
-
-        Returns:
-            The rank that came last.
-        """
-        last = ROOT
-        for earlier in self._channel.drain():
-            self._file(earlier)
-        self._reassure(self._present)
+        self._enter()
         deadline = time.monotonic() + call.timeout
-        while len(self._present) < self._size - 1:
+        while len(self._confirmed) < self._size - 1:
+            self._ask()
             message = self._receive(self._deadline(deadline))
             if message is None or self._calls_roll(message):
                 raise self._give_up(call)
-            last = message.source
-            settled = self._settled
+            self._take(message)
+        return self._start(call)
+
+    def _enter(self) -> None:
+        self._call += 1
+        self._notice_end = math.inf
+        self._settled = self._generation
+        self._asked.clear()
+        self._confirmed.clear()
+        for message in self._channel.drain():
             self._file(message)
-            self._reassure(self._present if self._settled > settled else (last,))
-        return last
+        self._last = ROOT
+        self._reassure(self._present)
+
+    def _all_present(self) -> bool:
+        return len(self._present) == self._size - 1
+
+    def _ask(self) -> None:
+        """From GATHERING to STARTING, once all are here. Back again when one of them has left instead of confirming."""
+        if self._all_present():
+            for rank in self._present.keys() - self._asked:
+                self._asked.add(rank)
+                self._send(rank, Kind.GO, self._present[rank].call)
 
     def _deadline(self, deadline: float) -> float:
         """With a notice root waits as briefly as a member does, unless somebody is in a newer call with it."""
+        if self._all_present():
+            return math.inf  # each of them answers, for it is in the protocol or has left word that it is not
         return deadline if self._present else min(deadline, self._notice_end)
 
     def _receive(self, deadline: float) -> Message | None:
         try:
             return self._channel.receive(deadline, interruptible=True)
         except BaseException:
-            self._abort(self._present, (ROOT,))
+            self._abort((ROOT,))
             raise
 
     def _calls_roll(self, message: Message) -> bool:
-        """Whether a member that has waited longer than root has come to its deadline, so that all give up now."""
-        return message.kind is Kind.ROLL and message.generation >= self._generation and self._is_present(message)
+        """Whether a member that is in this call has come to its deadline, so that all give up now, with one list."""
+        new = message.generation >= self._generation or message.source in self._asked
+        return message.kind is Kind.ROLL and new and not self._is_over(message) and self._is_present(message)
+
+    def _is_over(self, message: Message) -> bool:
+        return message.generation < self._settled
 
     def _is_present(self, message: Message) -> bool:
         present = self._present.get(message.source)
         return present is not None and present.call == message.call
 
+    def _take(self, message: Message) -> None:
+        """Act on a message during a call."""
+        settled = self._settled
+        self._file(message)
+        if message.kind is Kind.ARRIVE:
+            self._last = message.source
+            self._reassure(self._present if self._settled > settled else (message.source,))
+        elif message.kind is Kind.CONFIRM and message.source in self._asked and self._is_present(message):
+            self._confirmed.add(message.source)
+        elif message.kind is Kind.ROLL and message.source in self._asked and self._is_present(message):
+            # It was told to WAIT, after it may have missed the GO: once more, for it cannot tell.
+            self._send(message.source, Kind.GO, message.call)
+
     def _file(self, message: Message) -> None:
         """Note who is in a call and who has left it."""
         if message.kind is Kind.ARRIVE:
             self._present[message.source] = message
+            self._asked.discard(message.source)
             self._generation = max(self._generation, message.generation)
             self._settled = max(self._settled, message.generation)
-        elif message.kind is Kind.ROLL and message.generation < self._settled:
+        elif message.kind is Kind.ROLL and self._is_over(message):
             pass  # its sender, told late of what is over, has been told to WAIT since: it returns or withdraws
         elif message.kind in (Kind.ROLL, Kind.WITHDRAW) and self._is_present(message):
             del self._present[message.source]
         self._note(message)
 
-    def _reassure(self, ranks: dict[int, Message] | tuple[int, ...]) -> None:
+    def _reassure(self, ranks: Iterable[int]) -> None:
         """Tell those to WAIT that do not know whether root is in a newer call than a give-up.
 
         These are the ones with a notice, and those whose notice is still on its way.
         """
         for rank in ranks:
-            present = self._present.get(rank)
-            if present is not None and (present.flag or present.generation < self._settled):
+            present = self._present[rank]
+            if present.flag or present.generation < self._settled:
                 self._send(rank, Kind.WAIT, present.call)
 
     def _give_up(self, call: Call) -> RankTimeoutError:
+        absent = tuple(rank for rank in range(1, self._size) if rank not in self._present)
         if self._noticed and not self._present:
             return self._error(call, ())
-        absent = tuple(rank for rank in range(1, self._size) if rank not in self._present)
-        self._abort(self._present, absent)
+        # Nobody is missing when a member came to its deadline before it could confirm: the last one was too late.
+        absent = absent or (self._last,)
+        self._abort(absent)
         return self._error(call, absent)
 
-    def _start(self, call: Call, last: int) -> bool:
-        """STARTING. Every member asked answers, for it is in the protocol or has left word that it is not."""
-        asked, self._present = self._present, {}
-        settled = self._settled
-        for rank, present in asked.items():
-            self._send(rank, Kind.GO, present.call)
-        silent, left, late = set(asked), set[int](), False
-        while silent:
-            message = self._channel.receive_surely()
-            answer = message.source in silent and message.call == asked[message.source].call
-            if answer and message.kind is Kind.ROLL and message.generation >= settled:
-                late = True
-            elif answer and message.kind is Kind.WITHDRAW:
-                left.add(message.source)
-            elif not (answer and message.kind is Kind.CONFIRM):
-                self._file(message)  # somebody is in its next call already
-                continue
-            silent.discard(message.source)
-        if left or late:
-            # Nobody is missing after a ROLL: the one that came last was too late.
-            absent = tuple(sorted(left)) or (last,)
-            self._abort(asked, absent)
-            raise self._error(call, absent)
-        return self._release(call, asked)
-
-    def _release(self, call: Call, asked: dict[int, Message]) -> bool:
-        agreed = all(present.digest == call.digest for present in asked.values())
-        balanced = (call.balance + sum(present.balance for present in asked.values())) % 2**64 == 0
-        for rank, present in asked.items():
-            self._send(rank, Kind.START, present.call, flag=agreed and balanced)
-        return agreed and balanced
-
-    def _abort(self, present: dict[int, Message], absent: tuple[int, ...]) -> None:
+    def _abort(self, absent: tuple[int, ...]) -> None:
         """Tell all ranks, so that those away find a notice at their next call."""
         for rank in range(1, self._size):
-            call = present[rank].call if rank in present else 0
+            call = self._present[rank].call if rank in self._present else 0
             self._channel.send(rank, Message(Kind.ABORT, call, self._generation, absent=absent))
-        present.clear()
+        self._present.clear()
         self._generation += 1
+
+    def _start(self, call: Call) -> bool:
+        arrived = self._present.values()
+        agreed = all(message.digest == call.digest for message in arrived)
+        balanced = (call.balance + sum(message.balance for message in arrived)) % 2**64 == 0
+        for message in arrived:
+            self._send(message.source, Kind.START, message.call, flag=agreed and balanced)
+        self._present.clear()
+        return agreed and balanced
 
 
 def arrival_over(channel: Channel) -> Arrival:

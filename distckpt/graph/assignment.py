@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
-from distckpt.graph.adapters.optimizer import Slot, set_slots, step_on_device
+from distckpt.graph.adapters.optimizer import Slot, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
 from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import PythonValue, TensorValue, replicated
+from distckpt.graph.values import PythonValue, TensorValue, is_uninitialised, replicated
 from distckpt.graph.view import LiveNode, dtype_name
 from distckpt.layout.dtypes import is_castable
 from distckpt.layout.records import OWN_VALUE, Manifest
@@ -131,6 +130,7 @@ class _Builder:
         self.done = done
         self.skipped = skipped
         self.unfit: set[int] = set()  # ids of live objects whose stored value is skipped
+        self.on_device: dict[int, frozenset[int]] = {}
         self.result = Assignment()
         self.restores: dict[int, NodeRestore] = {}
 
@@ -150,7 +150,7 @@ class _Builder:
             self.mismatch(match, self.describe(match.key), describe(match.value))
         elif match.value is not None and match.value.in_place:
             self.add_tensor(match, index, match.value)
-        elif is_lazy(match.node.obj):
+        elif is_uninitialised(match.node.obj):
             self.add_lazy(match, index, dtype_name(match.node.obj.dtype))
         else:
             self.handed(match)[match.name] = self.fresh(match.key, index, match.value)
@@ -238,12 +238,19 @@ class _Builder:
         parameter, like = _parameter_of(new.parameter), self.own_value(new.parameter)
         follows = self.cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
-        if name == "step" and variable.shape == () and not step_on_device(new.optimizer.obj, parameter):
+        if name == "step" and variable.shape == () and id(parameter) not in self.steps_on_device(new.optimizer):
             tensor, target = new_plain((), stored)
         else:
             tensor, target = new_like(parameter, like, variable.shape, dtype)
         self.result.reads.append(TensorRead(key, index, target, None if dtype == stored else stored))
         return tensor
+
+    def steps_on_device(self, optimizer: LiveNode) -> frozenset[int]:
+        """See `adapters.optimizer.steps_on_device`; asked once per optimizer."""
+        known = self.on_device.get(id(optimizer))
+        if known is None:
+            known = self.on_device[id(optimizer)] = steps_on_device(optimizer.obj)
+        return known
 
     def own_value(self, parameter: LiveNode) -> TensorValue:
         """The live value of a parameter, or the one that will initialise it."""

@@ -13,11 +13,10 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from distckpt.graph.adapters.optimizer import Group, Groups
 from distckpt.graph.python_value import holds_nothing
-from distckpt.graph.values import PythonValue, TensorValue, Value
+from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.layout.keys import escape
 from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph
@@ -56,8 +55,8 @@ class NewSlots:
 
     @property
     def pair(self) -> str:
-        """The pair (optimizer, parameter) in words."""
-        return f"{self.optimizer.key} of {self.parameter.key}"
+        """Key below which the slots of the pair (optimizer, parameter) are."""
+        return f"{self.optimizer.key}/.slots/{self.parameter.key}"
 
     @property
     def keys(self) -> list[str]:
@@ -94,6 +93,7 @@ class Binding:
         new_slots: Optimizer state to create or to drop.
         mismatches: Differences of kind, and of slot names.
         pending: Stored keys whose parent is bound, to the parent's key and the name it waits for.
+        awaited: All names that something waits for; an object with several names may come by any of them.
         duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
         combined: (first saved key, other saved key, live key): two saved values, one live one.
         warnings: What the user should know.
@@ -104,6 +104,7 @@ class Binding:
     new_slots: list[NewSlots] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     pending: dict[str, tuple[str, str]] = field(default_factory=dict)
+    awaited: set[str] = field(default_factory=set)
     duplicates: list[tuple[str, str, str]] = field(default_factory=list)
     combined: list[tuple[str, str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -202,6 +203,7 @@ class _Binder:
             )
             return
         if not node.adapter.per_rank:  # what another rank saved for itself waits for nothing
+            self.result.awaited.add(name)
             for key in self.keys_below(saved_id):
                 self.result.pending.setdefault(key, (node.key, name))
 
@@ -212,7 +214,7 @@ class _Binder:
         for live_id in self.saved_of:
             node = self.live[live_id]
             if isinstance(node.obj, torch.nn.Module):
-                lazy = [child for child in node.children.values() if is_lazy(self.live[child].obj)]
+                lazy = [child for child in node.children.values() if is_uninitialised(self.live[child].obj)]
                 if all(map(self.has_saved_value, lazy)):
                     self.ready.update(lazy)
 
@@ -302,7 +304,7 @@ class _Binder:
 
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
-        if name in _WHOLE and not is_lazy(node.obj):  # no attribute ever has such a name
+        if name in _WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
             self.result.mismatches.append(Mismatch(key, _WHOLE[name], f"a {type(node.obj).__qualname__}"))
             return
         for local_name in node.children:
@@ -313,6 +315,7 @@ class _Binder:
                 self.result.mismatches.append(Mismatch(key, "a python value", f"a {type(live.obj).__qualname__}"))
                 return
         if not name.startswith(".rank/"):  # what another rank saved for itself waits for nothing
+            self.result.awaited.add(name)
             self.result.pending.setdefault(key, (node.key, name))
 
     # ---- slots ----
@@ -331,10 +334,13 @@ class _Binder:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
         for parameter_id in self.parameters_of(node):
             variable_id = self.saved_of.get(parameter_id)
-            if variable_id is not None and is_lazy(self.live[parameter_id].obj) and parameter_id not in self.ready:
-                self.slots_without_target(node, variable_id, stored.pop(variable_id, {}))
-            elif variable_id is not None:
-                self.match_pair(node, parameter_id, stored.pop(variable_id, {}))
+            if variable_id is None:
+                continue
+            slots = stored.pop(variable_id, {})
+            if is_uninitialised(self.live[parameter_id].obj) and parameter_id not in self.ready:
+                self.slots_without_target(node, variable_id, slots)
+            else:
+                self.match_pair(node, parameter_id, slots)
         for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
             self.slots_without_target(node, variable_id, slots)
 
@@ -352,7 +358,7 @@ class _Binder:
 
     def match_pair(self, node: LiveNode, parameter_id: int, stored: dict[str, int]) -> None:
         """All slots of a pair or none."""
-        live = {name: slot for (variable, name), slot in node.slots.items() if variable == parameter_id}
+        live = node.slots.get(parameter_id, {})
         if live and live.keys() == stored.keys():
             for name, slot_id in live.items():
                 self.match_attributes(self.saved[stored[name]], slot_id)

@@ -53,9 +53,9 @@ def shared_memory_warnings(keys: Iterable[str], tensors: Iterable[torch.Tensor])
     if not pairs:
         return []
     more = f" and {len(pairs) - _MAX_NAMED} more" if len(pairs) > _MAX_NAMED else ""
+    named = f"{', '.join(pairs[:_MAX_NAMED])}{more}"
     return [
-        f"different tensors share memory, and each is saved as a variable of its own: "
-        f"{', '.join(pairs[:_MAX_NAMED])}{more}. Use one tensor object in both places to save it once."
+        f"different tensors share memory, and each is saved as a variable of its own: {named}. Tie them to save one."
     ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.records import OWN_VALUE
@@ -68,6 +70,11 @@ class PythonValue:
 
 
 Value = TensorValue | PythonValue
+
+
+def is_uninitialised(obj: object) -> TypeGuard[UninitializedParameter | UninitializedBuffer]:
+    """Whether an object is a parameter or buffer of a lazy module, without a shape so far."""
+    return isinstance(obj, torch.Tensor) and is_lazy(obj)
 
 
 def replicated(

@@ -32,7 +32,7 @@ class LiveNode:
         key: Its key by the shortest path from the root.
         children: Local name to node id, in edge order.
         values: Its own values, by name.
-        slots: Optimizer: (variable's node id, slot name) to the slot's node id.
+        slots: Optimizer: variable's node id to slot name to the slot's node id.
         parameters: Parameter group: node ids of its members.
         buffer: Reached as a module buffer.
     """
@@ -43,7 +43,7 @@ class LiveNode:
     buffer: bool = False
     children: dict[str, int] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
-    slots: dict[tuple[int, str], int] = field(default_factory=dict)
+    slots: dict[int, dict[str, int]] = field(default_factory=dict)
     parameters: list[int] | None = None
 
     def attribute_key(self, name: str) -> str:
@@ -164,7 +164,7 @@ def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimize
         for name in names:
             key = slot_key(node.key, variable.key, name)
             slot_id = graph.add(Slot(optimizer, parameter, name), _slot_adapter, key)
-            node.slots[variable_id, name] = slot_id
+            node.slots.setdefault(variable_id, {})[name] = slot_id
             _expand(graph, slot_id, rank)
             _shard_like(graph.nodes[slot_id], variable)
 
@@ -247,7 +247,7 @@ def _record(node: LiveNode) -> LocalNode:
     return LocalNode(
         children=[(child, name) for name, child in node.children.items()],
         attributes=[_attribute(value) for value in node.values.values()],
-        slots=[(variable, name, slot) for (variable, name), slot in node.slots.items()],
+        slots=[(variable, name, slot) for variable, slots in node.slots.items() for name, slot in slots.items()],
         parameters=node.parameters,
         per_rank=node.adapter.per_rank,
     )

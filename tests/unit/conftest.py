@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,20 @@ def keys_of() -> Callable[[str], set[str]]:
         return {variable.key for variable in manifest.variables} | set(manifest.python_state)
 
     return keys
+
+
+@pytest.fixture
+def open_files() -> Callable[[], list[str]]:
+    """Names of all descriptors that this process has open."""
+
+    def names() -> list[str]:
+        found = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # that of the listing itself
+                found.append(str(entry.readlink()))
+        return sorted(found)
+
+    return names
 
 
 @pytest.fixture

@@ -255,7 +255,9 @@ def test_a_container_with_trackables_is_restored_element_by_element(path: str) -
 def test_elements_of_tuples_cannot_change(path: str) -> None:
     file = Checkpoint(a=torch.ones(2), t=(torch.ones(2), 5, [1, 2]), p=_Point(1, 2)).write(path)
     live = Checkpoint(a=torch.zeros(2), t=(torch.zeros(2), 6, [0]), p=_Point(1, 3))
-    with pytest.raises(RestoreMismatchError, match=r"(?s)p/y: saved the python value 2, live 3 in a tuple.*t/1: saved .* 5"):
+    with pytest.raises(
+        RestoreMismatchError, match=r"(?s)p/y: saved the python value 2, live 3 in a tuple.*t/1: saved .* 5"
+    ):
         live.read(file)
     assert live.a.tolist() == [0, 0]
     assert live.t[2] == [0]
@@ -335,7 +337,11 @@ class _Stateful:
 _STATES: list[Any] = [
     {"a": 1, "b": {"c": [1.5, None, "x", b"y"]}},
     {"t": torch.arange(5), "n": np.arange(3.0), "s": np.float32(2.5)},
-    {"deep": [({"t": torch.ones(2)},), collections.OrderedDict(z=torch.zeros(0), a=1)], 3: "int key", (1, 2): "tuple key"},
+    {
+        "deep": [({"t": torch.ones(2)},), collections.OrderedDict(z=torch.zeros(0), a=1)],
+        3: "int key",
+        (1, 2): "tuple key",
+    },
     {"same": [torch.ones(1)] * 2, "empty": {}, "half": torch.ones(2, dtype=torch.bfloat16)},
     [torch.ones(1), 2],
 ]
@@ -464,7 +470,7 @@ _SCHEDULERS: dict[str, Callable[[_Optimizer], Any]] = {
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=20),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 7, 2.0),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9 + 0.01 * epoch),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.8)], [3]
     ),

@@ -216,6 +216,14 @@ def test_root_starts_when_all_have_confirmed(root: Rank, early: int) -> None:
     assert all(message.flag for message in root.sent(Kind.START).values())
 
 
+def test_root_counts_each_call_anew(root: Rank) -> None:
+    for number in (1, 2, 3):
+        confirmed = tuple(_from(rank, Kind.CONFIRM, number) for rank in (1, 2, 3))
+        assert root.call(*(_arrive(rank, number) for rank in (1, 2, 3)), *confirmed) is True
+        assert root.kinds_sent() == [Kind.GO] * 3 + [Kind.START] * 3
+    assert root.call(*(_arrive(rank, 4) for rank in (1, 2)), DEADLINE) == (3,)
+
+
 def test_root_says_when_digests_differ(root: Rank) -> None:
     assert root.call(_arrive(1), _arrive(2, digest=8), _arrive(3), *CONFIRMED) is False
     assert not any(message.flag for message in root.sent(Kind.START).values())
@@ -263,26 +271,48 @@ def test_root_with_a_notice_waits_for_a_member_in_a_newer_call(root: Rank) -> No
 
 
 def test_roll_in_place_of_a_confirmation_names_the_last_rank(root: Rank) -> None:
-    answers = (CONFIRMED[0], _from(3, Kind.ROLL), CONFIRMED[1])
+    answers = (CONFIRMED[0], _from(3, Kind.ROLL))
     assert root.call(_arrive(1), _arrive(3), _arrive(2), *answers) == (2,)
     assert set(root.sent(Kind.ABORT)) == {1, 2, 3}
     assert root.call(DEADLINE, earlier=(_from(3, Kind.WITHDRAW),)) == (1, 2, 3)
     assert root.call(*CONFIRMED[:1], DEADLINE) == (1, 2, 3), "a late confirmation is no arrival"
 
 
+def test_roll_in_place_of_a_confirmation_counts_in_a_give_up_known_already(root: Rank) -> None:
+    # Whoever has been asked waits for an answer.
+    earlier = (_from(3, Kind.ROLL, 0), *ARRIVED)
+    assert root.call(_from(1, Kind.ROLL), earlier=earlier) == ()
+    assert root.sent(Kind.ABORT)[1] == Message(Kind.ABORT, 1, 1, absent=(0,))
+
+
 def test_root_itself_may_be_the_last_rank(root: Rank) -> None:
-    root.channel.earlier, root.channel.script = list(ARRIVED), [_from(3, Kind.ROLL), *CONFIRMED[:2]]
+    root.channel.earlier, root.channel.script = list(ARRIVED), [CONFIRMED[0], _from(3, Kind.ROLL)]
     with pytest.raises(RankTimeoutError, match="rank 0 came when the others had given up"):
         root.protocol.arrive(SAVE)
     assert root.sent(Kind.ABORT)[1].absent == (0,)
 
 
-def test_withdrawal_in_place_of_a_confirmation_names_that_rank(root: Rank) -> None:
-    again = _arrive(3, 2)
-    assert root.call(*ARRIVED, *CONFIRMED[:1], _from(3, Kind.WITHDRAW), again, CONFIRMED[1]) == (3,)
-    assert root.sent(Kind.ABORT)[3].call == 1, "not the call it is in now: that one gets a notice"
-    assert root.call(DEADLINE) == (1, 2)
-    assert root.sent(Kind.WAIT)[3].call == 2, "its notice is on its way, but root is in a newer call"
+def test_rank_that_leaves_instead_of_confirming_may_come_again(root: Rank) -> None:
+    answers = (CONFIRMED[0], _from(3, Kind.WITHDRAW), _arrive(3, 2), _from(3, Kind.CONFIRM, 2))
+    assert root.call(*ARRIVED, *answers, CONFIRMED[1]) is True
+    assert [(rank, message.call) for rank, message in root.channel.sent if message.kind is Kind.GO] == [
+        *((rank, 1) for rank in (1, 2, 3)),
+        (3, 2),
+    ]
+    assert root.sent(Kind.START)[3].call == 2
+
+
+def test_confirmation_of_an_earlier_call_does_not_count(root: Rank) -> None:
+    stale = _from(3, Kind.CONFIRM)
+    script = (stale, *ARRIVED[:2], _arrive(3, 2), stale, *CONFIRMED[:2], _from(3, Kind.WITHDRAW, 2), DEADLINE)
+    assert root.call(*script) == (3,)
+
+
+def test_rank_that_leaves_instead_of_confirming_is_named_at_the_deadline(root: Rank) -> None:
+    assert root.call(*ARRIVED, *CONFIRMED[:2], _from(3, Kind.WITHDRAW), DEADLINE) == (3,)
+    assert {rank: message.call for rank, message in root.sent(Kind.ABORT).items()} == {1: 1, 2: 1, 3: 0}
+    assert root.channel.deadlines[-2] == math.inf
+    assert root.channel.deadlines[-1] == root.channel.deadlines[0]
 
 
 @pytest.mark.parametrize("arrival", [_arrive(1, 2, 1, flag=True), _arrive(1, 2, 0)])
@@ -297,14 +327,31 @@ def test_root_tells_those_with_a_notice_to_wait(root: Rank, arrival: Message) ->
 def test_root_voids_roll_calls_that_are_over(root: Rank) -> None:
     # Rank 2 comes back from give-up 4. Rank 1 does not know of it yet, and answers an old ROLL.
     script = (_arrive(1, 8, 4), _arrive(2, 9, 5), _from(1, Kind.ROLL, 8, 4), _arrive(3, 9, 5))
-    confirmed = (_from(1, Kind.ROLL, 8, 4),)
+    again = _from(1, Kind.ROLL, 8, 4)
     answers = (_from(1, Kind.CONFIRM, 8), _from(2, Kind.CONFIRM, 9), _from(3, Kind.CONFIRM, 9))
-    assert root.call(*script, *confirmed, *answers) is True
+    assert root.call(*script, again, *answers) is True
     assert root.sent(Kind.WAIT)[1].call == 8
     assert root.sent(Kind.START)[1].generation == 5
+    assert [rank for rank, message in root.channel.sent if message.kind is Kind.GO].count(1) == 2, "may have missed it"
 
 
-def test_waiting_for_answers_ends_although_a_newer_give_up_becomes_known(root: Rank) -> None:
-    # Rank 3 left and comes back from a give-up of which the ROLL of rank 1, in this call, is a part.
-    answers = (_from(3, Kind.WITHDRAW), _arrive(3, 2, 1), _from(1, Kind.ROLL), CONFIRMED[1])
-    assert root.call(*ARRIVED, *answers) == (3,)
+def test_give_up_that_is_over_only_after_the_question(root: Rank) -> None:
+    # Rank 3 has come back from the give-up for which rank 1, asked already, calls the roll.
+    answers = (_from(3, Kind.WITHDRAW), _arrive(3, 2, 1), _from(1, Kind.ROLL), _from(3, Kind.CONFIRM, 2))
+    assert root.call(*ARRIVED, *answers, *CONFIRMED[:2]) is True
+    told = [message.kind for rank, message in root.channel.sent if rank == 1]
+    assert told == [Kind.GO, Kind.WAIT, Kind.GO, Kind.START]
+
+
+def test_interrupted_root_tells_all(root: Rank) -> None:
+    root.channel.earlier = list(ARRIVED)
+    with pytest.raises(IndexError):  # the end of the script stands for an interrupt
+        root.protocol.arrive(SAVE)
+    assert [root.sent(Kind.ABORT)[rank].call for rank in (1, 2, 3)] == [1, 1, 1]
+    assert root.sent(Kind.ABORT)[1].absent == (0,)
+
+
+def test_interrupted_member_leaves_word(member: Rank) -> None:
+    with pytest.raises(IndexError):
+        member.protocol.arrive(SAVE)
+    assert member.kinds_sent() == [Kind.ARRIVE, Kind.WITHDRAW]

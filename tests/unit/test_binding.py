@@ -28,7 +28,7 @@ def node(**attributes: Any) -> Trackable:
 
 
 def full(value: float) -> torch.Tensor:
-    return torch.full((2,), value)
+    return torch.full((2,), float(value))
 
 
 def live_graph(root: object) -> LiveGraph:
@@ -179,7 +179,9 @@ def test_weights_that_became_tied(equal: bool, path: str) -> None:
         assert torch.equal(live.out.weight, saved.out.weight)
         return
     before = live.out.weight.detach().clone()
-    with pytest.raises(RestoreMismatchError, match=r"two saved values, m/embedding/weight and m/out/weight, meet one live"):
+    with pytest.raises(
+        RestoreMismatchError, match=r"two saved values, m/embedding/weight and m/out/weight, meet one live"
+    ):
         checkpoint.read(file, options=STRICT)
     assert torch.equal(live.out.weight, before)
     with pytest.warns(CheckpointWarning, match="two saved values, m/embedding/weight and m/out/weight"):
@@ -239,11 +241,16 @@ _KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("saved", _KINDS)
-@pytest.mark.parametrize("live", _KINDS)
+_CHANGES = [
+    (saved, live)
+    for saved in _KINDS
+    for live in _KINDS
+    if saved != live and {saved, live} != {"module", "list of tensors"}
+]
+
+
+@pytest.mark.parametrize(("saved", "live"), _CHANGES)
 def test_a_value_whose_kind_changed_is_a_mismatch(saved: str, live: str, path: str) -> None:
-    if saved == live or {saved, live} == {"module", "list of tensors"}:
-        pytest.skip("no value whose kind changed")
     file = Checkpoint(x=_KINDS[saved](), other=full(1)).write(path)
     checkpoint = Checkpoint(x=_KINDS[live](), other=full(0))
     before = repr(checkpoint.x)
@@ -274,5 +281,7 @@ def test_the_type_of_a_number_is_not_its_kind(path: str) -> None:
 def test_an_object_where_nothing_was_yet_is_a_mismatch(path: str) -> None:
     """None is a value; a placeholder that may become anything is the missing attribute."""
     file = Checkpoint(m=None, n=nn.Linear(1, 1)).write(path)
-    with pytest.raises(RestoreMismatchError, match=r"(?s)m: saved a python value, live a Linear.*n: saved an object or tensor, live"):
+    with pytest.raises(
+        RestoreMismatchError, match=r"(?s)m: saved a python value, live a Linear.*n: saved an object or tensor, live"
+    ):
         Checkpoint(m=nn.Linear(1, 1), n=None).read(file)

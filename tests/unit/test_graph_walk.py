@@ -70,14 +70,16 @@ def test_the_keys_of_a_whole_training_state(path: str, keys_of: Keys, manifest_o
         *(f"model/{name}" for name in parameters),
         *(f"model/1/{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
         *(f"optimizer/param_groups/0/{name}" for name in options),
-        *(
-            f"optimizer/.slots/model/{name}/{slot}"
-            for name in parameters
-            for slot in ("step", "exp_avg", "exp_avg_sq")
-        ),
+        *(f"optimizer/.slots/model/{name}/{slot}" for name in parameters for slot in ("step", "exp_avg", "exp_avg_sq")),
     }
     manifest = manifest_of(file)
-    assert variables(manifest)[:5] == ["save_counter", "model/0/weight", "model/0/bias", "model/1/weight", "model/1/bias"]
+    assert variables(manifest)[:5] == [
+        "save_counter",
+        "model/0/weight",
+        "model/0/bias",
+        "model/1/weight",
+        "model/1/bias",
+    ]
     assert [v.key for v in manifest.variables if v.dtype == "int64"] == ["save_counter", "model/1/num_batches_tracked"]
 
 
@@ -152,7 +154,9 @@ def test_escaping(path: str, keys_of: Keys) -> None:
     attributes = [name for name in _ESCAPES if isinstance(name, str) and name != "\0i0"]
 
     def make(numbers: list[int]) -> Checkpoint:
-        checkpoint = Checkpoint(t={name: torch.tensor(i) for name, i in zip(_ESCAPES, numbers, strict=True)}, v=Trackable())
+        checkpoint = Checkpoint(
+            t={name: torch.tensor(i) for name, i in zip(_ESCAPES, numbers, strict=True)}, v=Trackable()
+        )
         for name, i in zip(attributes, numbers, strict=False):
             setattr(checkpoint.v, name, i)
         return checkpoint
@@ -273,7 +277,10 @@ def test_components_of_our_own_begin_with_one_dot(path: str, keys_of: Keys) -> N
         "per_int/.rank/0",
         "per_dict/.rank/0/a",
         "per_dict/.rank/0/b",
-        *(f"rng/.rank/0/{name}" for name in ("torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss")),
+        *(
+            f"rng/.rank/0/{name}"
+            for name in ("torch", "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss")
+        ),
         "generator",
         "sharded",
     }
@@ -512,7 +519,9 @@ def test_slots_of_parameters_without_an_owner_are_not_saved_with_one_warning(pat
         file = checkpoint.write(path)
     checkpoint.write(path)
     assert {key for key in keys_of(file) if ".slots" in key} == {
-        f"optimizer/.slots/known/{name}/{slot}" for name in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")
+        f"optimizer/.slots/known/{name}/{slot}"
+        for name in ("weight", "bias")
+        for slot in ("step", "exp_avg", "exp_avg_sq")
     }
 
 
@@ -548,7 +557,7 @@ def test_a_positional_root_gives_its_own_children_to_node_zero(path: str, keys_o
 
 
 @pytest.mark.parametrize("root", ["module", "trackable", "dict", "list", "optimizer", "tensor", "scheduler"])
-def test_anything_that_is_a_node_can_be_the_root(root: str, path: str, keys_of: Keys) -> None:
+def test_anything_that_is_a_node_can_be_the_root(root: str, path: str) -> None:
     def make(value: float) -> Any:
         torch.manual_seed(int(value))
         if root == "module":

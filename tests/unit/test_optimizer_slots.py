@@ -37,7 +37,11 @@ _OPTIMIZERS: dict[str, Make] = {
     "Muon": lambda p: torch.optim.Muon(p, lr=0.1),
     "SparseAdam": lambda p: torch.optim.SparseAdam(list(p), lr=0.1),
 }
-_TESTED = {torch.optim.LBFGS, Optimizer, *(type(make([nn.Parameter(torch.ones(2, 2))])) for make in _OPTIMIZERS.values())}
+_TESTED = {
+    torch.optim.LBFGS,
+    Optimizer,
+    *(type(make([nn.Parameter(torch.ones(2, 2))])) for make in _OPTIMIZERS.values()),
+}
 
 
 def test_all_optimizers_of_torch_are_tested() -> None:
@@ -330,7 +334,9 @@ def test_state_is_restored_once(path: str) -> None:
     checkpoint = Checkpoint(m=model, o=optimizer, later=torch.ones(2))
     trained = checkpoint.write(path)
     fresh_model = _Model(1)
-    fresh = Checkpoint(m=fresh_model, o=torch.optim.Adam(fresh_model.parameters()), later=torch.ones(2)).write(f"{path}-2")
+    fresh = Checkpoint(m=fresh_model, o=torch.optim.Adam(fresh_model.parameters()), later=torch.ones(2)).write(
+        f"{path}-2"
+    )
     for file, n in ((trained, 3), (fresh, 0)):
         twin = _Model(2)
         twin_optimizer = torch.optim.Adam(twin.parameters())
@@ -344,6 +350,27 @@ def test_state_is_restored_once(path: str) -> None:
         assert live.later.tolist() == [1, 1]
         assert equal((slots(twin, twin_optimizer), twin.values()), before)
         assert slots(twin, twin_optimizer)["a"]["step"] == n + 1
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+def test_slots_that_training_adds_later_are_no_mismatch(stepped: bool, path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters())
+    train(model, optimizer, range(2))
+    if stepped:
+        train(twin, twin_optimizer, range(1))
+    checkpoint = Checkpoint(m=twin, o=twin_optimizer)
+    status = checkpoint.read(Checkpoint(m=model, o=optimizer, n=1).write(path), options=PARTIAL)
+    twin_optimizer.state[twin.a]["more"] = torch.ones(2)
+    twin_optimizer.state[twin.b].pop("exp_avg")
+    twin_optimizer.state.pop(twin.c)
+    checkpoint.n = 0
+    assert checkpoint.n == 1
+    assert "more" in twin_optimizer.state[twin.a]
+    assert "exp_avg" not in twin_optimizer.state[twin.b]
+    assert twin.c not in twin_optimizer.state
+    status.initialize_or_restore()
+    assert status.mismatched == status.unexpected == ()
 
 
 # ---- slots that differ -------------------------------------------------------------------------------------------

@@ -153,7 +153,11 @@ def test_random_strides(path: str, data: st.DataObject) -> None:
 
 def test_lazily_conjugated_and_negated_views(path: str) -> None:
     numbers = torch.randn(4, 5, dtype=torch.complex64)
-    saved = {"conj": numbers.conj(), "neg": numbers.conj().imag, "big": torch.randn(20_000, dtype=torch.complex64).conj()}
+    saved = {
+        "conj": numbers.conj(),
+        "neg": numbers.conj().imag,
+        "big": torch.randn(20_000, dtype=torch.complex64).conj(),
+    }
     assert saved["conj"].is_conj()
     assert saved["neg"].is_neg()
     with pytest.warns(CheckpointWarning, match="t/conj and t/neg"):

@@ -95,7 +95,9 @@ class GroupAdapter(Adapter):
                 yield PythonValue(escape(name), value)
             else:
                 kind = type(value).__qualname__
-                yield Problem(escape(name), f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors.")
+                yield Problem(
+                    escape(name), f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors."
+                )
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the options the live group has; a group's own extras keep their value."""
@@ -156,11 +158,11 @@ def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> lis
     return list(state.get(parameter, {}))
 
 
-def step_on_device(optimizer: object, parameter: torch.Tensor) -> bool:
-    """Whether the optimizer keeps a parameter's step count on the parameter's device; by default it is on the CPU."""
+def steps_on_device(optimizer: object) -> frozenset[int]:
+    """`id()` of the parameters whose step count is on their own device; by default an optimizer has it on the CPU."""
     assert isinstance(optimizer, torch.optim.Optimizer)
-    group = next(group for group in optimizer.param_groups if any(member is parameter for member in group["params"]))
-    return bool(group.get("capturable") or group.get("fused"))
+    groups = [group for group in optimizer.param_groups if group.get("capturable") or group.get("fused")]
+    return frozenset(id(parameter) for group in groups for parameter in group["params"])
 
 
 def like_parameter(value: Value, parameter: TensorValue) -> Value:

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import TensorValue
+from distckpt.graph.values import TensorValue, is_uninitialised
 from distckpt.layout.box import Box
 from distckpt.layout.records import OWN_VALUE
 
@@ -26,16 +25,16 @@ class TensorAdapter(Adapter):
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """The tensor's own value; a parameter that is not initialised yet is a node without one."""
         assert isinstance(obj, torch.Tensor)  # as `handles` says
-        return () if is_lazy(obj) else (tensor_value(obj),)
+        return () if is_uninitialised(obj) else (tensor_value(obj),)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Initialise an uninitialised parameter or buffer; all others are restored in place."""
         value = saved[OWN_VALUE]
-        assert isinstance(obj, UninitializedTensorMixin)
+        assert is_uninitialised(obj)
         assert isinstance(value, torch.Tensor)
         with torch.no_grad():
             obj.materialize(value.shape)
-            obj.copy_(value)  # type: ignore[attr-defined]  # it has become a tensor
+            obj.copy_(value)
 
 
 class ShardedVariableAdapter(Adapter):
