@@ -166,10 +166,10 @@ class Restorer:
     def refresh(self, restoration: Restoration) -> Report:
         """Apply what can be applied, and report anew. Collective over the communicator."""
         request = Request.of("assert", restoration.source.path, restoration.options)
-        with collector_off():
+        with collector_off(), self._coordinator.uninterrupted():
             attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
-        meet(self._coordinator, request, attempt.error, restoration.options.timeout)
-        return self._agree(restoration, attempt.value)
+            meet(self._coordinator, request, attempt.error, restoration.options.timeout)
+            return self._agree(restoration, attempt.value)
 
     def _catch_up_and_report(self, restoration: Restoration) -> bytes:
         self.retry_pending()

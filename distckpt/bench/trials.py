@@ -115,6 +115,7 @@ def check_restore(trial: RestoreTrial) -> None:
 
 def make_resident(nbytes: int) -> None:
     """Have the machine's free memory behind it, so that the page cache and buffers of what comes next can use it.
+    Collective over the process group.
 
     Many virtual machines give free memory back to their host after two seconds. Getting it again costs seconds per
     GiB, by chance, and only those who write through the page cache.
@@ -129,6 +130,8 @@ def make_resident(nbytes: int) -> None:
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
         memory[::_PAGE] = bytes(-(-nbytes // _PAGE))
+        # Memory that one rank gives back early would be what the other ranks get.
+        dist.barrier()
 
 
 def delete(path: Path) -> None:

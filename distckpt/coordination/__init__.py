@@ -2,5 +2,5 @@
 
 From top to bottom: `coordinator` (the verbs) > `session` (what coordinators over one communicator share) > `arrival`
 (who is here, and does everybody agree) > `channel` (short messages). Beside them `collectives` (bytes and arrays),
-`agreement` (which error all ranks raise), `interrupts`, `job_end` and `launcher`.
+`outcome` and `agreement` (which error all ranks raise), `interrupts`, `job_end` and `launcher`.
 """

@@ -82,12 +82,14 @@ class Timing:
         grace: What others than root wait longer than root, and how long they collect the answers to a ROLL.
         notice: How long a rank waits that knows that the others have given up.
         spin: How long to poll without a pause.
-        nap: Pause between two polls after that.
+        polite: How long to poll, after that, letting others have the core in between.
+        nap: Pause between two polls from then on.
     """
 
     grace: float = 0.5
     notice: float = 1.0
-    spin: float = 0.005
+    spin: float = 0.00003
+    polite: float = 0.005
     nap: float = 0.001
 
 
@@ -124,16 +126,13 @@ class Channel:
         Returns:
             The message; None at the deadline, when nothing has arrived.
         """
-        spin_end = 0.0
+        start = 0.0
         while (message := self._probe()) is None:
             now = time.monotonic()
-            spin_end = spin_end or now + self.timing.spin
+            start = start or now
             if now >= deadline:
                 return next(self.drain(), None)
-            if now < spin_end:
-                os.sched_yield()  # the rank that is waited for may need this core
-            else:
-                self._nap(interruptible)
+            self._pause(now - start, interruptible)
         return message
 
     def receive_surely(self) -> Message:
@@ -153,8 +152,12 @@ class Channel:
                 empty = 0
                 yield message
 
-    def _nap(self, interruptible: bool) -> None:
-        if interruptible:
+    def _pause(self, waited: float, interruptible: bool) -> None:
+        if waited < self.timing.spin:
+            return
+        if waited < self.timing.polite:
+            os.sched_yield()  # the rank that is waited for may need this core
+        elif interruptible:
             with INTERRUPTS.allowed():
                 time.sleep(self.timing.nap)
         else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,9 +12,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from distckpt.coordination import agreement, job_end
+from distckpt.coordination import agreement, job_end, outcome
 from distckpt.coordination.arrival import Call
-from distckpt.coordination.channel import Buffer
 from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
@@ -27,27 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
-_PACKET_HEADER = struct.Struct("<?Q")
-_PACKET_SIZE = agreement.TEXT_LIMIT + 512
-_INLINE_LIMIT = _PACKET_SIZE - _PACKET_HEADER.size
 #: Seconds for the first call of all, where it is not an `arrive`.
 _FIRST_CALL_TIMEOUT = 600.0
-
-
-class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
-    """Of an array that is about to be shared."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Replies:
-    """What rank 0 hands out: all replies behind one another, and their lengths as int64."""
-
-    joined: bytes
-    lengths: bytes
 
 
 class Coordinator:
@@ -161,7 +139,7 @@ class Coordinator:
                 if clear_frames:
                     agreement.clear_frames(error)
             try:
-                _agree(collectives, name, own, remedy)
+                outcome.agree(collectives, name, own, remedy)
             finally:
                 own = None  # else the exception and this frame keep each other, and all they hold, alive
 
@@ -192,7 +170,7 @@ class Coordinator:
                 except BaseException as error:
                     own = error
             try:
-                announced = self._announce(name, encoded, own, remedy)
+                announced = outcome.announce(collectives, name, encoded, own, remedy)
             finally:
                 own = None
             return msgspec.msgpack.decode(announced, type=result_type)
@@ -216,19 +194,25 @@ class Coordinator:
         """
         with INTERRUPTS.held():
             collectives = self._connect(name)
-            values, lengths = self._gather(name, value)
+            lengths = collectives.lengths(len(value))
+            values = outcome.allocate(collectives, name, sum(lengths) if collectives.rank == 0 else 0)
+            collectives.gather(value, lengths, values)
             replies, own = _Replies(b"", b""), None
             if collectives.rank == 0:
                 try:
                     with INTERRUPTS.allowed():
-                        replies = _pack_replies(fn(_split(values, lengths)), collectives.size)
+                        replies = _pack_replies(fn(outcome.split(values, lengths)), collectives.size)
                 except BaseException as error:
                     own = error
             del values
             try:
-                return self._hand_out(name, replies, own, remedy)
+                announced = outcome.announce(collectives, name, replies.lengths, own, remedy)
             finally:
                 own = None
+            lengths = np.frombuffer(announced, dtype=np.int64).tolist()
+            reply = outcome.allocate(collectives, name, lengths[collectives.rank])
+            collectives.scatter(replies.joined, lengths, reply)
+            return bytes(reply)
 
     # ---- bytes and arrays ----------------------------------------------------------------------------------------
 
@@ -245,12 +229,11 @@ class Coordinator:
         with INTERRUPTS.held():
             collectives = self._connect(name)
             lengths = collectives.lengths(len(value))
-            with self.step(name):
-                values = bytearray(sum(lengths))
+            values = outcome.allocate(collectives, name, sum(lengths))
             collectives.gather(value, lengths, values)
             collectives.broadcast(values)
             with self.step(name):
-                return _split(values, lengths)
+                return outcome.split(values, lengths)
 
     def share(self, array: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
         """Give all ranks the array of rank 0.
@@ -323,83 +306,17 @@ class Coordinator:
         return cast("Collectives", session.collectives)
 
     def _require_same_operation(self, operation: str) -> None:
-        texts = _gather_texts(self._connect(operation), operation.encode())
+        texts = outcome.gather_texts(self._connect(operation), operation.encode())
         if len(set(texts)) > 1:
             raise LayoutError(_different_operations([text.decode() for text in texts]))
 
-    def _gather(self, name: str, value: bytes) -> tuple[bytearray, list[int]]:
-        """The values of all ranks behind one another, on rank 0, and their lengths."""
-        collectives = self._connect(name)
-        lengths = collectives.lengths(len(value))
-        with self.step(name):
-            values = bytearray(sum(lengths) if collectives.rank == 0 else 0)
-        collectives.gather(value, lengths, values)
-        return values, lengths
 
-    def _hand_out(self, name: str, replies: _Replies, own: BaseException | None, remedy: str) -> bytes:
-        collectives = self._connect(name)
-        announced = self._announce(name, replies.lengths, own, remedy)
-        lengths = np.frombuffer(announced, dtype=np.int64).tolist()
-        with self.step(name):
-            reply = bytearray(lengths[collectives.rank])
-        collectives.scatter(replies.joined, lengths, reply)
-        return bytes(reply)
+@dataclass(frozen=True, slots=True)
+class _Replies:
+    """What rank 0 hands out: all replies behind one another, and their lengths as int64."""
 
-    def _announce(self, name: str, value: bytes, own: BaseException | None, remedy: str) -> Buffer:
-        """Broadcast rank 0's value, or its failure. One broadcast when it is small."""
-        collectives = self._connect(name)
-        packet = bytearray(_PACKET_SIZE)
-        if collectives.rank == 0:
-            value = agreement.encode(own) if own is not None else value
-            inline = value if len(value) <= _INLINE_LIMIT else b""
-            _PACKET_HEADER.pack_into(packet, 0, own is not None, len(value))
-            packet[_PACKET_HEADER.size : _PACKET_HEADER.size + len(inline)] = inline
-        collectives.broadcast(packet)
-        failed, length = _PACKET_HEADER.unpack_from(packet)
-        announced: Buffer = packet[_PACKET_HEADER.size : _PACKET_HEADER.size + length]
-        if failed:
-            _raise_agreed(name, agreement.decode([bytes(announced)]), own, remedy)
-        if length > _INLINE_LIMIT:
-            with self.step(name):
-                announced = value if collectives.rank == 0 else bytearray(length)
-            collectives.broadcast(announced)
-        return announced
-
-
-def _agree(collectives: Collectives, name: str, own: BaseException | None, remedy: str) -> None:
-    """Raise the same error on all ranks if any has one."""
-    if collectives.any_set(own is not None):
-        texts = _gather_texts(collectives, agreement.encode(own))
-        try:
-            _raise_agreed(name, agreement.decode(texts), own, remedy)
-        finally:
-            own = None
-
-
-def _raise_agreed(
-    name: str, failures: dict[int, agreement.Failure], own: BaseException | None, remedy: str
-) -> NoReturn:
-    try:
-        if own is not None and not isinstance(own, Exception):
-            raise own
-        raise agreement.agreed_error(name, failures, remedy) from own
-    finally:
-        own = None  # else the exception's traceback, this frame and the exception keep each other alive
-
-
-def _gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
-    """All ranks' short texts, without a step of its own."""
-    lengths = collectives.lengths(len(text))
-    texts = bytearray(sum(lengths))
-    collectives.gather(text, lengths, texts)
-    collectives.broadcast(texts)
-    return _split(texts, lengths)
-
-
-def _split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
-    ends = list(itertools.accumulate(lengths))
-    view = memoryview(values)
-    return [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+    joined: bytes
+    lengths: bytes
 
 
 def _pack_replies(replies: Sequence[bytes], size: int) -> _Replies:
@@ -407,6 +324,13 @@ def _pack_replies(replies: Sequence[bytes], size: int) -> _Replies:
         raise ValueError(f"expected one reply per rank, {size} in all. Got {len(replies)}.")
     lengths = np.array([len(reply) for reply in replies], dtype=np.int64)
     return _Replies(b"".join(replies), lengths.tobytes())
+
+
+class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
+    """Of an array that is about to be shared."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def _array_type(array: np.ndarray[Any, Any] | None) -> _ArrayType:

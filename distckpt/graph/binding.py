@@ -253,8 +253,9 @@ class _Binder:
         free = list(live_groups)
         left = []
         for saved_id in saved_groups:
-            members = {self.live_of.get(member) for member in self.saved[saved_id].parameters or ()}
-            twin = next((n for n in free if members and members == set(self.live[n].parameters or ())), None)
+            # Of a pipeline's group every rank holds only some members, maybe none.
+            members = {self.live_of.get(member) for member in self.saved[saved_id].parameters or ()} - {None}
+            twin = next((n for n in free if members == set(self.live[n].parameters or ())), None)
             if twin is None:
                 left.append(saved_id)
             else:

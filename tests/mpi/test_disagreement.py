@@ -39,7 +39,7 @@ FAST = SaveOptions(durable=False)
 
 
 @pytest.fixture
-def three(subcomm: Any) -> Any:
+def three(subcomm: Any, mpi_dir: Path) -> Any:  # noqa: ARG001  # skip when all ranks have set that up
     """A communicator of three ranks; the others have nothing to do."""
     comm = subcomm(3)
     if comm is None:
@@ -304,7 +304,10 @@ LAYOUT_PROBLEMS: dict[str, tuple[Callable[[int], object], list[str]]] = {
         ["x: ", "(9,)", "(12,)"],
     ),
     "kind": (lambda rank: torch.ones(3) if rank else 4, ["x"]),
-    "per rank": (lambda rank: PerRank(torch.ones(2)) if rank else torch.ones(2), ["x: PerRank on some ranks, but not on rank 0"]),
+    "per rank": (
+        lambda rank: PerRank(torch.ones(2)) if rank else torch.ones(2),
+        ["x: PerRank on some ranks, but not on rank 0"],
+    ),
     "sparse on one rank": (lambda rank: torch.eye(3).to_sparse() if rank == 1 else torch.eye(3), ["rank 1: x: "]),
     "meta on two ranks": (lambda rank: torch.ones(3, device="meta" if rank else "cpu"), ["ranks 1-2: x: "]),
     "state that only pickle could store": (lambda rank: Odd() if rank == 2 else Odd(None), ["rank 2: x/what: "]),

@@ -491,7 +491,7 @@ def sigint_raises() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("sigint_raises")
-@pytest.mark.parametrize("operation", ["save", "restore"])
+@pytest.mark.parametrize("operation", ["save", "restore", "assert"])
 def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(
     subcomm: Any, mpi_dir: Path, operation: str
 ) -> None:
@@ -500,6 +500,8 @@ def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(
         return
     program = Program(comm, 1)
     path = program.checkpoint.save(mpi_dir / "ckpt", options=SaveOptions(durable=False))
+    patient = RestoreOptions(timeout=PATIENCE)
+    status = program.checkpoint.restore(path, options=patient)
     dice = random.Random(comm.bcast(random.randrange(1 << 30)))
     for _ in range(30):
         victim, delay = dice.randrange(SIZE), dice.uniform(0, 0.03)
@@ -512,9 +514,10 @@ def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(
                 # A rank interrupted before all have come has left: the others wait for it until the timeout.
                 options = SaveOptions(durable=False, transport=transport, timeout=PATIENCE)
                 outcome = outcome_of(lambda: program.checkpoint.save(mpi_dir / "ckpt", options=options))  # noqa: B023
+            elif operation == "assert":
+                outcome = outcome_of(status.assert_consumed)
             else:
-                patient = RestoreOptions(timeout=PATIENCE)
-                outcome = outcome_of(lambda: program.checkpoint.restore(path, options=patient))  # noqa: B023
+                outcome = outcome_of(lambda: program.checkpoint.restore(path, options=patient))
             if interrupter:
                 interrupter.wait()
         except KeyboardInterrupt:

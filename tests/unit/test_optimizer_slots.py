@@ -520,6 +520,17 @@ def test_groups_with_other_members_match_by_index_with_a_warning(path: str) -> N
     status.assert_consumed()
 
 
+def test_members_that_the_program_no_longer_has_do_not_count(path: str) -> None:
+    """As on a pipeline stage, which has some members of a group, or none."""
+    model, twin = _Model(1), _Model(2, "b")
+    optimizer = torch.optim.SGD([{"params": [model.a], "lr": 1.0}, {"params": [model.b, model.c], "lr": 2.0}])
+    twin_optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [twin.b]}], lr=9.0)
+    status = Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path), options=PARTIAL)
+    assert _groups(twin_optimizer) == [1.0, 2.0]
+    assert torch.equal(twin.b, model.b)
+    assert status.unexpected == ("m/a", "m/c")
+
+
 def test_another_number_of_groups_keeps_the_live_options_with_a_warning(path: str) -> None:
     model, twin = _Model(1), _Model(2)
     optimizer = torch.optim.Adam([{"params": [model.a, model.b]}, {"params": [model.c]}], lr=0.1)

@@ -1,0 +1,111 @@
+"""What happened on one rank, known to all: every function here is collective over the communicator."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Sequence
+from typing import NoReturn
+
+from distckpt.coordination import agreement
+from distckpt.coordination.channel import Buffer
+from distckpt.coordination.collectives import Collectives
+
+# What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
+_PACKET_HEADER = struct.Struct("<?Q")
+_PACKET_SIZE = agreement.TEXT_LIMIT + 512
+_INLINE_LIMIT = _PACKET_SIZE - _PACKET_HEADER.size
+
+
+def agree(collectives: Collectives, step: str, own: BaseException | None, remedy: str = "") -> None:
+    """Raise on all ranks what `agreement.agreed_error` chooses, if any rank has an exception. One reduction if none.
+
+    Args:
+        collectives: Between the ranks.
+        step: Name of the step, for the error.
+        own: What this rank caught.
+        remedy: The way out, for the error.
+    """
+    if collectives.any_set(own is not None):
+        texts = gather_texts(collectives, agreement.encode(own))
+        try:
+            _raise_agreed(step, agreement.decode(texts), own, remedy)
+        finally:
+            own = None
+
+
+def announce(collectives: Collectives, step: str, value: bytes, own: BaseException | None, remedy: str = "") -> Buffer:
+    """Give all ranks rank 0's value, or raise its exception on all. One broadcast when the value is small.
+
+    Args:
+        collectives: Between the ranks.
+        step: Name of the step, for the error.
+        value: On rank 0: what to announce.
+        own: On rank 0: what it caught instead.
+        remedy: The way out, for the error.
+
+    Returns:
+        The value of rank 0.
+    """
+    packet = bytearray(_PACKET_SIZE)
+    if collectives.rank == 0:
+        value = value if own is None else agreement.encode(own)
+        inline = value if len(value) <= _INLINE_LIMIT else b""
+        _PACKET_HEADER.pack_into(packet, 0, own is not None, len(value))
+        packet[_PACKET_HEADER.size : _PACKET_HEADER.size + len(inline)] = inline
+    collectives.broadcast(packet)
+    failed, length = _PACKET_HEADER.unpack_from(packet)
+    if length > _INLINE_LIMIT:
+        return _announce_rest(collectives, step, value, length)
+    announced = packet[_PACKET_HEADER.size : _PACKET_HEADER.size + length]
+    if failed:
+        try:
+            _raise_agreed(step, agreement.decode([bytes(announced)]), own, remedy)
+        finally:
+            own = None
+    return announced
+
+
+def allocate(collectives: Collectives, step: str, nbytes: int) -> bytearray:
+    """Make a buffer on every rank, or on none: a rank without memory must not miss the transfer that follows."""
+    buffer, own = bytearray(), None
+    try:
+        buffer = bytearray(nbytes)
+    except MemoryError as error:
+        own = error
+    agree(collectives, step, own)
+    return buffer
+
+
+def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
+    """Give all ranks the short texts of all ranks, in rank order."""
+    lengths = collectives.lengths(len(text))
+    texts = bytearray(sum(lengths))
+    collectives.gather(text, lengths, texts)
+    collectives.broadcast(texts)
+    return split(texts, lengths)
+
+
+def split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
+    """Take values apart that lie behind one another. Local."""
+    view = memoryview(values)
+    return [bytes(view[end - length : end]) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+
+
+def _announce_rest(collectives: Collectives, step: str, value: bytes, length: int) -> Buffer:
+    is_root = collectives.rank == 0
+    buffer = allocate(collectives, step, 0 if is_root else length)
+    announced: Buffer = value if is_root else buffer
+    collectives.broadcast(announced)
+    return announced
+
+
+def _raise_agreed(
+    step: str, failures: dict[int, agreement.Failure], own: BaseException | None, remedy: str
+) -> NoReturn:
+    try:
+        if own is not None and not isinstance(own, Exception):
+            raise own  # told to exit: this rank raises just that
+        raise agreement.agreed_error(step, failures, remedy) from own
+    finally:
+        own = None  # else the exception, its traceback and this frame keep each other alive
