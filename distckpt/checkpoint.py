@@ -15,7 +15,7 @@ from distckpt.graph.adapters.registry import adapter_for, is_checkpointable, unw
 from distckpt.graph.adapters.root import RootAdapter
 from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
-from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.options import RestoreOptions, SaveOptions, given_or_default
 from distckpt.output import Target
 from distckpt.restorer import Restorer
 from distckpt.saver import Saver
@@ -128,7 +128,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank. The previous checkpoint stays the latest.
         """
-        return self._save_numbered(file_prefix, None, options or SaveOptions())
+        return self._save_numbered(file_prefix, None, given_or_default(options, SaveOptions))
 
     def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Write everything to `path`, without number, counter and state file. Collective over the communicator.
@@ -146,7 +146,9 @@ class Checkpoint(Trackable):
             CollectiveError: A step failed on some rank. The file at `path` is as it was.
         """
         walk = functools.partial(self._walk_for_save, with_counter=False)
-        return self._session.saver.save("write", walk, Target(path, 0, None), options or SaveOptions()).path
+        return self._session.saver.save(
+            "write", walk, Target(path, 0, None), given_or_default(options, SaveOptions)
+        ).path
 
     def restore(
         self, save_path: str | os.PathLike[str] | None, *, options: RestoreOptions | None = None
@@ -168,7 +170,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank.
         """
-        return self._session.restorer.restore("restore", save_path, options or RestoreOptions())
+        return self._session.restorer.restore("restore", save_path, given_or_default(options, RestoreOptions))
 
     def read(self, path: str | os.PathLike[str], *, options: RestoreOptions | None = None) -> RestoreStatus:
         """Restore a file made by `write`; the save counter stays as it is. Collective over the communicator.
@@ -183,7 +185,7 @@ class Checkpoint(Trackable):
         Raises:
             CheckpointError: As `restore`.
         """
-        return self._session.restorer.restore("read", path, options or RestoreOptions())
+        return self._session.restorer.restore("read", path, given_or_default(options, RestoreOptions))
 
     def retry_pending(self) -> int:
         """Apply values that waited for names which exist now. Local.

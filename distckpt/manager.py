@@ -13,7 +13,7 @@ from distckpt.checkpoint import Checkpoint
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.keeper import Choice, Decision, Keeper, View
-from distckpt.options import RestoreOptions, SaveOptions
+from distckpt.options import RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.schedule import Schedule, StepCounter, as_integer, read_step
@@ -174,7 +174,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: As `Checkpoint.save`.
         """
-        options = options or SaveOptions()
+        options = given_or_default(options, SaveOptions)
         with self._coordinator.uninterrupted():
             number = Attempt.of(functools.partial(_as_number, checkpoint_number))
             fields = {"checkpoint_number": repr(number.result), "check_interval": repr(check_interval)}
@@ -204,7 +204,7 @@ class CheckpointManager:
             CorruptCheckpointError: There are checkpoints, and all of them are damaged.
             CheckpointError: As `Checkpoint.restore`.
         """
-        options = options or RestoreOptions()
+        options = given_or_default(options, RestoreOptions)
         with self._coordinator.uninterrupted():
             self._meet("restore_or_initialize", options.timeout)
             self._coordinator.on_root("look for checkpoints", self._keeper.begin_restore, type(None))

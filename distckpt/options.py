@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Transport = Literal["auto", "mpio", "posix"]
 Replicas = Literal["check", "check_all", "first"]
@@ -34,6 +34,22 @@ def _require_str_mapping(name: str, value: object) -> None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: expected a mapping with str keys, or None. Got {value!r}.")
+
+
+Options = TypeVar("Options", "SaveOptions", "RestoreOptions")
+
+
+def given_or_default(options: Options | None, kind: type[Options]) -> Options:
+    """The options that a user passed, or the defaults.
+
+    Raises:
+        TypeError: They are of another kind.
+    """
+    if options is None:
+        return kind()
+    if not isinstance(options, kind):
+        raise TypeError(f"options: expected {kind.__name__} or None. Got {type(options).__name__}.")
+    return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

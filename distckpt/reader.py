@@ -29,7 +29,7 @@ from distckpt.layout.box import Box, Shape
 from distckpt.layout.keys import join, slot_key
 from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
 from distckpt.layout.slicing import Index, Part, parts_of, select
-from distckpt.options import RestoreOptions
+from distckpt.options import RestoreOptions, given_or_default
 from distckpt.restoration import Restoration, combine
 from distckpt.source import Source, open_local, sub_tensor
 from distckpt.status import ValueMismatch
@@ -285,7 +285,7 @@ class CheckpointReader:
 
     def _plan(self, live: object, options: RestoreOptions | None) -> _Plan:
         with_counter = self.save_counter is not None
-        restoration = Restoration(self._source, options or RestoreOptions(), with_counter=with_counter)
+        restoration = Restoration(self._source, given_or_default(options, RestoreOptions), with_counter=with_counter)
         graph = _walk(live, with_counter)
         return _Plan(restoration, graph, *restoration.plan(graph, set()))
 

@@ -89,9 +89,7 @@ class Saver:
         options: SaveOptions,
     ) -> Saved:
         coordinator, path = self._coordinator, target.path
-        request = Request.of(
-            operation, path, options, save_counter=target.counter, checkpoint_number=target.number
-        )
+        request = Request.of(operation, path, options, save_counter=target.counter, checkpoint_number=target.number)
         captured = Attempt.of(lambda: self._capture(operation, walk, options))
         agreed = self._agree(request, captured, options)
         output = self._output(operation)

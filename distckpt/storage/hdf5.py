@@ -315,11 +315,14 @@ class _DatasetCreator:
 
     def _group(self, path: str) -> Any:
         """The group of this path. HDF5 would create groups on the way by itself, but with timestamps."""
-        group = self._groups.get(path)
-        if group is None:
-            parent, _, name = path.rpartition("/")
-            group = self._new_group(self._group(parent), name.encode(), self._links, self._group_creation)
-            self._groups[path] = group
+        missing = []
+        while path not in self._groups:
+            missing.append(path)
+            path = path.rpartition("/")[0]
+        group = self._groups[path]
+        for path in reversed(missing):
+            name = path.rpartition("/")[2]
+            group = self._groups[path] = self._new_group(group, name.encode(), self._links, self._group_creation)
         return group
 
 

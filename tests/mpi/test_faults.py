@@ -490,6 +490,8 @@ def sigint_raises() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
+# Python drops an interrupt that comes in a destructor, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("sigint_raises")
 @pytest.mark.parametrize("operation", ["save", "restore", "assert"])
 def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(

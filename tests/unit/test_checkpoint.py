@@ -329,3 +329,20 @@ def test_saves_of_different_checkpoints_share_a_directory(tmp_path: Path) -> Non
     live = Checkpoint(c=full(0))
     live.restore(distckpt.latest_checkpoint(tmp_path)).assert_consumed()
     assert live.c.tolist() == [2, 2]
+
+
+def test_graphs_deeper_than_the_stack(tmp_path: Path) -> None:
+    def chain(value: float) -> distckpt.Trackable:
+        top = distckpt.Trackable()
+        top.x = torch.full((2,), value)
+        for _ in range(1500):
+            below, top = top, distckpt.Trackable()
+            top.n = below
+        return top
+
+    saved, found = distckpt.Checkpoint(top=chain(1.0)), distckpt.Checkpoint(top=chain(2.0))
+    found.restore(saved.save(tmp_path / "ckpt")).assert_consumed()
+    node = found.top
+    while "n" in vars(node):
+        node = node.n
+    assert node.x.tolist() == [1.0, 1.0]

@@ -158,3 +158,11 @@ def test_options_do_not_come_by_position(path: str) -> None:
         Checkpoint(x=1).save(path, SaveOptions())  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional"):
         Checkpoint(x=1).restore(path, RestoreOptions())  # type: ignore[misc]
+
+
+def test_options_of_the_other_kind_are_refused(path: str) -> None:
+    checkpoint = Checkpoint(x=torch.ones(2))
+    with pytest.raises(TypeError, match=r"expected SaveOptions or None\. Got RestoreOptions"):
+        checkpoint.save(path, options=RestoreOptions())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected RestoreOptions or None\. Got dict"):
+        checkpoint.restore(None, options={})  # type: ignore[arg-type]
