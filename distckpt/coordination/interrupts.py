@@ -57,8 +57,8 @@ class Interrupts:
     def end(self, undo: _Undo) -> None:
         """End a region; `Region` calls it."""
         if undo is _Undo.UNINSTALL and self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
             handler, self._handler = self._handler, None
+            signal.signal(signal.SIGINT, handler)
             if self._pending:
                 self._pending = False
                 handler(signal.SIGINT, None)
@@ -71,8 +71,9 @@ class Interrupts:
         handler = signal.getsignal(signal.SIGINT)
         if not callable(handler):
             return _Undo.NOTHING
-        self._handler = handler
+        # signal.signal() first runs the handler of a signal that is pending, which may raise: then nothing has begun.
         signal.signal(signal.SIGINT, self._on_signal)
+        self._handler = handler
         return _Undo.UNINSTALL
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:

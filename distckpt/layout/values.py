@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from distckpt.layout.box import MAX_NDIM
 from distckpt.layout.dtypes import is_known
-from distckpt.layout.keys import join
+from distckpt.layout.keys import escape, join
 from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout
 from distckpt.layout.unify import RankGroup, UnifiedGraph
 from distckpt.layout.wording import listing, rank_list
@@ -115,6 +115,7 @@ def collect_values(
     values = [value for table in tables for value in table.values()]
     _separate_datasets(values)
     _check_unique(values, holdings, problems)
+    _check_edges(graph, tables, holdings, problems)
     for value in values:
         if not value.agreed:
             problems += _disagreements(value, holdings)
@@ -177,6 +178,23 @@ def _check_unique(values: Sequence[Value], holdings: Sequence[Holding], problems
                 f"{rank_list(_ranks(other, holdings))} and a {_kind(value.attribute)} on "
                 f"{rank_list(_ranks(value, holdings))}. Rename one, or save the same kind of value everywhere."
             )
+
+
+def _check_edges(
+    graph: UnifiedGraph, tables: Sequence[dict[str, Value]], holdings: Sequence[Holding], problems: list[str]
+) -> None:
+    """A name of one node is a value or an edge, on all ranks."""
+    for children, table in zip(graph.children, tables, strict=True):
+        if not table or not children:
+            continue
+        edges = {escape(child.local_name) for child in children}
+        problems += [
+            f"{value.key}: a {_kind(value.attribute)} on {rank_list(_ranks(value, holdings))} and another kind of "
+            "object elsewhere. Save the same kind everywhere; to hold different values, wrap them in PerRank on all "
+            "ranks."
+            for name, value in table.items()
+            if name in edges
+        ]
 
 
 def _ranks(value: Value, holdings: Sequence[Holding]) -> list[int]:

@@ -152,7 +152,7 @@ def make_directory(directory: Path) -> None:
         raise PermissionError(
             error.errno, "cannot make the directory: no permission, choose another one", str(directory)
         ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         raise PermissionError(
             errno.EACCES, "cannot make files in this directory: no permission, choose another one", str(directory)
         )

@@ -308,6 +308,7 @@ LAYOUT_PROBLEMS: dict[str, tuple[Callable[[int], object], list[str]]] = {
         lambda rank: PerRank(torch.ones(2)) if rank else torch.ones(2),
         ["x: PerRank on some ranks, but not on rank 0"],
     ),
+    "python value per rank": (lambda rank: PerRank(3) if rank else 3, ["x: a python value on rank 0", "PerRank"]),
     "sparse on one rank": (lambda rank: torch.eye(3).to_sparse() if rank == 1 else torch.eye(3), ["rank 1: x: "]),
     "meta on two ranks": (lambda rank: torch.ones(3, device="meta" if rank else "cpu"), ["ranks 1-2: x: "]),
     "state that only pickle could store": (lambda rank: Odd() if rank == 2 else Odd(None), ["rank 2: x/what: "]),

@@ -102,3 +102,20 @@ def test_other_threads_leave_the_handler_alone() -> None:
     thread.start()
     thread.join()
     assert handlers == [signal.default_int_handler]
+
+
+def test_a_signal_that_is_pending_when_a_region_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupts, install = Interrupts(), signal.signal
+
+    def raise_first(*_: object) -> None:
+        monkeypatch.setattr(signal, "signal", install)
+        raise KeyboardInterrupt  # signal.signal() runs the handler of a pending signal before it does anything
+
+    monkeypatch.setattr(signal, "signal", raise_first)
+    with pytest.raises(KeyboardInterrupt), interrupts.held():
+        pass
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts.held():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("end of the region")
+    assert reached
