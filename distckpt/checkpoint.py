@@ -143,7 +143,7 @@ class Checkpoint(Trackable):
         Raises:
             LayoutError: What the ranks hold is not one checkpoint. Nothing was written.
             RankTimeoutError: Some ranks did not come.
-            CollectiveError: A step failed on some rank. The file at `path` is as it was.
+            CollectiveError: A step failed on some rank. The file at `path` is the old or the new one, never a part.
         """
         walk = functools.partial(self._walk_for_save, with_counter=False)
         return self._session.saver.save(
