@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distckpt.bench.competitor import Competitor
+from distckpt.bench.runner import gather
 from distckpt.bench.state import State
 
 _STEP = 16 << 20
@@ -34,7 +35,7 @@ class Raw(Competitor):
         self._direct = direct
         # O_DIRECT takes whole blocks, of memory that starts at a block.
         nbytes = -(-state.local_nbytes // _BLOCK) * _BLOCK
-        self._start = sum(_gather(nbytes)[: dist.get_rank()])
+        self._start = sum(gather(nbytes)[: dist.get_rank()])
         self._buffer = mmap.mmap(-1, max(nbytes, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._steps = [memoryview(self._buffer)[at : min(at + _STEP, nbytes)] for at in range(0, nbytes, _STEP)]
         self._exchange(to_state=False)
@@ -113,13 +114,6 @@ def flush_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _gather(number: int) -> list[int]:
-    """This number of every rank. Collective over the process group."""
-    numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(numbers, torch.tensor([number]))
-    return [int(each) for each in numbers]
 
 
 def _require(moved: int, view: memoryview) -> None:

@@ -55,7 +55,6 @@ def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) 
         results = _run_cases(Bench(setup, mesh, Path(own)), announce)
         return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results))
     finally:
-        # gloo's threads crash an interpreter that ends while they run.
         dist.destroy_process_group()
 
 

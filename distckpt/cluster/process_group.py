@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+_REST_SECONDS = 0.1
 _CONNECT_TIMEOUT = timedelta(seconds=60)
 _AGREE_WITH_MPI = "Unset RANK and WORLD_SIZE, or destroy the process group, and let mpirun or srun alone start the job."
 _REACH_RANK_0 = "Set MASTER_ADDR to an address of rank 0 that every node reaches, GLOO_SOCKET_IFNAME to its network."
@@ -81,6 +84,8 @@ def init_process_group(comm: MPI.Intracomm | None = None, backend: str | None = 
         address = comm.bcast(_Address(served.host, served.port) if served else None)
         store = _agreed(comm, _REACH_RANK_0, _connect, served, address)
         _agreed(comm, _REACH_RANK_0, _join, store, place, device, backend or _default_backend(device))
+        atexit.unregister(_rest)
+        atexit.register(_rest)
     return device
 
 
@@ -171,3 +176,9 @@ def _join(store: TCPStore, place: _Place, device: torch.device, backend: str) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+
+
+def _rest() -> None:
+    """Let gloo's threads free the tensors of the last collective. They need Python for it, and one that still waits
+    when the interpreter has ended takes the process down with SIGABRT."""
+    time.sleep(_REST_SECONDS)
