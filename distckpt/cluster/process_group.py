@@ -180,5 +180,6 @@ def _join(store: TCPStore, place: _Place, device: torch.device, backend: str) ->
 
 def _rest() -> None:
     """Let gloo's threads free the tensors of the last collective. They need Python for it, and one that still waits
-    when the interpreter has ended takes the process down with SIGABRT."""
+    when the interpreter has ended takes the process down with SIGABRT.
+    """
     time.sleep(_REST_SECONDS)

@@ -223,10 +223,12 @@ class _Filler:
             self._fill_runs(job, box, rows, data, hasher)
 
     def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> None:
-        for start in range(0, len(data), STEP_NBYTES):
-            step = data[start : start + STEP_NBYTES]
-            rawio.read_into(self._fd, step, offset + start)
-            if hasher is not None:
+        if hasher is None:
+            rawio.read_into(self._fd, data, offset)
+        else:
+            for start in range(0, len(data), STEP_NBYTES):
+                step = data[start : start + STEP_NBYTES]
+                rawio.read_into(self._fd, step, offset + start)
                 hasher.update(step)
         self._report.bytes_read += len(data)
 
