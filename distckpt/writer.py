@@ -1,7 +1,7 @@
 """From the created file to the durable one: every rank writes its shards and checksums, in either transport.
 
-The order of steps is the one that never hung (`spikes.md` D): own descriptor, agree; parallel HDF5 open; write whatever
-happens; close on all ranks, always; agree; fsync, agree.
+The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; parallel HDF5 open; write,
+whatever happens; close on all ranks, always; agree; fsync, agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Matching a stored object graph with a live one.
 
-The rules are TensorFlow's (`semantics.md` 1.8): matching walks edges from the root, parent and local name, and never
-compares keys. Where `contract.md` rules otherwise it holds: parameter groups by their members (33), slots of a pair
-(optimizer, parameter) all or none (3), kinds (30).
+The rules are those of TensorFlow's object-based checkpoints (`restore` and `bind_object` in its checkpoint package):
+matching walks edges from the root, by parent and local name, and never compares keys. Three are ours: parameter groups
+match by their members, slots of a pair (optimizer, parameter) all or none, a value whose kind changed is a mismatch.
 """
 
 from __future__ import annotations

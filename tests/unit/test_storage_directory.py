@@ -108,7 +108,7 @@ def test_make_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for directory in (tmp_path / "file", tmp_path / "file" / "sub"):
         with pytest.raises(NotADirectoryError, match="is a file, choose another directory"):
             paths.make_directory(directory)
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
     with pytest.raises(PermissionError, match="no permission, choose another one"):
         paths.make_directory(tmp_path / "a")
 
