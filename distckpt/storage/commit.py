@@ -80,6 +80,8 @@ def _process_start(pid: int) -> str | None:
         pass
     # Field 22 of the status, counted behind the command name, which may hold anything.
     status = _read_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if status and status[0] in "ZX":  # it has ended; only its parent has not asked yet how
+        return None
     boot = _read_or_empty("/proc/sys/kernel/random/boot_id")
     return xxhash.xxh32_hexdigest(f"{boot}|{status[19]}".encode()) if status else "0" * 8
 

@@ -82,6 +82,13 @@ def pids_of(job: subprocess.Popen[str]) -> list[int]:
     raise AssertionError("".join(output))
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    """A process that is being killed still runs for a moment, and so long its temporary file is not stale."""
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def assert_complete(directory: Path) -> int:
     """Whatever has a final name is complete and undamaged, in spite of the kill; returns the newest number."""
     files = sorted(directory.glob("*.h5"))
@@ -107,7 +114,7 @@ def test_kills_at_random_moments(mpirun: Any, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     newest = 0
     for attempt in range(KILLS):
-        job = mpirun.start(RANKS, [script, directory, 60])
+        job = mpirun.start(RANKS, ["-m", "mpi4py", script, directory, 60])
         pids = pids_of(job)
         time.sleep(dice.uniform(0, 0.3))
         if attempt % 2:
@@ -117,10 +124,11 @@ def test_kills_at_random_moments(mpirun: Any, tmp_path: Path) -> None:
         output, _ = job.communicate(timeout=60)
         assert "Error" not in output, output
         assert job.returncode != 0
+        wait_until_gone(pids)
         found = assert_complete(directory)
         assert found > newest, "a committed checkpoint is gone"
         newest = found
-    ended = mpirun(RANKS, [script, directory, 0])
+    ended = mpirun(RANKS, ["-m", "mpi4py", script, directory, 0])
     assert ended.returncode == 0, ended.stdout
     assert f"saved {newest + 1}" in ended.stdout
     assert assert_complete(directory) == newest + 1

@@ -229,3 +229,16 @@ def test_sweep_goes_on_after_an_error(tmp_path: Path, caplog: pytest.LogCaptureF
     age(file, 25)
     assert sweep(tmp_path) == [file.name]
     assert directory.name in caplog.text
+
+
+def test_a_writer_that_has_ended_but_was_not_waited_for_is_gone(tmp_path: Path) -> None:
+    final = str(tmp_path / "ckpt-1.h5")
+    code = f"from distckpt.storage.commit import temp_path; open(temp_path({final!r}), 'w')"
+    child = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(sweep(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
+    child.wait()
