@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,6 @@ from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.plan import read_items
-from distckpt.layout.records import Manifest
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
@@ -30,10 +28,31 @@ from distckpt.storage.transfer import Progress, ReadJob
 
 
 class _Found(msgspec.Struct, frozen=True):
+    """What rank 0 knows of a file that it has opened and checked; see `storage.hdf5.Opened`."""
+
     path: str
     file_nbytes: int
     manifest: bytes
-    has_checksums: bool
+    offsets: bytes
+    checksums: bytes | None
+
+    @classmethod
+    def of(cls, opened: Opened) -> _Found:
+        checksums = None if opened.checksums is None else opened.checksums.tobytes()
+        return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), checksums)
+
+    def on_this_rank(self) -> Opened:
+        """The same, for a rank that trusts rank 0."""
+        manifest = manifests.decode(self.manifest)
+        return Opened(
+            path=self.path,
+            manifest=manifest,
+            manifest_bytes=self.manifest,
+            offsets=np.frombuffer(self.offsets, np.int64),
+            index=index_checksums(manifest.variables),
+            checksums=None if self.checksums is None else np.frombuffer(self.checksums, np.uint64),
+            file_nbytes=self.file_nbytes,
+        )
 
 
 class Source:
@@ -46,16 +65,15 @@ class Source:
         bytes_verified: Those whose checksum was compared.
     """
 
-    def __init__(
-        self, path: str, manifest: Manifest, offsets: np.ndarray, checksums: np.ndarray | None, fd: int
-    ) -> None:
-        self.path = path
+    def __init__(self, opened: Opened, fd: int) -> None:
+        manifest = opened.manifest
+        self.path = opened.path
         self.manifest = manifest
         self.bytes_read = 0
         self.bytes_verified = 0
-        self._offsets = offsets
-        self._checksums = checksums
-        self._firsts = index_checksums(manifest.variables).firsts
+        self._offsets: list[int] = opened.offsets.tolist()
+        self._checksums = opened.checksums
+        self._firsts = opened.index.firsts
         self._index = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self._fd = fd
         self._closer = weakref.finalize(self, os.close, fd)
@@ -81,7 +99,7 @@ class Source:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
         for job in self._jobs(read, read.target.tensor):
             piece = torch.empty(job.box.shape, dtype=read.cast)
-            self._run([replace(job, tensor=piece)], verify, None)
+            self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
 
     def _run(self, jobs: list[ReadJob], verify: bool, progress: Progress | None) -> None:
@@ -97,16 +115,11 @@ class Source:
     def _jobs(self, read: TensorRead, target: torch.Tensor) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
         want = read.target.box
-        for item in read_items(variable, self._firsts[read.variable], want):
-            expected = self._checksums[item.checksum] if self._checksums is not None and item.checksum >= 0 else None
-            yield ReadJob(
-                key=read.key,
-                dataset_offset=int(self._offsets[read.variable]),
-                global_shape=variable.shape,
-                box=item.box,
-                tensor=sub_tensor(target, item.box, want),
-                expected=None if expected is None else int(expected),
-            )
+        offset, checksums = self._offsets[read.variable], self._checksums
+        for box, checksum in read_items(variable, self._firsts[read.variable], want):
+            expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
+            part = sub_tensor(target, box, want)
+            yield ReadJob(read.key, offset, variable.shape, box, part, expected)
 
     def same_value(self, key: str, other: str) -> bool:
         """Whether two saved values are known to be equal, without reading them."""
@@ -148,21 +161,18 @@ def open_source(coordinator: Coordinator, path: str) -> Source:
         CheckpointNotFoundError: There is no such file.
         CorruptCheckpointError: It is no complete checkpoint.
     """
-    opened: list[Opened] = []
+    own: list[Opened] = []
 
     def look() -> _Found:
-        opened.append(open_checkpoint(resolve(path)))
-        found = opened[0]
-        return _Found(found.path, found.file_nbytes, found.manifest_bytes, found.checksums is not None)
+        own.append(open_checkpoint(resolve(path)))
+        return _Found.of(own[0])
 
     found = coordinator.on_root("open", look, _Found)
-    offsets = coordinator.share(opened[0].offsets if opened else None)
-    checksums = coordinator.share(opened[0].checksums if opened else None) if found.has_checksums else None
     source = None
     try:
         with coordinator.step("open the file on every rank"):
-            manifest = opened[0].manifest if opened else manifests.decode(found.manifest)
-            source = Source(found.path, manifest, offsets, checksums, open_shared(found.path, found.file_nbytes))
+            opened = own[0] if own else found.on_this_rank()
+            source = Source(opened, open_shared(found.path, found.file_nbytes))
     except BaseException:
         if source is not None:
             source.close()
@@ -182,7 +192,7 @@ def open_local(path: str) -> Source:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         on_error.callback(os.close, fd)
         opened = open_checkpoint(path)
-        source = Source(path, opened.manifest, opened.offsets, opened.checksums, fd)
+        source = Source(opened, fd)
         on_error.pop_all()
     if source.is_at_path():
         return source

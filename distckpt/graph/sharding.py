@@ -85,8 +85,10 @@ def _require_plain(tensor: torch.Tensor) -> None:
 
 
 def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
-    with torch.no_grad():  # to_local() then hands out the local tensor itself, without an autograd node
-        local = tensor.to_local()
+    if torch.is_grad_enabled():  # a walk has it off: to_local() then hands out the local tensor itself
+        with torch.no_grad():
+            return _dtensor_value(tensor, name, in_place)
+    local = tensor.to_local()
     _require_plain(local)
     shape = tuple(tensor.shape)
     box = _shard_box(shape, tensor.device_mesh, tensor.placements)

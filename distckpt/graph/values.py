@@ -1,10 +1,13 @@
-"""What a node of the live object graph holds: edges to other objects, and its own values."""
+"""What a node of the live object graph holds: edges to other objects, and its own values.
+
+One of each is made per value in every walk, so they are structs, which are made several times faster than dataclasses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeGuard
 
+import msgspec
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
@@ -16,8 +19,7 @@ class UnsaveableError(ValueError):
     """A live value cannot be stored; the message says what it is and what to do. The walk adds its key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(msgspec.Struct, frozen=True):
     """A named dependency of one live object on another.
 
     Attributes:
@@ -31,8 +33,7 @@ class Edge:
     buffer: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TensorValue:
+class TensorValue(msgspec.Struct, frozen=True):
     """A tensor that belongs to a node, or this rank's shard of it.
 
     Attributes:
@@ -56,8 +57,7 @@ class TensorValue:
     holder: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PythonValue:
+class PythonValue(msgspec.Struct, frozen=True):
     """A python value that belongs to a node.
 
     Attributes:

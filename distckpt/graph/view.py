@@ -99,10 +99,11 @@ def walk(root: object, adapter: Adapter, rank: int) -> LiveGraph:
     graph = LiveGraph()
     graph.add(root, adapter, "")
     position = 0
-    while position < len(graph.nodes):
-        _expand(graph, position, rank)
-        position += 1
-    _add_optimizers(graph, rank)
+    with torch.no_grad():
+        while position < len(graph.nodes):
+            _expand(graph, position, rank)
+            position += 1
+        _add_optimizers(graph, rank)
     return graph
 
 

@@ -123,7 +123,8 @@ def _max_piece_numel(itemsize: int) -> int:
 
 def pieces(box: Box, itemsize: int) -> list[Box]:
     """The pieces of a shard: what is written, checksummed and verified as a unit, at most `MAX_PIECE_NBYTES` each."""
-    return list(cut(box, _max_piece_numel(itemsize)))
+    max_numel = _max_piece_numel(itemsize)
+    return [box] if 0 < box.numel <= max_numel else list(cut(box, max_numel))
 
 
 @lru_cache(maxsize=1 << 14)

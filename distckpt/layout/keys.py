@@ -27,7 +27,6 @@ _SHIFTED_NAME = re.compile(rf"\0\0+i({_INT})")
 _LOOKS_LIKE_INT_NAME = re.compile(rf"\0+i({_INT})")
 _INT_COMPONENT = re.compile(rf"\.i({_INT})")
 _PLAIN_COMPONENT = re.compile(r"(?:[^./\0]|\.[.S0])+")
-_ESCAPES = str.maketrans({".": "..", "/": ".S", "\0": ".0"})
 _UNESCAPES = {"..": ".", ".S": "/", ".0": "\0"}
 
 
@@ -55,7 +54,7 @@ def escape(local_name: str) -> str:
         if isinstance(key, int):
             return f".i{key}"
         local_name = key
-    return local_name.translate(_ESCAPES) or ".E"
+    return local_name.replace(".", "..").replace("/", ".S").replace("\0", ".0") or ".E"
 
 
 def unescape(component: str) -> str:

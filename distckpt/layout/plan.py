@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from distckpt.layout.box import MAX_NDIM, Box, pieces
+from distckpt.layout.box import MAX_NDIM, Box, Shape, pieces
 from distckpt.layout.dtypes import dtype_info, is_known
 from distckpt.layout.records import Shard, Variable
 from distckpt.layout.tiling import find_gap, find_overlap
@@ -17,8 +17,7 @@ _FEW_SHARDS = 16
 _MAX_NBYTES = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class ReadItem:
+class ReadItem(NamedTuple):
     """A box to read.
 
     Attributes:
@@ -56,9 +55,10 @@ def read_items(variable: Variable, firsts: Sequence[int], want: Box) -> list[Rea
 def _touched(shards: Sequence[Shard], want: Box) -> Sequence[int]:
     """Indices of shards that may have elements of `want`: of many shards exactly those, of few all."""
     if len(shards) <= _FEW_SHARDS:
-        same = (i for i, shard in enumerate(shards) if shard.offset == want.offset and shard.shape == want.shape)
-        found = next(same, None)
-        return range(len(shards)) if found is None else (found,)
+        for index, shard in enumerate(shards):
+            if shard.offset == want.offset and shard.shape == want.shape:
+                return (index,)
+        return range(len(shards))
     starts = np.array([shard.offset for shard in shards], np.int64)
     stops = starts + np.array([shard.shape for shard in shards], np.int64)
     offset = np.array(want.offset, np.int64)
@@ -75,6 +75,8 @@ def validate_shards(variable: Variable) -> list[str]:
     too_large = math.prod(shape) * dtype_info(variable.dtype).itemsize > _MAX_NBYTES
     if len(shape) > MAX_NDIM or any(not 0 <= size <= _MAX_NBYTES for size in shape) or too_large:
         return [f"{variable.key}: impossible shape {_text(shape)}."]
+    if _are_bands(variable.shards, shape):
+        return []
     boxes = [Box(shard.offset, shard.shape) for shard in variable.shards]
     wrong = [i for i, box in enumerate(boxes) if not box.within(shape) or box.numel == 0]
     if wrong:
@@ -88,6 +90,22 @@ def validate_shards(variable: Variable) -> list[str]:
         first = f", the first ones at {gap.first.offset}, {gap.first.shape}" if gap.first else ""
         return [f"{variable.key}: {gap.numel} elements of the shape {shape} are in no shard{first}."]
     return []
+
+
+def _are_bands(shards: Sequence[Shard], shape: Shape) -> bool:
+    """Whether shards tile the shape one after the other along dimension 0, as they do in most files."""
+    if not shape:
+        return len(shards) == 1 and shards[0].offset == shards[0].shape == ()
+    width, origin, position = shape[1:], (0,) * (len(shape) - 1), 0
+    if 0 in width:
+        return False
+    for shard in shards:
+        if shard.shape[1:] != width or shard.offset[1:] != origin or shard.offset[:1] != (position,):
+            return False
+        if shard.shape[0] <= 0:
+            return False
+        position += shard.shape[0]
+    return position == shape[0]
 
 
 def _shard(variable: Variable, index: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.layout.box import Shape
-from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.checksum_index import ChecksumIndex, index_checksums
 from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage import rawio
@@ -358,8 +358,9 @@ class Opened:
         manifest: Its manifest.
         manifest_bytes: The same encoded, for the other ranks (`manifest.decode`).
         offsets: int64, position of each variable in the file in bytes; -1: no elements, or to be read through HDF5.
-        checksums: uint64 per piece, in the order of `ChecksumIndex`; None when the file has none, or of an algorithm
-            unknown here.
+        index: Where the checksum of each piece is.
+        checksums: uint64 per piece, in the order of `index`; None when the file has none, or of an algorithm unknown
+            here.
         file_nbytes: Length of the file in bytes.
     """
 
@@ -367,6 +368,7 @@ class Opened:
     manifest: Manifest
     manifest_bytes: bytes
     offsets: np.ndarray
+    index: ChecksumIndex
     checksums: np.ndarray | None
     file_nbytes: int
 
@@ -424,12 +426,14 @@ def _check(path: str, file: Any, file_nbytes: int) -> Opened:
         problems = manifests.extent_problems(manifest.variables, offsets, file_nbytes)
     if problems:
         raise CorruptCheckpointError("the manifest does not fit the file:\n  " + "\n  ".join(problems[:10]))
+    index = index_checksums(manifest.variables)
     return Opened(
         path=path,
         manifest=manifest,
         manifest_bytes=manifest_bytes,
         offsets=offsets,
-        checksums=_read_checksums(file, manifest, file_nbytes),
+        index=index,
+        checksums=_read_checksums(file, manifest, index.total, file_nbytes),
         file_nbytes=file_nbytes,
     )
 
@@ -442,7 +446,7 @@ def _read_manifest(file: Any, file_nbytes: int) -> bytes:
     return data.tobytes().rstrip(b" ")
 
 
-def _read_checksums(file: Any, manifest: Manifest, file_nbytes: int) -> np.ndarray | None:
+def _read_checksums(file: Any, manifest: Manifest, expected: int, file_nbytes: int) -> np.ndarray | None:
     if manifest.checksums is None:
         return None
     if manifest.checksums != CHECKSUM_ALGORITHM:
@@ -452,7 +456,6 @@ def _read_checksums(file: Any, manifest: Manifest, file_nbytes: int) -> np.ndarr
         checksums = _read_vector(file, CHECKSUMS, "uint64", file_nbytes)
     except KeyError as error:
         raise CorruptCheckpointError("its checksums are missing") from error
-    expected = index_checksums(manifest.variables).total
     if len(checksums) != expected:
         raise CorruptCheckpointError(f"expected {expected} checksums. Got {len(checksums)}.")
     return checksums

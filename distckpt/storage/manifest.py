@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -70,15 +71,23 @@ def decode(data: bytes) -> Manifest:
         raise CorruptCheckpointError("the manifest is damaged: it does not begin with its checksum")
     with collector_off():
         try:
-            _check_header(msgspec.json.decode(data, type=_Header))
-            _check_seal(data, seal)
-            return msgspec.json.decode(data, type=Manifest)
+            manifest = msgspec.json.decode(data, type=Manifest)
+            _check_version(manifest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            _check_version_of(data)
             _check_seal(data, seal)
             raise CorruptCheckpointError(f"the manifest is not what distckpt writes: {error}") from error
+    _check_seal(data, seal)
+    return manifest
 
 
-def _check_header(header: _Header) -> None:
+def _check_version_of(data: bytes) -> None:
+    """The manifest of another version may be of another form."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        _check_version(msgspec.json.decode(data, type=_Header))
+
+
+def _check_version(header: _Header | Manifest) -> None:
     if header.format != FORMAT:
         raise CorruptCheckpointError(f"the manifest's format is unknown. Expected {FORMAT!r}. Got {header.format!r}.")
     if header.format_version != FORMAT_VERSION:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
@@ -25,8 +25,7 @@ _STAGING_ALIGNMENT = 16
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True, slots=True)
-class WriteJob:
+class WriteJob(msgspec.Struct, frozen=True):
     """A box that this rank writes.
 
     Attributes:
@@ -46,8 +45,7 @@ class WriteJob:
     checksum: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReadJob:
+class ReadJob(msgspec.Struct, frozen=True):
     """A box that this rank reads.
 
     Attributes:

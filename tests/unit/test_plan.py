@@ -220,3 +220,33 @@ def test_a_hostile_number_of_shards_takes_no_quadratic_time_or_memory() -> None:
     (problem,) = validate_shards(variable((10_000,) * 3, boxes))
     assert "999999990000 elements" in problem
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [Box((0, 0), (2, 4)), Box((2, 0), (3, 4))],
+        [Box((2, 0), (3, 4)), Box((0, 0), (2, 4))],  # in another order
+        [Box((0, 0), (5, 1)), Box((0, 1), (5, 3))],
+    ],
+)
+def test_shards_that_tile_have_no_problems(boxes: list[Box]) -> None:
+    shards = [Shard(rank, *box) for rank, box in enumerate(boxes)]
+    assert validate_shards(Variable("w", "float32", (5, 4), 0, shards)) == []
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [Box((0, 0), (2, 4)), Box((3, 0), (2, 4))],  # a gap between bands
+        [Box((0, 0), (3, 4)), Box((2, 0), (3, 4))],  # bands that overlap
+        [Box((0, 0), (2, 4)), Box((2, 0), (4, 4))],  # the last band is too long
+        [Box((0, 0), (2, 4)), Box((2, 0), (0, 4)), Box((2, 0), (3, 4))],  # an empty band
+        [Box((0, 0), (2, 4)), Box((2, 1), (3, 4))],
+        [Box((0, 0), (2, 4)), Box((2, 0), (3, 3))],
+        [Box((0,), (5,))],
+    ],
+)
+def test_bands_that_do_not_tile_are_found(boxes: list[Box]) -> None:
+    shards = [Shard(rank, *box) for rank, box in enumerate(boxes)]
+    assert validate_shards(Variable("w", "float32", (5, 4), 0, shards)) != []

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -58,7 +59,7 @@ class _Flattening:
             self.problems.append(Problem(name, str(error)))
             return TensorRef(name)
         holder = value if isinstance(value, torch.Tensor) else None
-        self.tensors.append(replace(found, in_place=False, holder=holder))
+        self.tensors.append(msgspec.structs.replace(found, in_place=False, holder=holder))
         return TensorRef(name)
 
 
