@@ -31,10 +31,10 @@ from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
 from distckpt.layout.slicing import Index, Part, parts_of, select
 from distckpt.options import RestoreOptions, given_or_default
 from distckpt.restoration import Restoration, combine
-from distckpt.source import Source, open_local, sub_tensor
+from distckpt.source import Source, open_local
 from distckpt.status import ValueMismatch
 from distckpt.storage.latest import latest_checkpoint
-from distckpt.storage.transfer import copy_bits
+from distckpt.storage.transfer import copy_bits, sub_tensor
 
 #: Most keys that an unknown one is compared with: that many take a second.
 _MAX_COMPARED = 20_000

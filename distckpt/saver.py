@@ -22,8 +22,7 @@ from distckpt.log import log, warn
 from distckpt.options import SaveOptions
 from distckpt.output import Created, Output, Target
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
-from distckpt.source import sub_tensor
-from distckpt.storage.transfer import WriteJob
+from distckpt.storage.transfer import WriteJob, sub_tensor
 from distckpt.writer import write_shards
 
 _WORD = 1 << 64
