@@ -15,6 +15,7 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
+from distckpt.graph.values import Block
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.plan import read_items
@@ -89,7 +90,7 @@ class Source:
         if not self._closer.alive:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
-            direct = [job for read in reads if read.cast is None for job in self._jobs(read, read.target.tensor)]
+            direct = [job for read in reads if read.cast is None for job in self._jobs(read)]
             self._run(direct, verify, progress)
             for read in reads:
                 if read.cast is not None:
@@ -97,7 +98,7 @@ class Source:
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
-        for job in self._jobs(read, read.target.tensor):
+        for job in self._jobs(read):
             piece = torch.empty(job.box.shape, dtype=read.cast)
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
@@ -112,13 +113,16 @@ class Source:
         self.bytes_read += sum(report.bytes_read for report in reports)
         self.bytes_verified += sum(report.bytes_verified for report in reports)
 
-    def _jobs(self, read: TensorRead, target: torch.Tensor) -> Iterator[ReadJob]:
+    def _jobs(self, read: TensorRead) -> Iterator[ReadJob]:
+        for block in read.target.blocks():
+            yield from self._block_jobs(read, block)
+
+    def _block_jobs(self, read: TensorRead, block: Block) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
-        want = read.target.box
         offset, checksums = self._offsets[read.variable], self._checksums
-        for box, checksum in read_items(variable, self._firsts[read.variable], want):
+        for box, checksum in read_items(variable, self._firsts[read.variable], block.box):
             expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
-            part = sub_tensor(target, box, want)
+            part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
 
     def same_value(self, key: str, other: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distckpt.graph.adapters.optimizer import Group, Groups
+from distckpt.graph.adapters.optimizer import Group, Groups, stepped_elsewhere
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
@@ -306,7 +306,8 @@ class _Binder:
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
         if name in _WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
-            self.result.mismatches.append(Mismatch(key, _WHOLE[name], f"a {type(node.obj).__qualname__}"))
+            kind = f"a {type(node.obj).__qualname__}" + (f": {node.problem}" if node.problem else "")
+            self.result.mismatches.append(Mismatch(key, _WHOLE[name], kind))
             return
         for local_name in node.children:
             if escape(local_name) == name:
@@ -333,11 +334,14 @@ class _Binder:
         stored: dict[int, dict[str, int]] = {}
         for slot in saved.slot_variables:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
+        elsewhere = stepped_elsewhere(node.obj)
         for parameter_id in self.parameters_of(node):
             variable_id = self.saved_of.get(parameter_id)
             if variable_id is None:
                 continue
             slots = stored.pop(variable_id, {})
+            if id(self.live[parameter_id].obj) in elsewhere:
+                continue
             if is_uninitialised(self.live[parameter_id].obj) and parameter_id not in self.ready:
                 self.slots_without_target(node, variable_id, slots)
             else:
