@@ -160,6 +160,10 @@ class _Binder:
                 self.groups.append((saved_id, live_id))
                 continue
             node = self.live[live_id]
+            if self.saved[saved_id].children and node.problem:
+                found = Mismatch(node.key, "an object with parts of its own", _refused(node))
+                self.result.mismatches.append(found)
+                continue
             if self.saved[saved_id].children and OWN_VALUE in node.values:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)
@@ -306,8 +310,7 @@ class _Binder:
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
         if name in _WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
-            kind = f"a {type(node.obj).__qualname__}" + (f": {node.problem}" if node.problem else "")
-            self.result.mismatches.append(Mismatch(key, _WHOLE[name], kind))
+            self.result.mismatches.append(Mismatch(key, _WHOLE[name], _refused(node)))
             return
         for local_name in node.children:
             if escape(local_name) == name:
@@ -379,6 +382,12 @@ class _Binder:
             for name, slot_id in stored.items()
         }
         self.result.new_slots.append(NewSlots(node, self.live[parameter_id], slots))
+
+
+def _refused(node: LiveNode) -> str:
+    """An object that a stored value cannot go into, and why."""
+    kind = f"a {type(node.obj).__qualname__}"
+    return f"{kind}: {node.problem}" if node.problem else kind
 
 
 def is_foreign(saved: Node, node: LiveNode) -> bool:
