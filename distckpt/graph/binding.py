@@ -349,8 +349,27 @@ class _Binder:
                 self.slots_without_target(node, variable_id, slots)
             else:
                 self.match_pair(node, parameter_id, slots)
-        for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
-            self.slots_without_target(node, variable_id, slots)
+        for variable_id, slots in stored.items():
+            first = self.saved_of.get(self.live_of.get(variable_id, -1))
+            if first is None or first == variable_id:  # no such parameter in this optimizer yet
+                self.slots_without_target(node, variable_id, slots)
+            else:
+                self.combine_slots(saved, node, first, slots)
+
+    def combine_slots(self, saved: Node, node: LiveNode, first_id: int, slots: dict[str, int]) -> None:
+        """Two saved parameters are one live one, as after a pipeline whose end stages share an embedding."""
+        kept = {
+            (slot.slot_name, attribute.name): attribute.checkpoint_key
+            for slot in saved.slot_variables
+            if slot.original_variable_node_id == first_id
+            for attribute in self.saved[slot.slot_variable_node_id].attributes
+        }
+        for slot_name, slot_id in slots.items():
+            for attribute in self.saved[slot_id].attributes:
+                first = kept.get((slot_name, attribute.name))
+                if first is not None:
+                    live = f"{slot_name} of {self.live[self.live_of[first_id]].key} in {node.key}"
+                    self.result.combined.append((first, attribute.checkpoint_key, live))
 
     def slots_without_target(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
         """The optimizer has no such parameter, or one that is not initialised; both may come later."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
 from distckpt import Checkpoint, LayoutError, RestoreMismatchError, SaveOptions
-from distckpt.cluster.process_group import init_process_group
 from tests.mpi.layouts import Layout, all_layouts, filled, reference, trained_layouts
 
 MPI = pytest.importorskip("mpi4py.MPI")
@@ -24,11 +21,8 @@ FAST = SaveOptions(durable=False)
 
 
 @pytest.fixture(scope="module")
-def layouts() -> Iterator[list[Layout]]:
-    init_process_group(MPI.COMM_WORLD, "gloo")
-    yield all_layouts()
-    MPI.COMM_WORLD.Barrier()
-    dist.destroy_process_group()
+def layouts(process_group: None) -> list[Layout]:  # noqa: ARG001  # meshes need it
+    return all_layouts()
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -146,7 +140,7 @@ def test_a_rank_of_zero_redundancy_has_the_state_of_its_own_parameters(
 @pytest.mark.parametrize("keeps_parameters", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_flattened_fsdp_is_refused_with_the_way_out(
-    layouts: list[Layout],  # noqa: ARG001  # the process group
+    process_group: None,  # noqa: ARG001
     comm: Any,
     mpi_dir: Path,
     keeps_parameters: bool,
@@ -166,7 +160,7 @@ def test_flattened_fsdp_is_refused_with_the_way_out(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_unsharded_fsdp_is_transparent(layouts: list[Layout], comm: Any, mpi_dir: Path) -> None:  # noqa: ARG001
+def test_unsharded_fsdp_is_transparent(process_group: None, comm: Any, mpi_dir: Path) -> None:  # noqa: ARG001
     def make(value: float) -> Any:
         inner = torch.nn.Linear(5, 3)
         torch.nn.init.constant_(inner.weight, value)

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from distckpt import Checkpoint, LayoutError, RestoreMismatchError, SaveOptions, ShardedVariable
-from distckpt.cluster.process_group import init_process_group
 
 MPI = pytest.importorskip("mpi4py.MPI")
-pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(60), pytest.mark.usefixtures("process_group")]
 
 FAST = SaveOptions(durable=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(MPI.COMM_WORLD, "gloo")
-    yield
-    MPI.COMM_WORLD.Barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def row() -> DeviceMesh:
+def row(process_group: None) -> DeviceMesh:  # noqa: ARG001  # a mesh needs it
     return DeviceMesh("cpu", [0, 1, 2, 3], mesh_dim_names=("data",))
 
 

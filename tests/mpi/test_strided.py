@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +18,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from distckpt import Checkpoint, SaveOptions
-from distckpt.cluster.process_group import init_process_group
 from distckpt.graph.sharding import tensor_value
 
 MPI = pytest.importorskip("mpi4py.MPI")
@@ -30,11 +27,8 @@ FAST = SaveOptions(durable=False)
 
 
 @pytest.fixture(scope="module")
-def square() -> Iterator[DeviceMesh]:
-    init_process_group(MPI.COMM_WORLD, "gloo")
-    yield DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("data", "model"))
-    MPI.COMM_WORLD.Barrier()
-    dist.destroy_process_group()
+def square(process_group: None) -> DeviceMesh:  # noqa: ARG001  # a mesh needs it
+    return DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("data", "model"))
 
 
 def numbered(shape: tuple[int, ...]) -> torch.Tensor:
