@@ -99,7 +99,7 @@ class VariableHandle:
     def _read(self, part: Part, target: torch.Tensor) -> None:
         direct = part.box.shape == part.taken.shape
         tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype)
-        value = TensorValue(OWN_VALUE, tensor, self.shape, part.box)
+        value = TensorValue(OWN_VALUE, tensor, self.shape, (part.box,))
         self._source.read([TensorRead(self.key, self._index, value)], verify=True)
         if not direct:
             copy_bits(target, tensor[tuple(slice(None, None, step) for step in part.steps)])

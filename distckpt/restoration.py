@@ -18,6 +18,7 @@ from distckpt.graph.rename import rename
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
+from distckpt.layout.wording import rank_list
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
 from distckpt.status import Report, ValueMismatch
@@ -91,14 +92,20 @@ class Restoration:
         self._awaited = binding.awaited
         return binding, assignment
 
-    def give_way(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> None:
-        """Drop the waiting values that a newer restore has taken. Local.
+    def give_way(self, newer: Restoration, live: LiveGraph, claimed: set[tuple[int, str]]) -> None:
+        """Drop the waiting values that a newer restore has taken, or waits for, too. Local.
+
+        On a pipeline stage every restore waits for the layers of the other stages; only the newest has to.
 
         Args:
-            live: The walk of the newer restore.
+            newer: The newer restore.
+            live: Its walk.
             claimed: As for `plan`.
         """
         self._leave_claimed(bind(self._graph, live, self.hollow), claimed)
+        superseded = {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
+        self._dropped |= superseded
+        self._settled |= superseded
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
     def _leave_claimed(self, binding: Binding, claimed: set[tuple[int, str]]) -> None:
@@ -232,6 +239,16 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         ),
         unexpected=tuple(unexpected),
         pending={key: waits[key] for key in unexpected if key in waits},
-        mismatched=tuple(sorted({ValueMismatch(*m) for report in reports for m in report.mismatched})),
+        mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
     )
+
+
+def _mismatches(reports: Sequence[LocalReport]) -> Iterator[ValueMismatch]:
+    """Those of all ranks; what not all ranks have says which do."""
+    ranks: dict[tuple[str, str, str], list[int]] = {}
+    for rank, report in enumerate(reports):
+        for mismatch in dict.fromkeys(report.mismatched):
+            ranks.setdefault(mismatch, []).append(rank)
+    for (key, saved, live), where in ranks.items():
+        yield ValueMismatch(key, saved, live if len(where) == len(reports) else f"{live} (on {rank_list(where)})")

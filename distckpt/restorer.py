@@ -81,7 +81,7 @@ class Restorer:
             self._apply(assignment)
             restoration.settle(binding, assignment)
             for older in self._active:
-                older.give_way(live, claimed)
+                older.give_way(restoration, live, claimed)
             self._forget_finished()
             self._wait_for_the_rest(restoration, live)
         with coordinator.step("report"):

@@ -15,11 +15,13 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
+from distckpt.graph.values import Block
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.exchange import PieceSpan, piece_spans
 from distckpt.layout.plan import read_items
+from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
@@ -92,7 +94,7 @@ class Source:
         if not self._closer.alive:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
-            direct = [job for read in reads if read.cast is None for job in self._jobs(read, read.target.tensor)]
+            direct = [job for read in reads if read.cast is None for job in self._jobs(read)]
             self._run(direct, verify, progress)
             for read in reads:
                 if read.cast is not None:
@@ -100,7 +102,7 @@ class Source:
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
-        for job in self._jobs(read, read.target.tensor):
+        for job in self._jobs(read):
             piece = torch.empty(job.box.shape, dtype=read.cast)
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
@@ -115,13 +117,16 @@ class Source:
         for report in reports:
             self.count(report)
 
-    def _jobs(self, read: TensorRead, target: torch.Tensor) -> Iterator[ReadJob]:
+    def _jobs(self, read: TensorRead) -> Iterator[ReadJob]:
+        for block in read.target.blocks():
+            yield from self._block_jobs(read, block)
+
+    def _block_jobs(self, read: TensorRead, block: Block) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
-        want = read.target.box
         offset, checksums = self._offsets[read.variable], self._checksums
-        for box, checksum in read_items(variable, self._firsts[read.variable], want):
+        for box, checksum in read_items(variable, self._firsts[read.variable], block.box):
             expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
-            part = sub_tensor(target, box, want)
+            part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
 
     # ---- together with the other ranks of the node ----
@@ -155,7 +160,7 @@ class Source:
         if first is None or second is None or self._checksums is None:
             return False
         a, b = self.manifest.variables[first], self.manifest.variables[second]
-        if (a.dtype, a.shape, a.shards) != (b.dtype, b.shape, b.shards):
+        if (a.dtype, a.shape, _boxes(a)) != (b.dtype, b.shape, _boxes(b)):
             return False
         whole = Box.whole(a.shape)
         pieces = [[item.checksum for item in read_items(a, self._firsts[i], whole)] for i in (first, second)]
@@ -178,6 +183,11 @@ class Source:
     def close(self) -> None:
         """Close the file. May be called again."""
         self._closer()
+
+
+def _boxes(variable: Variable) -> list[Box]:
+    """The shards, whoever wrote them."""
+    return [Box(shard.offset, shard.shape) for shard in variable.shards]
 
 
 def open_source(coordinator: Coordinator, path: str) -> Source:

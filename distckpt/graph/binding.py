@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distckpt.graph.adapters.optimizer import Group, Groups
+from distckpt.graph.adapters.optimizer import Group, Groups, stepped_elsewhere
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
@@ -160,6 +160,10 @@ class _Binder:
                 self.groups.append((saved_id, live_id))
                 continue
             node = self.live[live_id]
+            if self.saved[saved_id].children and node.problem:
+                found = Mismatch(node.key, "an object with parts of its own", _refused(node))
+                self.result.mismatches.append(found)
+                continue
             if self.saved[saved_id].children and OWN_VALUE in node.values:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)
@@ -306,7 +310,7 @@ class _Binder:
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
         if name in _WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
-            self.result.mismatches.append(Mismatch(key, _WHOLE[name], f"a {type(node.obj).__qualname__}"))
+            self.result.mismatches.append(Mismatch(key, _WHOLE[name], _refused(node)))
             return
         for local_name in node.children:
             if escape(local_name) == name:
@@ -333,17 +337,39 @@ class _Binder:
         stored: dict[int, dict[str, int]] = {}
         for slot in saved.slot_variables:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
+        elsewhere = stepped_elsewhere(node.obj)
         for parameter_id in self.parameters_of(node):
             variable_id = self.saved_of.get(parameter_id)
             if variable_id is None:
                 continue
             slots = stored.pop(variable_id, {})
+            if id(self.live[parameter_id].obj) in elsewhere:
+                continue
             if is_uninitialised(self.live[parameter_id].obj) and parameter_id not in self.ready:
                 self.slots_without_target(node, variable_id, slots)
             else:
                 self.match_pair(node, parameter_id, slots)
-        for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
-            self.slots_without_target(node, variable_id, slots)
+        for variable_id, slots in stored.items():
+            first = self.saved_of.get(self.live_of.get(variable_id, -1))
+            if first is None or first == variable_id:  # no such parameter in this optimizer yet
+                self.slots_without_target(node, variable_id, slots)
+            else:
+                self.combine_slots(saved, node, first, slots)
+
+    def combine_slots(self, saved: Node, node: LiveNode, first_id: int, slots: dict[str, int]) -> None:
+        """Two saved parameters are one live one, as after a pipeline whose end stages share an embedding."""
+        kept = {
+            (slot.slot_name, attribute.name): attribute.checkpoint_key
+            for slot in saved.slot_variables
+            if slot.original_variable_node_id == first_id
+            for attribute in self.saved[slot.slot_variable_node_id].attributes
+        }
+        for slot_name, slot_id in slots.items():
+            for attribute in self.saved[slot_id].attributes:
+                first = kept.get((slot_name, attribute.name))
+                if first is not None:
+                    live = f"{slot_name} of {self.live[self.live_of[first_id]].key} in {node.key}"
+                    self.result.combined.append((first, attribute.checkpoint_key, live))
 
     def slots_without_target(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
         """The optimizer has no such parameter, or one that is not initialised; both may come later."""
@@ -375,6 +401,12 @@ class _Binder:
             for name, slot_id in stored.items()
         }
         self.result.new_slots.append(NewSlots(node, self.live[parameter_id], slots))
+
+
+def _refused(node: LiveNode) -> str:
+    """An object that a stored value cannot go into, and why."""
+    kind = f"a {type(node.obj).__qualname__}"
+    return f"{kind}: {node.problem}" if node.problem else kind
 
 
 def is_foreign(saved: Node, node: LiveNode) -> bool:

@@ -11,7 +11,6 @@ from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import TensorValue, is_uninitialised
-from distckpt.layout.box import Box
 from distckpt.layout.records import OWN_VALUE
 
 
@@ -48,7 +47,7 @@ class ShardedVariableAdapter(Adapter):
         """This rank's block."""
         assert isinstance(obj, ShardedVariable)
         local = tensor_value(obj.tensor)
-        return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, Box(obj.offset, tuple(obj.tensor.shape))),)
+        return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, obj.boxes),)
 
 
 class ArrayAdapter(Adapter):
