@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distckpt
-from distckpt.cluster.process_group import init_process_group
+from distckpt.cluster import init_process_group
 
 VOCABULARY = 256  # a token is a byte
 
