@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections import deque
@@ -96,6 +97,7 @@ class PreemptionGuard:
         self._longest_save: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._install(signals)
+        atexit.register(self._at_exit)
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +109,7 @@ class PreemptionGuard:
 
     def close(self) -> None:
         """Give the signals back to the handlers that had them. Local."""
+        atexit.unregister(self._at_exit)
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -190,6 +193,16 @@ class PreemptionGuard:
                 f"signals: expected signals that can be handled, in the main thread. Got {error} "
                 "(make the guard in the main thread, or pass signals=())."
             ) from error
+
+    def _at_exit(self) -> None:
+        """Ignore from here on what means to stop, but for SIGTERM, which must be able to end an exit that hangs.
+
+        Python resets its handlers before MPI is finalised, and a signal that is sent once more would end the rank with
+        another exit status than its own.
+        """
+        for number in self._previous:
+            if number != signal.SIGTERM and signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._received = number

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from distckpt.cluster import EXIT_CODE, PreemptionGuard
 from distckpt.errors import CollectiveError
 
+ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
 MakeGuard = Callable[..., PreemptionGuard]
 
@@ -123,6 +127,26 @@ def test_a_signal_that_cannot_be_handled_changes_no_handler() -> None:
     with pytest.raises(ValueError, match="signals: expected signals that can be handled"):
         PreemptionGuard(signals=[signal.SIGUSR2, signal.SIGKILL])
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+AT_EXIT = """
+import atexit, pathlib, signal
+from distckpt.cluster import PreemptionGuard
+def ignored():
+    mask = int(pathlib.Path("/proc/self/status").read_text().split("SigIgn:")[1].split()[0], 16)
+    print([name for name in ("SIGTERM", "SIGUSR2") if mask >> getattr(signal, name) - 1 & 1])
+atexit.register(ignored)  # runs after the guard's
+guard = PreemptionGuard()
+ignored()
+"""
+
+
+@pytest.mark.parametrize(("end", "at_exit"), [("", "['SIGUSR2']"), ("guard.close()", "[]")])
+def test_a_signal_that_comes_while_python_ends_is_ignored(end: str, at_exit: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT + end], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split("\n")[:2] == ["[]", at_exit]
 
 
 def test_another_thread_cannot_make_one_that_handles_signals() -> None:
