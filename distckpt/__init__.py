@@ -19,6 +19,7 @@ from distckpt.graph.trackable import (
     ShardedVariable,
     Trackable,
 )
+from distckpt.handle import SaveHandle
 from distckpt.manager import CheckpointManager, checkpoints_iterator
 from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
@@ -45,6 +46,7 @@ __all__ = [
     "RestoreMismatchError",
     "RestoreOptions",
     "RestoreStatus",
+    "SaveHandle",
     "SaveOptions",
     "ShardedVariable",
     "Trackable",

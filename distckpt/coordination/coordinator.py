@@ -16,7 +16,7 @@ from distckpt.coordination import agreement, job_end, outcome
 from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
-from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
+from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -52,7 +52,14 @@ class Coordinator:
         if comm is not None:
             require_intracomm(comm)
         self._comm: MPI.Intracomm | None = comm  # type: ignore[assignment]  # require_intracomm has checked it
-        self._session: Session | Alone | None = None
+        self._session: Session | Alone | Spoken | None = None
+
+    @classmethod
+    def over(cls, session: Spoken) -> Self:
+        """A coordinator for a thread in the background. Local."""
+        coordinator = cls()
+        coordinator._session = session
+        return coordinator
 
     def __copy__(self) -> Self:
         return self
@@ -72,6 +79,11 @@ class Coordinator:
     def size(self) -> int:
         """Number of ranks. Local; may initialise MPI."""
         return self._open().size
+
+    @property
+    def session(self) -> Session | Alone | Spoken:
+        """What all coordinators over the communicator share. Local; may initialise MPI."""
+        return self._open()
 
     @property
     def communicator(self) -> MPI.Intracomm | None:
@@ -112,6 +124,10 @@ class Coordinator:
         waiting for arrivals; otherwise at the end.
         """
         return INTERRUPTS.held()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Let KeyboardInterrupt through where nobody depends on this rank yet, also within `uninterrupted`. Local."""
+        return INTERRUPTS.allowed()
 
     # ---- local work ----------------------------------------------------------------------------------------------
 
@@ -292,7 +308,7 @@ class Coordinator:
 
     # ---- parts of the above --------------------------------------------------------------------------------------
 
-    def _open(self) -> Session | Alone:
+    def _open(self) -> Session | Alone | Spoken:
         if self._session is None:
             self._session = open_session(self._comm)
         self._session.require_alive()
