@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distckpt.graph.adapters.optimizer import Slot, parameters_of
+from distckpt.graph.adapters.optimizer import Slot
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import TensorValue
-from distckpt.graph.view import Capture, LiveGraph, LiveNode
-from distckpt.layout.records import SavePlan
+from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.storage.snapshot import Snapshot, Watch
 
 
-def watches_of(captured: Capture, plan: SavePlan) -> list[Watch | None]:
-    """For each box that this rank writes: how to see that it changed, where it may be copied later; else None.
+@dataclass(slots=True)
+class Deferral:
+    """What may be copied later.
 
-    Those are the parameters of the tracked optimizers, and their slots: nothing but a step changes them. Parameters
-    that no optimizer knows may be anything, such as averages that the program updates when it likes.
+    Attributes:
+        later: Of each tensor of this rank, in order, whether it may.
+        watch: Shows whether one of those has changed.
     """
-    graph = captured.graph
-    owned = _owned(graph)
-    keys = captured.tensor_keys(plan.keys)
-    nodes = [node for node, value in graph.values() if type(value) is TensorValue]
-    watches: dict[int, Watch | None] = {}
-    for item in plan.items:
-        index = item.tensor
-        if index not in watches:
-            live = _live_tensor(nodes[index], owned)
-            watches[index] = _watch(keys[index], live, captured.tensors[index].tensor)
-    return [watches[item.tensor] for item in plan.items]
+
+    later: list[bool] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
 
 
-def _owned(graph: LiveGraph) -> set[int]:
-    """`id()` of the objects that are parameters of tracked optimizers."""
-    optimizers = [node.obj for node in graph.nodes if isinstance(node.obj, torch.optim.Optimizer)]
-    return {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+def deferral_of(graph: LiveGraph, keys: Sequence[str]) -> Deferral:
+    """Parameters of the tracked optimizers, and their slots, may be copied later: nothing but a step changes them.
+
+    Parameters that no optimizer knows may be anything, such as averages that the program updates when it likes.
+
+    Args:
+        graph: What is saved.
+        keys: Checkpoint key of each tensor in order.
+    """
+    deferral = Deferral()
+    owned = {member for node in graph.nodes for member in node.parameters or ()}
+    for number, node in enumerate(graph.nodes):
+        for value in node.values.values():
+            if type(value) is TensorValue:
+                live = _live_tensor(node) if number in owned or type(node.obj) is Slot else None
+                key = keys[len(deferral.later)]
+                deferral.later.append(live is not None and _begin_watch(deferral.watch, key, live, value.tensor))
+    return deferral
 
 
-def _live_tensor(node: LiveNode, owned: set[int]) -> torch.Tensor | None:
-    """The tensor of a node that only an optimizer step changes; None for any other node."""
-    if isinstance(node.obj, Slot):
-        state: Any = node.obj.optimizer.state
-        slot = state[node.obj.parameter][node.obj.name]
-        return slot if isinstance(slot, torch.Tensor) else None
-    tensor = node.obj.tensor if isinstance(node.obj, ShardedVariable) else node.obj
-    return tensor if isinstance(tensor, torch.Tensor) and id(tensor) in owned else None
+def _live_tensor(node: LiveNode) -> torch.Tensor | None:
+    """The tensor of a parameter or slot as the program knows it; None for a slot that is a structure."""
+    live: Any = node.obj
+    if isinstance(live, Slot):
+        state: Any = live.optimizer.state
+        live = state[live.parameter][live.name]
+    elif isinstance(live, ShardedVariable):
+        live = live.tensor
+    return live if isinstance(live, torch.Tensor) else None
 
 
-def _watch(key: str, live: torch.Tensor | None, held: torch.Tensor) -> Watch | None:
-    if live is None or live.is_inference() or held.is_inference():  # torch does not count changes of these
-        return None
-    return Watch.of(key, live, held)
+def _begin_watch(watch: Watch, key: str, live: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether torch counts the changes of a tensor, which is watched from now on."""
+    try:
+        watch.add(key, live)
+        if held is not live:
+            watch.add(key, held)
+    except RuntimeError:  # of an inference tensor it does not
+        return False
+    return True
 
 
 # ---- the step waits ----------------------------------------------------------------------------------------------

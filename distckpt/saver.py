@@ -27,10 +27,10 @@ from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import log, warn
 from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
-from distckpt.overlap import protect, watches_of
+from distckpt.overlap import deferral_of, protect
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
 from distckpt.source import sub_tensor
-from distckpt.storage.snapshot import Snapshot
+from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob
 from distckpt.writer import write_shards
@@ -60,6 +60,8 @@ class _Agreed:
         layout: This rank's layout, as it was merged.
         replicas: The option under which it was merged.
         weights: `plan.weights` as uint64.
+        keys: Checkpoint key of each tensor of this rank, in order.
+        boxes: Of each item of the plan.
         offsets: Position of every variable in the file; None until a file was created.
     """
 
@@ -67,6 +69,8 @@ class _Agreed:
     layout: LocalLayout
     replicas: str
     weights: np.ndarray
+    keys: list[str]
+    boxes: list[Box]
     offsets: np.ndarray | None = None
 
 
@@ -137,8 +141,11 @@ class Saver:
         try:
             with self._coordinator.step("stage"):
                 jobs = _jobs(created, agreed, captured)
-                watches = watches_of(captured, agreed.plan) if options.overlap else [None] * len(jobs)
-                made.append(Snapshot(jobs, watches, self._buffers, options.host_memory))
+                deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
+                items = agreed.plan.items
+                later = [deferral is not None and deferral.later[item.tensor] for item in items]
+                watch = Watch() if deferral is None else deferral.watch
+                made.append(Snapshot(jobs, later, watch, self._buffers, options.host_memory))
         except BaseException:
             for snapshot in made:
                 snapshot.release()
@@ -195,9 +202,10 @@ class Saver:
         with coordinator.step("plan"):
             plan = msgspec.msgpack.decode(reply, type=SavePlan)
             weights = np.array([weight % _WORD for weight in plan.weights], np.uint64)
-            agreed = _Agreed(plan, layout, options.replicas, weights)
-            tensors = [value.tensor for value in captured.value.tensors]
-            self.warn_once(*shared_memory_warnings(captured.value.tensor_keys(plan.keys), tensors))
+            keys = captured.value.tensor_keys(plan.keys)
+            boxes = [Box(item.offset, item.shape) for item in plan.items]
+            agreed = _Agreed(plan, layout, options.replicas, weights, keys, boxes)
+            self.warn_once(*shared_memory_warnings(keys, [value.tensor for value in captured.value.tensors]))
         self._agreed[_family(operation)] = agreed
         return agreed
 
@@ -277,12 +285,10 @@ def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob
     assert agreed.offsets is not None, "shared when the file was created"
     plan, tensors = agreed.plan, captured.tensors
     offsets = agreed.offsets.tolist()
-    keys = captured.tensor_keys(plan.keys)
     jobs = []
-    for item in plan.items:
-        value, key = tensors[item.tensor], keys[item.tensor]
+    for item, box in zip(plan.items, agreed.boxes, strict=True):
+        value, key = tensors[item.tensor], agreed.keys[item.tensor]
         tensor = torch.tensor(created.counter) if key == COUNTER_KEY and created.counter else value.tensor
-        box = Box(item.offset, item.shape)
         part = sub_tensor(tensor.detach(), box, value.box)
         position = offsets[plan.variables[item.tensor]]
         jobs.append(WriteJob(key, position, value.global_shape, box, part, item.checksum))

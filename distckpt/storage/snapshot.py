@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
@@ -22,85 +22,77 @@ from distckpt.storage.transfer import WriteJob, copy_bits, is_packed
 _ALIGNMENT = 64
 #: What one thread copies at a time of what several may copy. In bytes.
 _SHARED_NBYTES = 16 << 20
+#: From here on torch's own copy, with as many threads as the program gives it, is worth its start. In bytes.
+_LARGE_NBYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Watch:
-    """How to see that a tensor was changed: torch counts its changes in place.
+    """How to see that tensors were changed: torch counts the changes of each in place.
 
     Attributes:
-        key: Checkpoint key, for the message.
-        tensors: The live tensor, and what it holds if it is a DTensor: torch counts at either.
+        keys: Checkpoint key of each tensor, for the message.
+        tensors: Live tensors; of a DTensor that itself and what it holds, for torch counts at either.
         versions: Their counts when the save was called.
     """
 
-    key: str
-    tensors: tuple[torch.Tensor, ...]
-    versions: tuple[int, ...]
+    keys: list[str] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, key: str, *tensors: torch.Tensor) -> Watch:
-        """Begin to watch."""
-        return cls(key, tensors, tuple(tensor._version for tensor in tensors))
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Begin to watch a tensor.
 
-    @property
-    def changed(self) -> bool:
-        """Whether it was changed since."""
-        return any(tensor._version != seen for tensor, seen in zip(self.tensors, self.versions, strict=True))
+        Raises:
+            RuntimeError: torch does not count the changes of an inference tensor.
+        """
+        self.versions.append(tensor._version)
+        self.keys.append(key)
+        self.tensors.append(tensor)
+
+    def changed(self) -> list[str]:
+        """Keys of the tensors that were changed since, each once."""
+        seen = zip(self.keys, self.tensors, self.versions, strict=True)
+        return list(dict.fromkeys(key for key, tensor, version in seen if tensor._version != version))
 
 
 class Snapshot:
     """The copy of what a rank writes.
 
     Attributes:
-        nbytes: Bytes that it copies.
+        nbytes: Bytes of host memory that it takes.
     """
 
     def __init__(
-        self, jobs: Sequence[WriteJob], watches: Sequence[Watch | None], buffers: HostBuffers, limit: int | None
+        self, jobs: Sequence[WriteJob], later: Sequence[bool], watch: Watch, buffers: HostBuffers, limit: int | None
     ) -> None:
         """Copy what must be copied at once. Local; may wait for memory.
 
         Args:
             jobs: What this rank writes.
-            watches: Of each job that can be copied later: its watch; None for the others.
+            later: Of each job whether it can be copied later.
+            watch: Shows whether a tensor of those has changed.
             buffers: Gives the memory.
             limit: Most bytes of host memory; None for no limit.
 
         Raises:
             MemoryError: There is not that much memory.
         """
-        starts, self.nbytes = _places([_nbytes_of(job) for job in jobs])
+        self._live = list(jobs)
+        self._sizes = [job.tensor.nbytes for job in jobs]
+        self._starts, self.nbytes = _places(self._sizes)
         self._buffers = buffers
         self._buffer: HostBuffer | None = buffers.take(self.nbytes, limit) if self.nbytes else None
         try:
-            self._jobs = [self._copied(job, start) for job, start in zip(jobs, starts, strict=True)]
-            self._copy(list(jobs), watches)
+            self._cuda = self._prepare_cuda()
+            for index, deferred in enumerate(later):
+                if not deferred:
+                    self._copy_now(index)
+            self._cuda.wait()
+            self._later = _SharedWork(self._parts([index for index, deferred in enumerate(later) if deferred]), watch)
         except BaseException:
             self.release()
             raise
-
-    def _copy(self, jobs: list[WriteJob], watches: Sequence[Watch | None]) -> None:
-        cuda = _CudaCopies()
-        if self._buffer is not None and any(job.tensor.is_cuda for job in jobs):
-            self._buffer.pin()
-        later: list[Callable[[], object]] = []
-        for source, target, watch in zip(jobs, self._jobs, watches, strict=True):
-            if watch is not None:
-                later += _copies(target.tensor, source.tensor, cuda)
-            elif source.tensor.is_cuda:
-                cuda.copy(target.tensor, source.tensor)
-            else:
-                copy_bits(target.tensor, source.tensor)
-        cuda.wait()
-        self._later = _SharedWork(later, [watch for watch in watches if watch is not None])
-
-    def _copied(self, job: WriteJob, start: int) -> WriteJob:
-        """The job with room in the buffer instead of the live tensor."""
-        if self._buffer is None:
-            return job
-        room = self._buffer.bytes.narrow(0, start, _nbytes_of(job))
-        return msgspec.structs.replace(job, tensor=room.view(job.tensor.dtype).view(job.tensor.shape))
 
     @property
     def is_complete(self) -> bool:
@@ -118,18 +110,66 @@ class Snapshot:
             RuntimeError: A tensor was changed before it was copied; names it.
         """
         self._later.require()
-        return self._jobs
+        return [msgspec.structs.replace(job, tensor=self._room(index)) for index, job in enumerate(self._live)]
 
     def release(self) -> None:
         """Give the memory back; nobody uses the jobs any more. May be called again."""
         buffer, self._buffer = self._buffer, None
-        self._jobs = []
+        self._live = []
         if buffer is not None:
             self._buffers.give_back(buffer)
 
+    # ---- one copy ----
 
-def _nbytes_of(job: WriteJob) -> int:
-    return job.tensor.numel() * job.tensor.element_size()
+    def _room(self, index: int) -> torch.Tensor:
+        """The copy of a job's tensor."""
+        tensor = self._live[index].tensor
+        if self._buffer is None:
+            return tensor  # no job has any elements
+        room = self._buffer.bytes.narrow(0, self._starts[index], self._sizes[index])
+        return room.view(tensor.dtype).view(tensor.shape)
+
+    def _copy_now(self, index: int) -> None:
+        tensor, nbytes = self._live[index].tensor, self._sizes[index]
+        if nbytes < _LARGE_NBYTES and is_packed(tensor):
+            self._move(index, 0, nbytes)
+        elif tensor.is_cuda:
+            self._cuda.copy(self._room(index), tensor)
+        else:
+            copy_bits(self._room(index), tensor)
+
+    def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
+        """Copies that threads can share: large ones in parts."""
+        parts: list[Callable[[], object]] = []
+        for index in indices:
+            nbytes = self._sizes[index]
+            divided = nbytes > _SHARED_NBYTES and is_packed(self._live[index].tensor)
+            step = _SHARED_NBYTES if divided else max(nbytes, 1)
+            parts += [functools.partial(self._copy_part, index, start, step) for start in range(0, nbytes, step)]
+        return parts
+
+    def _copy_part(self, index: int, start: int, nbytes: int) -> None:
+        tensor = self._live[index].tensor
+        if is_packed(tensor):
+            self._move(index, start, min(nbytes, self._sizes[index] - start))
+        elif tensor.is_cuda:
+            self._cuda.copy(self._room(index), tensor)
+            self._cuda.wait()
+        else:
+            copy_bits(self._room(index), tensor)
+
+    def _move(self, index: int, start: int, nbytes: int) -> None:
+        """Copy bytes of a packed tensor. For these torch takes longer to begin than to copy, or starts threads."""
+        if nbytes:
+            assert self._buffer is not None, "there are bytes"
+            target = self._buffer.address + self._starts[index] + start
+            ctypes.memmove(target, self._live[index].tensor.data_ptr() + start, nbytes)
+
+    def _prepare_cuda(self) -> _CudaCopies:
+        devices = {job.tensor.device for job in self._live if job.tensor.is_cuda}
+        if devices and self._buffer is not None:
+            self._buffer.pin()
+        return _CudaCopies(devices)
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -144,30 +184,13 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
 # ---- copies that are made later ----------------------------------------------------------------------------------
 
 
-def _copies(target: torch.Tensor, source: torch.Tensor, cuda: _CudaCopies) -> list[Callable[[], object]]:
-    """The copy of a tensor, in parts that threads can share."""
-    if source.is_cuda:
-        cuda.expect(source.device)
-        return [functools.partial(cuda.copy_now, target, source)]
-    if not is_packed(source):
-        return [functools.partial(copy_bits, target, source)]
-    nbytes = source.numel() * source.element_size()
-    starts = range(0, nbytes, _SHARED_NBYTES)
-    return [functools.partial(_move, target, source, start, min(_SHARED_NBYTES, nbytes - start)) for start in starts]
-
-
-def _move(target: torch.Tensor, source: torch.Tensor, start: int, nbytes: int) -> None:
-    """Copy some of the bytes of a packed tensor. torch would start threads of its own, and compete with the program."""
-    ctypes.memmove(target.data_ptr() + start, source.data_ptr() + start, nbytes)
-
-
 class _SharedWork:
     """Work in parts, each done by the first thread that comes; then a look at whether the sources have changed."""
 
-    def __init__(self, parts: list[Callable[[], object]], watches: list[Watch]) -> None:
+    def __init__(self, parts: list[Callable[[], object]], watch: Watch) -> None:
         self._parts = parts
         self._left = len(parts)
-        self._watches = watches
+        self._watch: Watch | None = watch
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -203,8 +226,9 @@ class _SharedWork:
             self._left -= 1
             last = self._left == 0
         if last:
-            self._error = self._error or _error_of([watch.key for watch in self._watches if watch.changed])
-            self._watches = []  # they keep the live tensors alive
+            watch, self._watch = self._watch, None  # it keeps the live tensors alive
+            if watch is not None and self._error is None:
+                self._error = _error_of(watch.changed())
             self._done.set()
 
 
@@ -223,28 +247,23 @@ def _error_of(changed: list[str]) -> RuntimeError | None:
 
 
 class _CudaCopies:
-    """Copies from GPUs, on streams of their own beside the program's, so that neither waits for the other's work."""
+    """Copies from GPUs, on streams of their own beside the program's, so that neither waits for the other's work.
 
-    def __init__(self) -> None:
+    Args:
+        devices: Where from. What is copied is what the program's present work leaves there.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def expect(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream of a device; what is copied on it is what the program's present work leaves."""
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        for device in devices:
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
-        return stream
+            self._streams[device] = stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Begin a copy to the host, which ends before `wait` returns."""
-        with torch.cuda.stream(self.expect(source.device)):
+        with torch.cuda.stream(self._streams[source.device]):
             copy_bits(target, source, non_blocking=True)
-
-    def copy_now(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy to the host."""
-        self.copy(target, source)
-        self.expect(source.device).synchronize()
 
     def wait(self) -> None:
         """Wait for the copies."""

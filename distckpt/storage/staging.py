@@ -23,6 +23,7 @@ class HostBuffer:
     Attributes:
         nbytes: Its size in bytes.
         bytes: Its memory as a tensor of uint8.
+        address: Where it begins.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -32,6 +33,7 @@ class HostBuffer:
         # A forked data loader would share the pages, and the next save would have to fault each one in again.
         _advise(memory, "MADV_DONTFORK")
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self.address = self.bytes.data_ptr()
         self._pinned = False
 
     def pin(self) -> None:
@@ -39,12 +41,11 @@ class HostBuffer:
         if self._pinned:
             return
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        address = self.bytes.data_ptr()
-        code = int(runtime.cudaHostRegister(address, self.nbytes, 0))
+        code = int(runtime.cudaHostRegister(self.address, self.nbytes, 0))
         if code != 0:
             raise RuntimeError(f"cudaHostRegister of {self.nbytes} bytes failed with error {code}")
         self._pinned = True
-        closer = weakref.finalize(self.bytes, runtime.cudaHostUnregister, address)
+        closer = weakref.finalize(self.bytes, runtime.cudaHostUnregister, self.address)
         closer.atexit = False
 
 
