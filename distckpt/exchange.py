@@ -92,7 +92,9 @@ def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
 def _hulls(source: Source, reads: dict[int, TensorRead]) -> np.ndarray:
     hulls = np.zeros((len(source.manifest.variables), 2), np.int64)
     for index, read in reads.items():
-        hulls[index] = hull(read.target.box, read.target.global_shape)
+        spans = [hull(block.box, read.target.global_shape) for block in read.target.blocks()]
+        if spans:
+            hulls[index] = min(span.start for span in spans), max(span.stop for span in spans)
     return hulls
 
 
@@ -102,7 +104,8 @@ def _meeting(gathered: Sequence[bytes], shape: tuple[int, ...]) -> list[int]:
 
 
 def _encode_boxes(variables: Sequence[int], reads: Mapping[int, TensorRead]) -> bytes:
-    return msgspec.msgpack.encode([(index, reads[index].target.box) for index in variables if index in reads])
+    own = ((index, block.box) for index in variables if index in reads for block in reads[index].target.blocks())
+    return msgspec.msgpack.encode(list(own))
 
 
 class _Reading:
@@ -130,7 +133,7 @@ class _Reading:
         self._files: dict[int, InFile] = {index: files[index] for index in self.boxes}
         self._pieces = {index: source.pieces(index) for index in self.boxes}
         self._held = {
-            index: Held(own[index].target.box, own[index].target.tensor) for index in self.boxes if index in own
+            index: [Held(*block) for block in own[index].target.blocks()] for index in self.boxes if index in own
         }
         self._rounds = plan_rounds(
             source.manifest.variables,

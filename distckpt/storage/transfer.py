@@ -119,13 +119,13 @@ def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
     return tensor
 
 
-def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy elements of the same dtype bit for bit, between any strides and devices."""
     raw = _RAW.get(source.element_size())
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
     if raw is not None and not lazy:
         target, source = target.view(raw), source.view(raw)
-    target.copy_(source)
+    target.copy_(source, non_blocking=non_blocking)
 
 
 class Staged(NamedTuple):
