@@ -11,7 +11,7 @@ import msgspec
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import RestoreMismatchError
-from distckpt.exchange import read_together
+from distckpt.exchange.reading import read_together
 from distckpt.graph.assignment import Assignment
 from distckpt.graph.trackable import Trackable, tracking_of
 from distckpt.graph.view import LiveGraph

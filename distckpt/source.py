@@ -19,7 +19,7 @@ from distckpt.graph.values import Block
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
-from distckpt.layout.exchange import PieceSpan, piece_spans
+from distckpt.layout.exchange import InFile, PieceSpan, piece_spans
 from distckpt.layout.plan import read_items
 from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
@@ -29,7 +29,7 @@ from distckpt.storage.rawio import open_shared
 from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.reading import read as read_jobs
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
-from distckpt.storage.units import InFile, UnitReader
+from distckpt.storage.units import UnitReader
 
 
 class _Found(msgspec.Struct, frozen=True):

@@ -2,8 +2,8 @@
 
 `write_alone` is a rank's part of a save in the background. The rest of this module is a save that all ranks wait for.
 
-The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; parallel HDF5 open; write,
-whatever happens; close on all ranks, always; agree; fsync, agree.
+The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; what ranks of a node write
+together, agree; parallel HDF5 open; write, whatever happens; close on all ranks, always; agree; fsync, agree.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created
+from distckpt.exchange.writing import write_together
 from distckpt.options import SaveOptions
 from distckpt.progress import progress_bar
 from distckpt.request import Attempt
 from distckpt.storage import mpio
+from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import fsync, open_shared
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.writing import write_posix
@@ -44,6 +46,7 @@ def write_shards(
         with coordinator.step("open"):
             fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
             work = _Work(coordinator, created, fd, plan_jobs(), options)
+        work = work.after_exchange()
         if created.transport == "mpio":
             work.write_mpio()
         else:
@@ -85,18 +88,36 @@ def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions) ->
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What this rank writes."""
+    """What this rank writes.
+
+    Attributes:
+        exchanged: Checksums of what was written together with other ranks.
+    """
 
     coordinator: Coordinator
     created: Created
     fd: int
     jobs: list[WriteJob]
     options: SaveOptions
+    exchanged: ChecksumLog = field(default_factory=ChecksumLog)
 
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
         return sum(job.tensor.numel() * job.tensor.element_size() for job in self.jobs)
+
+    def after_exchange(self) -> _Work:
+        """Write together with the other ranks of the node what lies in strips between theirs. Collective.
+
+        Returns:
+            What is left to this rank alone.
+        """
+        log = ChecksumLog()
+        node, wanted = self.coordinator.node, log if self.options.checksums else None
+        rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, wanted))
+        with self.coordinator.step("exchange"):
+            rest.require()
+        return replace(self, jobs=rest.value, exchanged=log)
 
     def write_posix(self) -> None:
         """Write with `pwrite` only. Collective."""
@@ -105,6 +126,7 @@ class _Work:
             progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
         ):
             checksums = write_posix(self.fd, self.jobs, checksums=self.options.checksums, progress=progress)
+            checksums.extend(self.exchanged)
             checksums.write(self.fd, self.created.checksums_offset)
 
     def write_mpio(self) -> None:
@@ -159,5 +181,6 @@ class _Work:
                 n_collective_calls=n_calls,
                 progress=progress,
             )
+        checksums.extend(self.exchanged)
         checksums.write(self.fd, self.created.checksums_offset)
         return True

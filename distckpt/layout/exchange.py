@@ -1,9 +1,9 @@
-"""What the ranks of a node read together, and which rank reads which bytes when.
+"""What the ranks of a node read or write together, and which rank moves which bytes when.
 
 Several ranks may want the same bytes of a file (replicas), or narrow strips that lie between those of other ranks
-(columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank reads one unit
-of ranges into memory that all ranks of the node see, and each rank takes what it wants from the units of all ranks. So
-each byte is read once per node, and file accesses are long.
+(columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank moves one unit
+of ranges between the file and memory that all ranks of the node see, and each rank takes what it wants from the units
+of all ranks, or puts there what it has. So each byte is read once per node, and file accesses are long.
 
 This is two-phase I/O (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective I/O in ROMIO, Frontiers '99) with
 shared memory in place of messages.
@@ -50,6 +50,22 @@ class Range(NamedTuple):
     variable: int
     span: Span
     place: int
+
+
+class InFile(NamedTuple):
+    """A variable whose bytes are exchanged.
+
+    Attributes:
+        key: Checkpoint key.
+        offset: Position of its dataset in the file, in bytes.
+        shape: Global shape.
+        itemsize: Bytes per element.
+    """
+
+    key: str
+    offset: int
+    shape: Shape
+    itemsize: int
 
 
 class PieceSpan(NamedTuple):
@@ -99,10 +115,11 @@ def hulls_that_meet(hulls: _Ints) -> list[int]:
 
 def is_worth_exchanging(boxes: Sequence[Box], shape: Shape, itemsize: int) -> bool:
     """Whether ranks that hold these boxes share elements, or would move short runs; `boxes` are not empty."""
-    return any(_is_narrow(box, shape, itemsize) for box in boxes) or find_overlap(boxes) is not None
+    return any(is_narrow(box, shape, itemsize) for box in boxes) or find_overlap(boxes) is not None
 
 
-def _is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
+def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
+    """Whether a non-empty box is several short runs of bytes in the file."""
     axis = run_axis(box, shape)
     return any(extent > 1 for extent in box.shape[:axis]) and math.prod(box.shape[axis:]) * itemsize < NARROW_NBYTES
 
@@ -149,8 +166,19 @@ class Wanted:
         return before >= 0 and self._spans[before].stop > span.start
 
 
+def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
+    """The bands of disjoint boxes that have no hole: one rank can write each as one range of the file."""
+    spans = sorted((hull(box, shape), box.numel) for box in boxes)
+    joined = bands([span for span, _ in spans])
+    starts = [band.start for band in joined]
+    held = [0] * len(joined)
+    for span, numel in spans:
+        held[bisect.bisect_right(starts, span.start) - 1] += numel
+    return [band for band, numel in zip(joined, held, strict=True) if numel == band.stop - band.start]
+
+
 def plan_rounds(
-    variables: Sequence[Variable],
+    files: Mapping[int, InFile],
     moved: Mapping[int, Sequence[Span]],
     wanted: Mapping[int, Wanted],
     size: int,
@@ -159,21 +187,20 @@ def plan_rounds(
     """Divide spans among ranks and rounds, evenly by bytes.
 
     Args:
-        variables: All variables of the file, in file order.
+        files: The variables, by numbers in file order.
         moved: Variable to spans of it, ascending; each is moved by one rank, in order.
-        wanted: The same variables to what of them is wanted.
+        wanted: Variable to what of it is wanted.
         size: Number of ranks.
         unit_nbytes: Most bytes that a rank moves in one round; at least the size of an element.
 
     Returns:
         For each round, for each rank, its unit; empty where it has nothing left to move.
     """
-    itemsizes = {index: dtype_info(variables[index].dtype).itemsize for index in moved}
-    total = sum((span.stop - span.start) * itemsizes[index] for index, spans in moved.items() for span in spans)
+    total = sum((span.stop - span.start) * files[index].itemsize for index, spans in moved.items() for span in spans)
     units = [_Units(unit_nbytes) for _ in range(size)]
     done = 0
     for index in sorted(moved):
-        itemsize, row = itemsizes[index], math.prod(variables[index].shape[1:])
+        itemsize, row = files[index].itemsize, math.prod(files[index].shape[1:])
         for span in moved[index]:
             of_rank = units[min(done * size // total, size - 1)]
             done += (span.stop - span.start) * itemsize

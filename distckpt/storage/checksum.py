@@ -56,6 +56,11 @@ class ChecksumLog:
         self.indices.append(index)
         self.values.append(value)
 
+    def extend(self, other: ChecksumLog) -> None:
+        """Note those of another log, too."""
+        self.indices += other.indices
+        self.values += other.values
+
     def write(self, fd: int, dataset_offset: int) -> None:
         """Write all of them with one `pwrite` per run of consecutive indices.
 

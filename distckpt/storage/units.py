@@ -14,32 +14,16 @@ import numpy as np
 import torch
 
 from distckpt.errors import CorruptCheckpointError
-from distckpt.layout.box import Box, Shape, first_element, flat_boxes
-from distckpt.layout.exchange import PieceSpan, Span, Unit
+from distckpt.layout.box import Box, first_element, flat_boxes
+from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, require_checksum
 from distckpt.storage.reading import ReadReport
 from distckpt.storage.transfer import sub_tensor
 
 
-class InFile(msgspec.Struct, frozen=True):
-    """A variable whose bytes are exchanged.
-
-    Attributes:
-        key: Checkpoint key.
-        offset: Position of its dataset in the file, in bytes.
-        shape: Global shape.
-        itemsize: Bytes per element.
-    """
-
-    key: str
-    offset: int
-    shape: Shape
-    itemsize: int
-
-
 class Held(msgspec.Struct, frozen=True):
-    """A block of a variable that this rank wants.
+    """A block of a variable that this rank has, or wants.
 
     Attributes:
         box: Where it is in the global tensor.
@@ -51,19 +35,20 @@ class Held(msgspec.Struct, frozen=True):
 
 
 def shared_parts(
-    unit: Unit, memory: torch.Tensor, variables: Mapping[int, InFile], held: Mapping[int, Sequence[Held]]
+    unit: Unit, memory: memoryview, variables: Mapping[int, InFile], held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What a unit and this rank have in common.
 
     Args:
         unit: The unit of some rank.
-        memory: Where that rank has its bytes; uint8, one-dimensional.
+        memory: Where that rank has its bytes.
         variables: The variables by index.
-        held: What this rank wants, by index of the variable.
+        held: What this rank has or wants, by index of the variable.
 
     Yields:
-        Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank wants.
+        Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
     """
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
     for variable, span, place in unit:
         own = held.get(variable)
         if own is None:
@@ -73,7 +58,7 @@ def shared_parts(
             common = box.intersect(block.box)
             if common is not None:
                 start = place + (first_element(box, shape) - span.start) * itemsize
-                there = memory.narrow(0, start, box.numel * itemsize).view(block.tensor.dtype).view(box.shape)
+                there = everything.narrow(0, start, box.numel * itemsize).view(block.tensor.dtype).view(box.shape)
                 yield sub_tensor(there, common, box), sub_tensor(block.tensor.detach(), common, block.box)
 
 
@@ -95,6 +80,23 @@ def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int
         nbytes += (span.stop - span.start) * where.itemsize
     if nbytes:
         yield file_start, memory_start, nbytes
+
+
+def write_unit(
+    fd: int, unit: Unit, memory: memoryview, variables: Mapping[int, InFile], writeback: rawio.Writeback
+) -> None:
+    """Write a unit from memory, and start write-back of its bytes.
+
+    Raises:
+        OSError: It failed; names a variable of the unit.
+    """
+    for offset, place, nbytes in transfers(unit, variables):
+        try:
+            rawio.write_all(fd, memory[place : place + nbytes], offset)
+        except OSError as error:
+            key = variables[unit[0].variable].key
+            raise OSError(error.errno, f"{error.strerror}: {key}, {nbytes} bytes at byte {offset}") from error
+        writeback.add(offset, nbytes)
 
 
 class UnitReader:

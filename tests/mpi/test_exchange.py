@@ -1,4 +1,4 @@
-"""Ranks of a node read together: each byte once, all of it verified, whatever happens on one of them."""
+"""Ranks of a node read and write together: each byte once, all of it verified, in long ranges."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-import distckpt.exchange
 import distckpt.restorer
-from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable
+from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
 from distckpt.coordination import shared_memory
 from distckpt.coordination.session import Session
+from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.source import Source
+from distckpt.storage import rawio
+from distckpt.storage.verify import verify_file
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
@@ -127,6 +129,32 @@ def test_without_shared_memory_every_rank_reads_for_itself(
     twin.checkpoint.read(path).assert_consumed()
     assert twin.is_restored()
     assert "no shared memory" in caplog.text
+
+
+def test_narrow_strips_are_written_as_long_ranges(comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[int] = []
+    write_all = rawio.write_all
+
+    def count(fd: int, buffer: memoryview, offset: int) -> None:
+        writes.append(len(buffer))
+        write_all(fd, buffer, offset)
+
+    columns = SHAPE[1] // comm.size
+    start = columns * comm.rank
+    # Not contiguous in memory, and of every size of element.
+    own = {dtype: FULL.to(dtype)[:, start : start + columns] for dtype in (torch.int32, torch.int16, torch.float64)}
+    shards = {f"x{dtype.itemsize}": ShardedVariable(shard, SHAPE, (0, start)) for dtype, shard in own.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(rawio, "write_all", count)
+        path = Checkpoint(comm=comm, **shards).write(mpi_dir / "x", options=SaveOptions(durable=False))
+    nbytes = sum(FULL.numel() * dtype.itemsize for dtype in own)
+    large = [size for size in writes if size >= 1 << 16]
+    assert comm.allreduce(sum(large)) == nbytes
+    assert comm.allreduce(len(large)) <= nbytes // UNIT_NBYTES + comm.size * len(own)
+    if comm.rank == 0:
+        assert verify_file(path) == []
+        for dtype in own:
+            assert torch.equal(load_variable(path, f"x{dtype.itemsize}"), FULL.to(dtype))
 
 
 def test_many_restores_leave_nothing_behind(comm: Any, mpi_dir: Path) -> None:

@@ -21,7 +21,8 @@ import torch
 
 import distckpt.checkpoint
 import distckpt.draft
-import distckpt.exchange
+import distckpt.exchange.reading
+import distckpt.exchange.writing
 import distckpt.output
 import distckpt.restoration
 import distckpt.restorer
@@ -81,6 +82,7 @@ class Program:
             optimizer=self.optimizer,
             meter=self.meter,
             rows=ShardedVariable(rows, (2 * comm.size, 3), (2 * comm.rank, 0)),
+            columns=ShardedVariable(rows.clone(), (2, 3 * comm.size), (0, 3 * comm.rank)),
             step=seed,
         )
 
@@ -88,11 +90,13 @@ class Program:
         """Changes values, not the layout."""
         self.optimizer.step()
         self.checkpoint.rows.tensor += 1
+        self.checkpoint.columns.tensor += 1
         self.checkpoint.step += 1
 
     def values(self) -> list[object]:
         slots = [slot["momentum_buffer"] for slot in self.optimizer.state.values()]
-        tensors = [*self.model.parameters(), *slots, self.meter.values, self.checkpoint.rows.tensor]
+        sharded = [self.checkpoint.rows.tensor, self.checkpoint.columns.tensor]
+        tensors = [*self.model.parameters(), *slots, self.meter.values, *sharded]
         return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.checkpoint.step]
 
 
@@ -233,11 +237,18 @@ SAVE_FAULTS = [
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.writer, "open_shared", EVERY),
     Fault("open", distckpt.saver, "_jobs", EVERY, transports=BOTH),
+    Fault("exchange", distckpt.exchange.writing, "_is_narrow", EVERY, transports=BOTH),
+    Fault("exchange", distckpt.exchange.writing, "_encode_boxes", EVERY),
+    Fault("exchange", mpio.PieceBytes, "get", EVERY),
+    Fault("exchange", distckpt.exchange.writing, "plan_rounds", EVERY),
+    Fault("exchange", distckpt.exchange.writing, "_log_checksums", EVERY),
+    Fault("exchange", distckpt.exchange.writing, "shared_parts", EVERY, transports=BOTH),
+    Fault("exchange", distckpt.exchange.writing, "write_unit", EVERY, transports=BOTH),
     Fault("divide", mpio, "split_pieces", EVERY, transports=("mpio",)),
     Fault("open parallel HDF5", mpio, "ParallelFile", EVERY, transports=("mpio",), together=True),
     Fault("write", rawio, "write_vector", EVERY),
-    Fault("write", mpio.PieceBytes, "get", EVERY, transports=BOTH),
-    Fault("write", mpio.PieceBytes, "get", EVERY, transports=("mpio",), collective=True),
+    Fault("write", mpio.PieceBytes, "flushed", EVERY, transports=BOTH),
+    Fault("write", mpio.PieceBytes, "flushed", EVERY, transports=("mpio",), collective=True),
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",)),
     Fault("write", ChecksumLog, "write", EVERY, transports=BOTH),
     Fault("fsync", distckpt.writer, "fsync", EVERY, transports=BOTH),
@@ -356,12 +367,12 @@ RESTORE_FAULTS = [
     Fault("open the file on every rank", distckpt.source, "open_shared", EVERY),
     Fault("match", distckpt.restoration, "bind", EVERY),
     Fault("match", distckpt.restoration, "assign", EVERY),
-    Fault("read", distckpt.exchange, "_hulls", EVERY),
-    Fault("read", distckpt.exchange, "_meeting", EVERY),
-    Fault("read", distckpt.exchange, "_encode_boxes", EVERY),
-    Fault("read", distckpt.exchange, "plan_rounds", EVERY),
+    Fault("read", distckpt.exchange.reading, "_hulls", EVERY),
+    Fault("read", distckpt.exchange.reading, "_meeting", EVERY),
+    Fault("read", distckpt.exchange.reading, "_encode_boxes", EVERY),
+    Fault("read", distckpt.exchange.reading, "plan_rounds", EVERY),
     Fault("read", units.UnitReader, "read", EVERY),
-    Fault("read", distckpt.exchange, "shared_parts", EVERY),
+    Fault("read", distckpt.exchange.reading, "shared_parts", EVERY),
     Fault("read", distckpt.source, "read_jobs", EVERY),
     Fault("read", rawio, "read_vector", EVERY),
     Fault("assign", Meter, "load_state_dict", EVERY),

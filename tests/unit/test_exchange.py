@@ -18,10 +18,12 @@ from distckpt.layout import box as box_module
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.exchange import (
+    InFile,
     Range,
     Span,
     Wanted,
     bands,
+    filled_bands,
     hull,
     hulls_that_meet,
     is_worth_exchanging,
@@ -29,7 +31,7 @@ from distckpt.layout.exchange import (
     plan_rounds,
 )
 from distckpt.layout.records import Shard, Variable
-from distckpt.storage.units import Held, InFile, UnitReader, shared_parts, transfers
+from distckpt.storage.units import Held, UnitReader, shared_parts, transfers
 
 ITEMSIZE = 4
 
@@ -92,6 +94,10 @@ def test_what_is_worth_exchanging(boxes: list[Box], shape: Shape, worth: bool) -
     assert is_worth_exchanging(boxes, shape, ITEMSIZE) is worth
 
 
+def files_of(variables: list[Variable]) -> dict[int, InFile]:
+    return {i: InFile(v.key, 0, v.shape, getattr(torch, v.dtype).itemsize) for i, v in enumerate(variables)}
+
+
 def columns(shape: Shape, parts: int) -> list[Box]:
     width = shape[1] // parts
     return [Box((0, part * width), (shape[0], width)) for part in range(parts)]
@@ -124,6 +130,15 @@ def test_bands_keep_pieces_whole() -> None:
     assert bands([piece.span for piece in by_columns]) == [Span(0, 32), Span(32, 64)]
 
 
+def test_bands_with_holes_are_not_filled() -> None:
+    shape = (8, 8)
+    block, other = columns(shape, 2)
+    upper, lower = Box((0, 4), (4, 4)), Box((4, 4), (4, 4))
+    assert filled_bands([block, other], shape) == [Span(0, 64)]
+    assert filled_bands([block, upper], shape) == []
+    assert filled_bands([Box((0, 0), (4, 4)), upper, lower], shape) == [Span(0, 32)]
+
+
 @given(st.integers(1, 4), st.integers(8, 300), st.data())
 def test_rounds_move_all_that_is_wanted_once(size: int, unit_nbytes: int, data: st.DataObject) -> None:
     cases = [data.draw(boxes_of_ranks()) for _ in range(data.draw(st.integers(1, 4)))]
@@ -131,7 +146,7 @@ def test_rounds_move_all_that_is_wanted_once(size: int, unit_nbytes: int, data: 
     moved = {i: [Span(0, math.prod(shape))] for i, (shape, _) in enumerate(cases)}
     wanted = {i: Wanted(boxes, shape) for i, (shape, boxes) in enumerate(cases)}
     seen = {i: np.zeros(math.prod(shape), int) for i, (shape, _) in enumerate(cases)}
-    for units in plan_rounds(variables, moved, wanted, size, unit_nbytes):
+    for units in plan_rounds(files_of(variables), moved, wanted, size, unit_nbytes):
         assert len(units) == size
         for unit in units:
             free = 0
@@ -152,7 +167,7 @@ def test_rounds_are_balanced() -> None:
     variables = [Variable(str(i), "int32", (256, 16), 0, []) for i in range(8)]
     spans = {i: [Span(start, start + 512) for start in range(0, 4096, 512)] for i in range(8)}
     wanted = {i: Wanted([Box.whole((256, 16))], (256, 16)) for i in range(8)}
-    rounds = plan_rounds(variables, spans, wanted, 4, 4096)
+    rounds = plan_rounds(files_of(variables), spans, wanted, 4, 4096)
     moved = [sum(r.span.stop - r.span.start for units in rounds for r in units[rank]) for rank in range(4)]
     assert moved == [8 * 4096 / 4] * 4
 
@@ -191,7 +206,7 @@ class Exchange:
     def read(self, unit_nbytes: int, size: int = 2) -> tuple[list[torch.Tensor], list[UnitReader]]:
         moved = {i: bands([piece.span for piece in pieces]) for i, pieces in self.pieces.items()}
         wanted = {i: Wanted([Box.whole(v.shape)], v.shape) for i, v in enumerate(self.variables)}
-        rounds = plan_rounds(self.variables, moved, wanted, size, unit_nbytes)
+        rounds = plan_rounds(self.files, moved, wanted, size, unit_nbytes)
         live = [torch.full_like(value, -1) for value in self.values]
         held = {i: [Held(Box.whole(v.shape), live[i])] for i, v in enumerate(self.variables)}
         fd = os.open(self.path, os.O_RDONLY)
@@ -201,9 +216,7 @@ class Exchange:
                 for reader, unit in zip(readers, units, strict=True):
                     memory = bytearray(unit_nbytes)
                     reader.read(unit, memoryview(memory))
-                    for there, here in shared_parts(
-                        unit, torch.frombuffer(memory, dtype=torch.uint8), self.files, held
-                    ):
+                    for there, here in shared_parts(unit, memoryview(memory), self.files, held):
                         here.copy_(there)
         finally:
             os.close(fd)

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "graph": FOUNDATION | {"layout"},
     "coordination": FOUNDATION | {"layout"},
     "storage": FOUNDATION | {"layout"},
+    "exchange": FOUNDATION | ROOMS | {"log", "request", "source"},
     "cluster": FOUNDATION | {"layout", "coordination", "storage"},
 }
 #: The command line and the benchmark use the package as its users do.

@@ -1,0 +1,126 @@
+"""Writing together: narrow strips of several ranks of a node are joined in memory and written as long ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, run_rounds
+from distckpt.layout.box import Box
+from distckpt.layout.exchange import InFile, Span, Wanted, filled_bands, hull, is_narrow, plan_rounds
+from distckpt.storage.checksum import ChecksumLog
+from distckpt.storage.rawio import Writeback
+from distckpt.storage.transfer import WriteJob, copy_bits
+from distckpt.storage.units import Held, shared_parts, write_unit
+from distckpt.storage.writing import PieceBytes, pieces_of
+
+#: Of the jobs of one rank: the variable that each writes, and its box there.
+_Boxes = list[tuple[InFile, Box]]
+
+
+def write_together(node: Coordinator, fd: int, jobs: Sequence[WriteJob], log: ChecksumLog | None) -> list[WriteJob]:
+    """Write what ranks of one node have in narrow strips beside each other.
+
+    Collective over the node. Where a rank fails, all ranks of the node stop, and just that rank raises: an agreement of
+    all ranks must follow.
+
+    Args:
+        node: The ranks of this node.
+        fd: Descriptor of the file.
+        jobs: What this rank writes.
+        log: Takes the checksums of the pieces written here; None: they are not computed.
+
+    Returns:
+        The jobs that are left to this rank alone; none when another rank has failed.
+
+    Raises:
+        OSError: A range could not be written.
+    """
+    if node.size == 1:
+        return list(jobs)
+    try:
+        narrow = agreed(node, lambda: [job for job in jobs if _is_narrow(job)])
+        if not node.any_failed(bool(narrow)):  # no rank has any
+            return list(jobs)
+        boxes = node.gather_all("boxes", agreed(node, lambda: _encode_boxes(narrow)))
+        writing = agreed(node, lambda: _Writing(node, narrow, boxes))
+        done = writing.run(fd, log)
+    except FailedElsewhere:
+        return []
+    own = set(map(id, writing.own)) if done else set()
+    return [job for job in jobs if id(job) not in own]
+
+
+def _is_narrow(job: WriteJob) -> bool:
+    return job.box.numel > 0 and is_narrow(job.box, job.global_shape, job.tensor.element_size())
+
+
+def _in_file(job: WriteJob) -> InFile:
+    return InFile(job.key, job.dataset_offset, job.global_shape, job.tensor.element_size())
+
+
+def _encode_boxes(jobs: Sequence[WriteJob]) -> bytes:
+    return msgspec.msgpack.encode([(_in_file(job), job.box) for job in jobs])
+
+
+class _Writing:
+    """One exchange: its plan, which is the same on all ranks of the node, and what this rank puts.
+
+    Attributes:
+        own: The jobs of this rank that are done by the exchange.
+    """
+
+    def __init__(self, node: Coordinator, narrow: Sequence[WriteJob], gathered: Sequence[bytes]) -> None:
+        self._node = node
+        boxes: dict[InFile, list[Box]] = {}
+        for of_rank in gathered:
+            for variable, box in msgspec.msgpack.decode(of_rank, type=_Boxes):
+                boxes.setdefault(variable, []).append(box)
+        ordered = sorted(boxes, key=lambda variable: variable.offset)
+        self._files = dict(enumerate(ordered))
+        number_of = {variable: number for number, variable in self._files.items()}
+        filled = {number: filled_bands(boxes[file], file.shape) for number, file in self._files.items()}
+        covered = {number: Wanted(boxes[file], file.shape) for number, file in self._files.items()}
+        self.own = [job for job in narrow if _lies_in(job, filled[number_of[_in_file(job)]])]
+        self._held: dict[int, list[Held]] = {}
+        for job in self.own:
+            self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor))
+        self._rounds = plan_rounds(self._files, filled, covered, node.size, UNIT_NBYTES)
+
+    def run(self, fd: int, log: ChecksumLog | None) -> bool:
+        """Join and write; False where there is no shared memory. Collective over the node."""
+        if log is not None:
+            agreed(self._node, lambda: _log_checksums(self.own, log))
+        writeback, rank = Writeback(fd), self._node.rank
+        done = run_rounds(
+            self._node,
+            self._rounds,
+            before=self._put,
+            after=lambda this: write_unit(fd, this.units[rank], this.parts[rank], self._files, writeback),
+        )
+        writeback.flush()
+        return done
+
+    @torch.no_grad()
+    def _put(self, this: Round) -> None:
+        """Copy what this rank has of all units."""
+        for unit, part in zip(this.units, this.parts, strict=True):
+            for there, here in shared_parts(unit, part, self._files, self._held):
+                copy_bits(there, here)
+
+
+def _lies_in(job: WriteJob, filled: Sequence[Span]) -> bool:
+    own = hull(job.box, job.global_shape)
+    return any(band.start <= own.start and own.stop <= band.stop for band in filled)
+
+
+def _log_checksums(jobs: Sequence[WriteJob], log: ChecksumLog) -> bool:
+    source = PieceBytes(log)
+    for piece in pieces_of(jobs):
+        if source.needs_flush(piece):
+            source.flushed()
+        source.get(piece)
+    return True
