@@ -12,7 +12,7 @@ from distckpt import retention
 from distckpt.errors import CorruptCheckpointError
 from distckpt.log import warn
 from distckpt.retention import CheckpointRecord, History, Policy
-from distckpt.schedule import LastSave, Schedule
+from distckpt.schedule import AutoSchedule, LastSave, Schedule
 from distckpt.storage.commit import sweep as sweep_temporary_files
 from distckpt.storage.latest import complete_checkpoints, is_complete, latest_checkpoint, saved_files
 from distckpt.storage.managed import read_entry, remove_checkpoints, write_entry
@@ -60,7 +60,7 @@ class Keeper:
         directory: str,
         prefix: str,
         policy: Policy,
-        schedule: Schedule,
+        schedule: Schedule | AutoSchedule,
         *,
         last_step: int | None,
         read_step: Callable[[], int | None],

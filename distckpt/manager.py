@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordination.coordinator import Coordinator
@@ -16,7 +16,7 @@ from distckpt.keeper import Choice, Decision, Keeper, View
 from distckpt.options import RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
-from distckpt.schedule import Schedule, StepCounter, as_integer, read_step
+from distckpt.schedule import AutoSchedule, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import SUFFIX
@@ -55,8 +55,9 @@ class CheckpointManager:
         keep: Callable[[CheckpointRecord], bool] | None = None,
         checkpoint_name: str = "ckpt",
         step_counter: StepCounter | None = None,
-        checkpoint_interval: int | None = None,
+        checkpoint_interval: int | Literal["auto"] | None = None,
         checkpoint_interval_seconds: float | None = None,
+        mtbf: float | None = None,
         init_fn: Callable[[], object] | None = None,
         last_checkpoint_step: int | None = None,
         clock: Callable[[], float] = time.time,
@@ -77,9 +78,13 @@ class CheckpointManager:
             checkpoint_name: What the names of the files begin with.
             step_counter: Where rank 0 finds the present step: a function, a tensor, or the name of an attribute of the
                 checkpoint, such as "step".
-            checkpoint_interval: `save` does nothing until the step counter has advanced by so many steps.
+            checkpoint_interval: `save` does nothing until the step counter has advanced by so many steps. "auto": until
+                the interval has passed that wastes least time on saves and on work done again after a failure, from the
+                measured time of steps and saves and from `mtbf`.
             checkpoint_interval_seconds: `save` does nothing until so many seconds have passed. With both intervals, it
                 saves when either has passed.
+            mtbf: Mean seconds between two failures of the job, for "auto": that of a node divided by the number of
+                nodes.
             init_fn: Called by `restore_or_initialize`, on every rank, when there is nothing to restore.
             last_checkpoint_step: Step at which the first interval begins; None makes the first `save` save.
             clock: The time in seconds since the epoch; only that of rank 0 counts.
@@ -90,7 +95,7 @@ class CheckpointManager:
         """
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(f"checkpoint: expected a distckpt.Checkpoint. Got a {type(checkpoint).__qualname__}.")
-        if checkpoint_interval is not None and step_counter is None:
+        if checkpoint_interval is not None and checkpoint_interval != "auto" and step_counter is None:
             raise ValueError("checkpoint_interval: expected a step_counter with it. Got none.")
         policy = Policy(
             max_to_keep=max_to_keep,
@@ -99,6 +104,7 @@ class CheckpointManager:
             keep_best=as_best(keep_best),
             keep=keep,
         )
+        self._times = SaveTimes()
         self._checkpoint = checkpoint
         self._directory = str(Path(directory))
         self._name = _checked_name(checkpoint_name)
@@ -107,7 +113,7 @@ class CheckpointManager:
             self._directory,
             self._name,
             policy,
-            Schedule(checkpoint_interval, checkpoint_interval_seconds),
+            _schedule(checkpoint_interval, checkpoint_interval_seconds, mtbf, self._times),
             last_step=last_checkpoint_step,
             read_step=functools.partial(read_step, step_counter, checkpoint),
             clock=clock,
@@ -149,6 +155,11 @@ class CheckpointManager:
         """The status of the last `restore_or_initialize`; None before it. Local."""
         return self._status
 
+    @property
+    def save_seconds(self) -> float | None:
+        """How long the longest of the last saves took on this rank; None before the first one. Local."""
+        return self._times.longest_save
+
     # ---- the collective calls ----
 
     def save(
@@ -184,7 +195,8 @@ class CheckpointManager:
             if not decision.due:
                 return None
             prefix = Path(self._directory, self._name)
-            path = self._checkpoint._save_numbered(prefix, number.result, options)
+            with self._times.synchronous():
+                path = self._checkpoint._save_numbered(prefix, number.result, options)
             record = functools.partial(self._keeper.record, path, decision, durable=options.durable)
             self._known = self._coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED)
         return path
@@ -289,6 +301,16 @@ class CheckpointManager:
         if self._init_fn is not None:
             with self._coordinator.step("init_fn"):
                 self._init_fn()
+
+
+def _schedule(
+    steps: int | Literal["auto"] | None, seconds: float | None, mtbf: float | None, times: SaveTimes
+) -> Schedule | AutoSchedule:
+    if steps == "auto":
+        return AutoSchedule(mtbf, times, Schedule(None, seconds))
+    if mtbf is not None:
+        raise ValueError(f'mtbf: expected checkpoint_interval="auto" with it. Got {steps!r}.')
+    return Schedule(steps, seconds)
 
 
 def _checked_name(name: object) -> str:

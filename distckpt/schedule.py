@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from distckpt.interval import checkpoint_interval, require_seconds
 from distckpt.retention import require_positive
 
 #: Called for the step, or holds it, or names an attribute of the Checkpoint that does.
@@ -74,6 +79,97 @@ class Schedule:
         if self.seconds is None:
             return False
         return last.time is None or not 0 <= now - last.time < self.seconds  # the clock may have been set back
+
+
+#: How many of the last saves, and of the last steps, are measured: the first ones are no guide to the later ones.
+_SAVES, _STEPS = 5, 20
+
+
+class SaveTimes:
+    """How long saves take on this rank, from the last ones. Local."""
+
+    def __init__(self) -> None:
+        self._stalls: deque[float] = deque(maxlen=_SAVES)
+        self._saves: deque[float] = deque(maxlen=_SAVES)
+
+    def add(self, stall: float, save: float) -> None:
+        """Take in a save that succeeded.
+
+        Args:
+            stall: Seconds for which training stood still.
+            save: Seconds from the call until the file was durable; the same for a synchronous save.
+        """
+        self._stalls.append(stall)
+        self._saves.append(save)
+
+    @contextmanager
+    def synchronous(self) -> Iterator[None]:
+        """Measure the body, a save; one that fails does not count."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.add(seconds, seconds)
+
+    @property
+    def stall(self) -> float | None:
+        """The median of `stall`; None before the first save."""
+        return statistics.median(self._stalls) if self._stalls else None
+
+    @property
+    def longest_save(self) -> float | None:
+        """The longest `save`; None before the first one."""
+        return max(self._saves, default=None)
+
+
+class AutoSchedule:
+    """The interval follows from what a save costs, by `checkpoint_interval`. Rank 0 only.
+
+    The first call saves, to measure it. From then on it is the end of the step nearest to the best time, but never
+    before the time that a save takes has passed: one that goes on in the background must have ended.
+    """
+
+    def __init__(self, mtbf: float | None, times: SaveTimes, other: Schedule) -> None:
+        """Local.
+
+        Args:
+            mtbf: Mean seconds between two failures of the job.
+            times: What saves take.
+            other: A further interval; the one that passes first counts.
+
+        Raises:
+            ValueError: `mtbf` is not a finite number above 0.
+        """
+        self._mtbf = require_seconds("mtbf", mtbf)
+        self._times = times
+        self._other = other
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._last_call: float | None = None
+
+    def is_due(self, step: int | None, now: float, last: LastSave, *, check_interval: bool) -> bool:
+        """See `Schedule.is_due`."""
+        self._measure_step(now, last)
+        if step is not None and step == last.step:
+            return False
+        other = self._other.seconds is not None and self._other.is_due(step, now, last, check_interval=True)
+        return not check_interval or other or self._interval_passed(now, last)
+
+    def interval(self) -> float | None:
+        """Seconds of training between two saves; None until a save was measured."""
+        stall, save = self._times.stall, self._times.longest_save
+        return None if stall is None or save is None else max(checkpoint_interval(stall, self._mtbf), save)
+
+    def _interval_passed(self, now: float, last: LastSave) -> bool:
+        interval = self.interval()
+        if interval is None or last.time is None:
+            return True
+        step = statistics.median(self._steps) if self._steps else 0.0
+        return not 0 <= now - last.time < interval - step / 2  # the clock may have been set back
+
+    def _measure_step(self, now: float, last: LastSave) -> None:
+        """A step lies between two calls without a save between them."""
+        if self._last_call is not None and (last.time is None or last.time <= self._last_call):
+            self._steps.append(max(0.0, now - self._last_call))
+        self._last_call = now
 
 
 def read_step(counter: StepCounter | None, owner: object) -> int | None:

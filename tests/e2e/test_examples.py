@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,62 @@ def test_quickstart_goes_on_where_it_stopped_on_another_number_of_ranks(mpirun: 
         assert job.returncode == 0, job.stdout
         assert line in job.stdout
     assert (tmp_path / "runs/quickstart/ckpt-2.h5").exists()
+
+
+def shown_runs(example: str) -> list[tuple[int, list[str]]]:
+    """Ranks and arguments of the commands in the docstring of an example; 0 ranks without mpirun."""
+    lines = re.findall(rf"^    (?:mpirun -n (\d) )?python examples/{example}([^#\n]*)", read(example), re.MULTILINE)
+    return [(int(ranks or 0), arguments.split()) for ranks, arguments in lines]
+
+
+def read(example: str) -> str:
+    return (EXAMPLES / example).read_text()
+
+
+@pytest.mark.parametrize(
+    ("example", "layouts"),
+    [
+        ("tensor_parallel.py", ["on 4 ranks, 2 of them", "on 3 ranks, 3 of them", "on 1 ranks"]),
+        ("pipeline_parallel.py", ["layers 0 to 0 on the first", "layers 0 to 2 on the first", "layers 0 to 5 on the"]),
+    ],
+)
+def test_a_run_goes_on_from_the_loss_of_the_one_before_on_another_layout(
+    mpirun: Any, tmp_path: Path, example: str, layouts: list[str]
+) -> None:
+    shown = shown_runs(example)
+    assert len(shown) == len(layouts)
+    losses = {}
+    for (ranks, arguments), layout in zip(shown, layouts, strict=True):
+        job = mpirun(ranks, [EXAMPLES / example, *arguments], cwd=tmp_path)
+        assert job.returncode == 0, job.stdout
+        found = re.findall(rf"^(restored|saved) step (\d+): loss (\S+) .*{layout}", job.stdout, re.MULTILINE)
+        for verb, step, loss in found:
+            assert verb == "saved" or float(loss) == pytest.approx(losses[int(step)], abs=1e-4)
+            losses[int(step)] = float(loss)
+        assert [verb for verb, _, _ in found] == ["restored"] * (ranks != shown[0][0]) + ["saved"], job.stdout
+    assert list(losses) == [20, 40, 60]
+    assert losses[20] > losses[40] > losses[60]
+
+
+def test_custom_trackables_go_on_as_if_nothing_had_happened(mpirun: Any, tmp_path: Path) -> None:
+    def run(ranks: int, directory: str, *, times: int = 1) -> str:
+        for _ in range(times):
+            job = mpirun(ranks, [EXAMPLES / "custom_trackable.py", "--dir", directory], cwd=tmp_path)
+            assert job.returncode == 0, job.stdout
+        return str(job.stdout)
+
+    assert [ranks for ranks, _ in shown_runs("custom_trackable.py")] == [3, 2]
+    run(3, "resharded")
+    resharded, alone = run(2, "resharded"), run(0, "alone", times=2)
+    values = r"level .* table \S+, seen here \d+"
+    assert re.findall(values, resharded) == re.findall(values, alone) != []
+    assert "step 20 on 2 ranks: level" in resharded
+    assert "'step': 20" in resharded
+
+
+@pytest.mark.parametrize("example", ["tensor_parallel.py", "pipeline_parallel.py", "custom_trackable.py"])
+def test_examples_fit_on_a_few_screens(example: str) -> None:
+    assert len(read(example).splitlines()) <= 120
 
 
 def test_a_killed_run_repeats_the_uninterrupted_one_bit_for_bit(mpirun: Any, tmp_path: Path) -> None:

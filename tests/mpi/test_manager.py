@@ -100,6 +100,31 @@ def test_rank_0_decides(comm: Any, mpi_dir: Path, agree: Agree) -> None:
     agree(manager.latest_checkpoint == str(mpi_dir / "run" / "ckpt-5.h5"))
 
 
+@pytest.mark.parametrize(("mtbf", "saved"), [(1e12, [1]), (1e-6, [1, 2, 3, 4])])
+def test_rank_0_alone_measures_for_the_automatic_interval(
+    comm: Any, mpi_dir: Path, agree: Agree, mtbf: float, saved: list[int]
+) -> None:
+    """The clocks of the other ranks stand still, and their failures are said to be of another number."""
+    now, root = [0.0], comm.rank == 0
+    checkpoint = make(comm)
+    manager = CheckpointManager(
+        checkpoint,
+        mpi_dir,
+        checkpoint_interval="auto",
+        mtbf=mtbf if root else 1.0,
+        step_counter="step",
+        clock=lambda: now[0] if root else 5.0,
+    )
+    found = []
+    for checkpoint.step in range(1, 5):
+        now[0] += 100.0
+        if manager.save() is not None:
+            now[0] += 1.0
+            found.append(checkpoint.step)
+    agree(found == saved, str(found))
+    agree(manager.save_seconds is not None)
+
+
 def test_five_lives_over_sharded_variables(comm: Any, mpi_dir: Path, agree: Agree) -> None:
     """Each life restores what the last one left, on any rank count (rows 196, 198)."""
     step = 0

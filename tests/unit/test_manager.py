@@ -32,6 +32,7 @@ from distckpt import (
     latest_checkpoint,
     load_variable,
 )
+from distckpt.cluster import PreemptionGuard
 from distckpt.storage import commit
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.latest import complete_checkpoints, is_complete
@@ -337,6 +338,48 @@ def test_interval_of_seconds(tmp_path: Path) -> None:
     twin = CheckpointManager(make(), tmp_path, checkpoint_interval_seconds=60, clock=clock)
     twin.restore_or_initialize()
     assert twin.save() is None
+
+
+@pytest.mark.parametrize(("mtbf", "saved"), [(1e12, [1]), (1e-6, [1, 2, 3, 4, 5])])
+def test_auto_interval(tmp_path: Path, mtbf: float, saved: list[int]) -> None:
+    clock, checkpoint = Clock(), make()
+    manager = CheckpointManager(
+        checkpoint, tmp_path, checkpoint_interval="auto", mtbf=mtbf, step_counter="step", clock=clock
+    )
+    assert manager.save_seconds is None
+    found = []
+    for checkpoint.step in range(1, 6):
+        clock.now += 10.0
+        if manager.save() is not None:
+            found.append(checkpoint.step)
+            clock.now += 1.0
+    assert found == saved
+    assert manager.save_seconds is not None
+    assert 0 < manager.save_seconds < 10
+    assert manager.save(check_interval=False) is None or saved == [1]
+
+
+def test_the_guard_takes_the_save_time_of_a_manager(tmp_path: Path) -> None:
+    manager = CheckpointManager(make(), tmp_path)
+    with PreemptionGuard(manager=manager) as guard:
+        assert guard.margin == 45.0
+        manager.save()
+        assert manager.save_seconds is not None
+        assert guard.margin == 1.5 * manager.save_seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint_interval": "auto"}, "mtbf: expected a number of seconds > 0. Got None"),
+        ({"checkpoint_interval": "auto", "mtbf": -1}, "mtbf: expected a number of seconds > 0. Got -1"),
+        ({"mtbf": 100}, 'mtbf: expected checkpoint_interval="auto" with it. Got None'),
+        ({"checkpoint_interval": "often", "step_counter": "step"}, "checkpoint_interval: expected a number > 0"),
+    ],
+)
+def test_bad_auto_intervals(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CheckpointManager(make(), tmp_path, **options)
 
 
 def test_a_save_that_failed_leaves_the_interval_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

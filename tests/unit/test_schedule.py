@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt.schedule import LastSave, Schedule, as_integer, read_step
+from distckpt.cluster import checkpoint_interval
+from distckpt.schedule import AutoSchedule, LastSave, SaveTimes, Schedule, as_integer, read_step
 
 NEVER = LastSave()
 
@@ -46,6 +48,64 @@ def test_forced_but_not_twice_at_one_step() -> None:
 def test_bad_intervals(steps: Any, seconds: Any) -> None:
     with pytest.raises(ValueError, match=r"checkpoint_interval(_seconds)?: expected a number > 0"):
         Schedule(steps, seconds)
+
+
+def saves_of(schedule: AutoSchedule, times: SaveTimes, *, step: float, save: float, steps: int) -> list[int]:
+    """The steps at which a training saves; a step and a save take so many seconds."""
+    now, last, saved = 0.0, LastSave(), []
+    for number in range(1, steps + 1):
+        now += step
+        if schedule.is_due(number, now, last, check_interval=True):
+            now += save
+            times.add(save, save)
+            last = LastSave(number, now)
+            saved.append(number)
+    return saved
+
+
+@pytest.mark.parametrize(("step", "save"), [(1.0, 2.0), (7.0, 2.0), (0.1, 0.02), (100.0, 2.0)])
+def test_auto_saves_at_the_steps_nearest_to_the_best_interval(step: float, save: float) -> None:
+    times = SaveTimes()
+    schedule = AutoSchedule(3600.0, times, Schedule(None, None))
+    assert schedule.interval() is None
+    saved = saves_of(schedule, times, step=step, save=save, steps=2000)
+    assert saved[0] == 1, "the first call, to measure"
+    best = checkpoint_interval(save, 3600.0)
+    assert schedule.interval() == best
+    gaps = {later - earlier for earlier, later in itertools.pairwise(saved[1:])}
+    assert gaps == {max(1, round(best / step))}
+
+
+def test_auto_waits_for_the_save_in_the_background() -> None:
+    times = SaveTimes()
+    schedule = AutoSchedule(3600.0, times, Schedule(None, None))
+    times.add(stall=0.01, save=100.0)
+    assert schedule.interval() == 100.0
+    assert not schedule.is_due(5, 99.0, LastSave(1, 0.0), check_interval=True)
+    assert schedule.is_due(5, 100.0, LastSave(1, 0.0), check_interval=True)
+
+
+def test_auto_with_another_interval_forced_twice_and_with_the_clock_set_back() -> None:
+    times = SaveTimes()
+    times.add(1.0, 1.0)
+    schedule = AutoSchedule(1e6, times, Schedule(None, 10.0))
+    assert not schedule.is_due(2, 9.0, LastSave(1, 0.0), check_interval=True)
+    assert schedule.is_due(2, 10.0, LastSave(1, 0.0), check_interval=True)
+    assert schedule.is_due(2, 1.0, LastSave(1, 0.0), check_interval=False)
+    assert not schedule.is_due(1, 1.0, LastSave(1, 0.0), check_interval=False)
+    assert schedule.is_due(2, -5.0, LastSave(1, 0.0), check_interval=True)
+
+
+def test_times_are_those_of_the_last_saves_that_succeeded() -> None:
+    times = SaveTimes()
+    assert (times.stall, times.longest_save) == (None, None)
+    with pytest.raises(OSError, match="full"), times.synchronous():
+        raise OSError("full")
+    assert times.longest_save is None
+    times.add(9.0, 99.0)
+    for seconds in (1.0, 1.0, 2.0, 1.0, 1.0):
+        times.add(seconds, 2 * seconds)
+    assert (times.stall, times.longest_save) == (1.0, 4.0)
 
 
 OWNER = SimpleNamespace(step=3, loader=SimpleNamespace(batch=np.int64(5)), name="x")
