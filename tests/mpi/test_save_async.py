@@ -423,11 +423,11 @@ def test_a_manager_on_all_ranks(subcomm: Any, mpi_dir: Path, monkeypatch: pytest
     if comm is None:
         return
     program = Program(comm, 1)
-    manager = CheckpointManager(program.checkpoint, mpi_dir, max_to_keep=2, step_counter="step")
+    manager = CheckpointManager(program.checkpoint, mpi_dir, max_to_keep=2, step_counter="step", checkpoint_interval=1)
     for number in range(1, 5):
-        handle = manager.save_async(check_interval=False)
+        handle = manager.save_async()
         assert handle is not None
-        assert manager.save_async(check_interval=False) is None  # it was at this step
+        assert manager.save_async() is None  # it was at this step
         program.train()
         path = handle.result()
         assert path == manager.latest_checkpoint == str(mpi_dir / f"ckpt-{number}.h5")
