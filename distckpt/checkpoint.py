@@ -11,7 +11,7 @@ import torch
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created
-from distckpt.flight import Epilogue
+from distckpt.flight import Epilogue, Flight
 from distckpt.graph.adapters.base import Adapter
 from distckpt.graph.adapters.registry import adapter_for, is_checkpointable, unwrap
 from distckpt.graph.adapters.root import RootAdapter
@@ -168,7 +168,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank, or an earlier save in the background did.
         """
-        return self._start_numbered(file_prefix, None, given_or_default(options, SaveOptions), None)
+        return SaveHandle(self._start_numbered(file_prefix, None, given_or_default(options, SaveOptions), None))
 
     def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Write everything to `path`, without number, counter and state file. Collective over the communicator.
@@ -256,13 +256,13 @@ class Checkpoint(Trackable):
         number: int | None,
         options: SaveOptions,
         epilogue: Epilogue | None,
-    ) -> SaveHandle:
+    ) -> Flight:
         """`save_async`, with a number of the caller's choice, and with work that is to end before it does."""
         session = self._session
         session.saver.in_flight.settle("save_async", options.timeout, options.max_in_flight - 1)
         walk = functools.partial(self._walk_for_save, with_counter=True)
         target = Target(file_prefix, session.next_base, number)
-        return SaveHandle(session.saver.start(walk, target, options, session.count, epilogue))
+        return session.saver.start(walk, target, options, session.count, epilogue)
 
     def _restore(
         self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions

@@ -131,6 +131,10 @@ class Flight:
 
     # ---- what the program asks ----
 
+    def has_ended(self) -> bool:
+        """Whether it is committed or has failed, as far as this rank knows. Local."""
+        return self._ended.is_set()
+
     @property
     def is_staged(self) -> bool:
         """Whether this rank's tensors may change. Local."""

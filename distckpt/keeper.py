@@ -1,7 +1,12 @@
-"""A manager as rank 0 sees it: the directory, the clock and the records. Rank 0 only, all of it but the constructor."""
+"""A manager as rank 0 sees it: the directory, the clock and the records. Rank 0 only, all of it but the constructor.
+
+A save in the background is taken in when it is committed, by the thread that has committed it: before that nothing is
+deleted for it, and it counts only as the place from which intervals are measured.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,9 @@ from distckpt.storage.managed import read_entry, remove_checkpoints, write_entry
 from distckpt.storage.paths import SUFFIX, numbered_files, parse_numbered, resolve
 from distckpt.storage.state import DamagedStateError
 
+#: Whether a save in the background has ended.
+Ended = Callable[[], bool]
+
 
 class View(msgspec.Struct, frozen=True):
     """What all ranks know of the directory.
@@ -26,10 +34,12 @@ class View(msgspec.Struct, frozen=True):
     Attributes:
         latest: Path of the newest complete checkpoint.
         checkpoints: Paths of those that the manager may delete, oldest first.
+        serial: Grows with time.
     """
 
     latest: str | None
     checkpoints: list[str]
+    serial: int
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -37,11 +47,13 @@ class Decision(msgspec.Struct, frozen=True):
 
     Attributes:
         due: Whether to save.
+        time: When it was decided, in seconds on rank 0's clock.
         step: Of the step counter; None without one.
         metrics: Those that are finite.
     """
 
     due: bool
+    time: float
     step: int | None
     metrics: dict[str, float]
 
@@ -84,6 +96,9 @@ class Keeper:
         self._read_step = read_step
         self._clock = clock
         self._last = LastSave(last_step)
+        self._begun: list[tuple[LastSave, Ended]] = []  # saves in the background, oldest first
+        self._lock = threading.RLock()
+        self._serial = 0
         self._history = History(last_preserved_time=clock() - 1)
         self._latest: str | None = None
         self._candidates: Iterator[str] = iter(())
@@ -108,22 +123,46 @@ class Keeper:
         Raises:
             ValueError: The step or a metric is no number.
         """
-        step = self._read_step()
-        due = self._schedule.is_due(step, self._clock(), self._last, check_interval=check_interval)
-        return Decision(due, step, retention.finite_metrics(metrics))
+        with self._lock:
+            step, now = self._read_step(), self._clock()
+            due = self._schedule.is_due(step, now, self._newest(), check_interval=check_interval)
+            return Decision(due, now, step, retention.finite_metrics(metrics))
 
-    def record(self, path: str, decision: Decision, *, durable: bool) -> View:
-        """Take in a new checkpoint, and delete what no policy keeps.
+    def begin(self, decision: Decision, ended: Ended) -> None:
+        """Measure intervals from a save that goes on in the background, unless it fails.
+
+        Args:
+            decision: Why it was begun.
+            ended: Whether it has ended, well or not.
+        """
+        self._begun.append((LastSave(decision.step, decision.time), ended))
+
+    def _newest(self) -> LastSave:
+        """Where intervals begin. Of a save that has ended, `record` knows if it was committed."""
+        self._begun = [(last, ended) for last, ended in self._begun if not ended()]
+        return self._begun[-1][0] if self._begun else self._last
+
+    def record(self, path: str, decision: Decision, *, durable: bool, when: float | None = None) -> View:
+        """Take in a new checkpoint, and delete what no policy keeps. Any thread.
 
         The state file names the new checkpoint before an old one is deleted, and the deleted ones until the next save:
         whenever the process ends, the next one knows all files that are there.
 
+        Args:
+            path: The checkpoint.
+            decision: Why it was made.
+            durable: It is on disk, whatever happens to the machine.
+            when: The moment of which it holds the state, in seconds; None for now.
+
         Raises:
             OSError: The state file cannot be written.
         """
+        with self._lock:
+            return self._record(path, decision, durable=durable, now=self._clock() if when is None else when)
+
+    def _record(self, path: str, decision: Decision, *, durable: bool, now: float) -> View:
         number = parse_numbered(Path(path).name)
         assert number is not None, "made by save"
-        now = self._clock()
         step = number.number if decision.step is None else decision.step
         record = CheckpointRecord(name=number.name, time=now, step=step, metrics=decision.metrics, durable=durable)
         self._latest, self._last = path, LastSave(decision.step, now)
@@ -164,8 +203,9 @@ class Keeper:
         Raises:
             ValueError: The step is no integer.
         """
-        self._latest, self._last = path, LastSave(self._read_step(), self._clock())
-        return self._view()
+        with self._lock:
+            self._latest, self._last = path, LastSave(self._read_step(), self._clock())
+            return self._view()
 
     def _require_nothing_lost(self) -> None:
         """To start anew where checkpoints are must be the user's decision."""
@@ -185,13 +225,15 @@ class Keeper:
         if found.name not in self._own_files() or not found.parent.samefile(self._directory):
             pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
             raise ValueError(f"pin: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
-        self._write(retention.pin(self._history, found.name), durable=True)
-        return self._view()
+        with self._lock:
+            self._write(retention.pin(self._history, found.name), durable=True)
+            return self._view()
 
     def unpin(self, path: str) -> View:
         """See `CheckpointManager.unpin`."""
-        self._write(retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX), durable=True)
-        return self._view()
+        with self._lock:
+            self._write(retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX), durable=True)
+            return self._view()
 
     # ---- parts of the above ----
 
@@ -214,4 +256,5 @@ class Keeper:
 
     def _view(self) -> View:
         paths = [str(Path(self._directory, record.name)) for record in self._history.checkpoints]
-        return View(self._latest, paths)
+        self._serial += 1
+        return View(self._latest, paths, self._serial)

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.draft import Created
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from distckpt.handle import SaveHandle
 from distckpt.keeper import Choice, Decision, Keeper, View
 from distckpt.options import RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
-from distckpt.schedule import AutoSchedule, SaveTimes, Schedule, StepCounter, as_integer, read_step
+from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import SUFFIX
@@ -74,7 +76,8 @@ class CheckpointManager:
                 kept for good. Without a `step_counter` the steps are the numbers of the checkpoints.
             keep_best: (metric, "min" or "max", count): the so many best by a metric passed to `save` are kept. A
                 checkpoint without the metric, or where it is not finite, is none of the best.
-            keep: A checkpoint is kept while this returns True for it. Called on rank 0.
+            keep: A checkpoint is kept while this returns True for it. Called on rank 0; for saves in the background by
+                their thread.
             checkpoint_name: What the names of the files begin with.
             step_counter: Where rank 0 finds the present step: a function, a tensor, or the name of an attribute of the
                 checkpoint, such as "step".
@@ -187,19 +190,52 @@ class CheckpointManager:
         """
         options = given_or_default(options, SaveOptions)
         with self._coordinator.uninterrupted():
-            number = Attempt.of(functools.partial(_as_number, checkpoint_number))
-            fields = {"checkpoint_number": repr(number.result), "check_interval": repr(check_interval)}
-            self._meet("save", options.timeout, fields, number.error)
-            decide = functools.partial(self._keeper.decide, metrics, check_interval=check_interval)
-            decision = self._coordinator.on_root("decide whether to save", decide, Decision)
+            number, decision = self._decide("save", checkpoint_number, check_interval, metrics, options)
             if not decision.due:
                 return None
-            prefix = Path(self._directory, self._name)
             with self._times.synchronous():
-                path = self._checkpoint._save_numbered(prefix, number.result, options)
+                path = self._checkpoint._save_numbered(self._prefix, number, options)
             record = functools.partial(self._keeper.record, path, decision, durable=options.durable)
-            self._known = self._coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED)
+            self._learn(self._coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED))
         return path
+
+    def save_async(
+        self,
+        checkpoint_number: int | None = None,
+        *,
+        check_interval: bool = True,
+        metrics: Mapping[str, Any] | None = None,
+        options: SaveOptions | None = None,
+    ) -> SaveHandle | None:
+        """Begin to save, unless the interval has not passed. Collective over the communicator.
+
+        Once the checkpoint is committed, old ones are deleted, in the background, too; before that, none is. See
+        `Checkpoint.save_async`.
+
+        Args:
+            checkpoint_number: As in `save`.
+            check_interval: As in `save`.
+            metrics: As in `save`.
+            options: The same on all ranks.
+
+        Returns:
+            A handle; None when the interval has not passed.
+
+        Raises:
+            CheckpointError: As `Checkpoint.save_async`.
+        """
+        options = given_or_default(options, SaveOptions)
+        with self._coordinator.uninterrupted():
+            number, decision = self._decide("save_async", checkpoint_number, check_interval, metrics, options)
+            if not decision.due:
+                return None
+            timing = self._times.background()
+            record = functools.partial(self._record_later, decision, options.durable, timing)
+            flight = self._checkpoint._start_numbered(self._prefix, number, options, record)
+            timing.returned()
+            if self._coordinator.rank == 0:
+                self._keeper.begin(decision, flight.has_ended)
+        return SaveHandle(flight)
 
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint, or call `init_fn` when there is none. Collective over the communicator.
@@ -218,6 +254,7 @@ class CheckpointManager:
         """
         options = given_or_default(options, RestoreOptions)
         with self._coordinator.uninterrupted():
+            self._checkpoint._session.saver.in_flight.settle("restore_or_initialize", options.timeout)
             self._meet("restore_or_initialize", options.timeout)
             self._coordinator.on_root("look for checkpoints", self._keeper.begin_restore, type(None))
             path = self._restore_newest(options)
@@ -225,7 +262,7 @@ class CheckpointManager:
                 self._initialize(options)
             else:
                 restored = functools.partial(self._keeper.restored, path)
-                self._known = self._coordinator.on_root("read the step", restored, View)
+                self._learn(self._coordinator.on_root("read the step", restored, View))
         return path
 
     def pin(self, path: str | os.PathLike[str]) -> None:
@@ -266,7 +303,44 @@ class CheckpointManager:
         request = Request(f"CheckpointManager.{operation}", {**own, **(fields or {})})
         meet(self._coordinator, request, error, timeout)
         if self._known is None:
-            self._known = self._coordinator.on_root("look at the directory", self._keeper.open, View)
+            self._learn(self._coordinator.on_root("look at the directory", self._keeper.open, View))
+
+    def _decide(
+        self,
+        operation: str,
+        checkpoint_number: int | None,
+        check_interval: bool,
+        metrics: Mapping[str, Any] | None,
+        options: SaveOptions,
+    ) -> tuple[int | None, Decision]:
+        """The number that the caller wants, and whether to save. Collective over the communicator."""
+        number = Attempt.of(functools.partial(_as_number, checkpoint_number))
+        fields = {"checkpoint_number": repr(number.result), "check_interval": repr(check_interval)}
+        self._meet(operation, options.timeout, fields, number.error)
+        decide = functools.partial(self._keeper.decide, metrics, check_interval=check_interval)
+        return number.result, self._coordinator.on_root("decide whether to save", decide, Decision)
+
+    @property
+    def _prefix(self) -> Path:
+        return Path(self._directory, self._name)
+
+    def _record_later(
+        self,
+        decision: Decision,
+        durable: bool,
+        timing: BackgroundTiming,
+        coordinator: Coordinator,
+        created: Created,
+    ) -> None:
+        """A save in the background is committed. Collective; where its thread speaks, that calls it."""
+        timing.committed()
+        record = functools.partial(self._keeper.record, created.path, decision, durable=durable, when=decision.time)
+        self._learn(coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED))
+
+    def _learn(self, view: View) -> None:
+        """Take in what rank 0 sees, unless something newer is known: the background may have been faster."""
+        if self._known is None or view.serial > self._known.serial:
+            self._known = view
 
     def _view(self) -> View:
         if self._known is None:
@@ -279,7 +353,7 @@ class CheckpointManager:
         with self._coordinator.uninterrupted():
             text = Attempt.of(functools.partial(os.fspath, path))
             self._meet(operation, SaveOptions().timeout, {"path": repr(text.result)}, text.error)
-            self._known = self._coordinator.on_root(operation, functools.partial(change, text.value), View)
+            self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), View))
 
     def _restore_newest(self, options: RestoreOptions) -> str | None:
         """Restore the newest checkpoint that is sound. Collective over the communicator."""

@@ -110,15 +110,38 @@ class SaveTimes:
         seconds = time.monotonic() - start
         self.add(seconds, seconds)
 
+    def background(self) -> BackgroundTiming:
+        """Begin to measure a save in the background, which is being called."""
+        return BackgroundTiming(self)
+
     @property
     def stall(self) -> float | None:
         """The median of `stall`; None before the first save."""
-        return statistics.median(self._stalls) if self._stalls else None
+        stalls = list(self._stalls)  # a thread in the background may add one meanwhile
+        return statistics.median(stalls) if stalls else None
 
     @property
     def longest_save(self) -> float | None:
         """The longest `save`; None before the first one."""
-        return max(self._saves, default=None)
+        return max(list(self._saves), default=None)
+
+
+class BackgroundTiming:
+    """Measures one save in the background; one that fails does not count. Local; its end comes from any thread."""
+
+    def __init__(self, times: SaveTimes) -> None:
+        self._times = times
+        self._start = time.monotonic()
+        self._stall: float | None = None
+
+    def returned(self) -> None:
+        """Training goes on."""
+        self._stall = time.monotonic() - self._start
+
+    def committed(self) -> None:
+        """The file is durable; that may be before the call has returned."""
+        seconds = time.monotonic() - self._start
+        self._times.add(seconds if self._stall is None else self._stall, seconds)
 
 
 class AutoSchedule:

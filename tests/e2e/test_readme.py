@@ -30,7 +30,7 @@ def test_the_first_code_is_the_quickstart_and_comes_early() -> None:
 def test_code_blocks_run_as_pasted(tmp_path: Path) -> None:
     shown = blocks("python")[1:]
     assert shown
-    assert [run(code, tmp_path) for code in shown] == ["() () ()\n", ""]
+    assert [run(code, tmp_path) for code in shown] == ["() () ()\n", "runs/background/ckpt-3.h5\n", ""]
 
 
 def test_shown_commands_read_what_the_quickstart_saves(tmp_path: Path) -> None:

@@ -20,14 +20,15 @@ import torch
 import distckpt.checkpoint
 import distckpt.draft
 import distckpt.flight
+import distckpt.keeper
 import distckpt.output
 import distckpt.saver
 import distckpt.writer
-from distckpt import Checkpoint, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
+from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import background
 from distckpt.errors import CollectiveError, LayoutError
 from distckpt.flight import Flight
-from distckpt.storage import hdf5, rawio, snapshot
+from distckpt.storage import hdf5, rawio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
@@ -227,7 +228,7 @@ FAULTS = [
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", hdf5, "rebuild", ROOT),
     Fault("stage", distckpt.saver, "_jobs", EVERY),
-    Fault("stage", snapshot, "copy_bits", EVERY),
+    Fault("stage", distckpt.flight.Snapshot, "_copy_now", EVERY),
     Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),
     Fault("write", distckpt.flight.Snapshot, "jobs", EVERY),
     Fault("write", distckpt.writer, "open_shared", EVERY),
@@ -411,6 +412,39 @@ def test_different_calls(subcomm: Any, mpi_dir: Path) -> None:
     with pytest.raises(LayoutError, match="different calls: save on rank 1; save_async on rank 0, 2"):
         call(mpi_dir / "ckpt")
     assert checkpoint.save_async(mpi_dir / "ckpt").result() == str(mpi_dir / "ckpt-1.h5")
+
+
+# ---- the manager -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("level")
+def test_a_manager_on_all_ranks(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = subcomm(SIZE)
+    if comm is None:
+        return
+    program = Program(comm, 1)
+    manager = CheckpointManager(program.checkpoint, mpi_dir, max_to_keep=2, step_counter="step", checkpoint_interval=1)
+    for number in range(1, 5):
+        handle = manager.save_async()
+        assert handle is not None
+        assert manager.save_async() is None  # it was at this step
+        program.train()
+        path = handle.result()
+        assert path == manager.latest_checkpoint == str(mpi_dir / f"ckpt-{number}.h5")
+        assert manager.checkpoints == [str(mpi_dir / f"ckpt-{n}.h5") for n in (number - 1, number) if n]
+    assert names_in(comm, mpi_dir) == {"checkpoint", "ckpt-3.h5", "ckpt-4.h5"}
+    with monkeypatch.context() as patch:
+        if comm.rank == 0:
+            patch.setattr(distckpt.keeper, "remove_checkpoints", Raise(OSError(28, "injected on rank 0")))
+        handle = manager.save_async()
+        assert handle is not None
+        outcome = outcome_of(handle.result)
+    assert_agreed(comm, Fault("delete old checkpoints", None, "", ROOT), 0, outcome)
+    assert names_in(comm, mpi_dir) == {"checkpoint", "ckpt-3.h5", "ckpt-4.h5", "ckpt-5.h5"}
+    assert program.checkpoint.save_counter == 5  # the checkpoint itself is complete
+    program.train()
+    assert manager.save() == str(mpi_dir / "ckpt-6.h5")
+    assert names_in(comm, mpi_dir) == {"checkpoint", "ckpt-5.h5", "ckpt-6.h5"}
 
 
 # ---- the communicator --------------------------------------------------------------------------------------------

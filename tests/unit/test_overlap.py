@@ -116,8 +116,9 @@ def test_saves_do_not_change_training(tmp_path: Path) -> None:
         torch.manual_seed(2)
         for _ in range(10):
             if program is left:
-                program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+                handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
             program.train()
+    handle.result(PATIENCE)
     assert left.values() == right.values()
 
 

@@ -141,3 +141,24 @@ def test_as_integer() -> None:
     assert as_integer("n", torch.tensor(4, dtype=torch.int16)) == 4
     with pytest.raises(ValueError, match=r"n: expected an integer\. Got 1\.0"):
         as_integer("n", 1.0)
+
+
+def test_a_save_in_the_background_stalls_until_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.5, 103.0])
+    monkeypatch.setattr("distckpt.schedule.time.monotonic", lambda: next(clock))
+    times = SaveTimes()
+    timing = times.background()
+    timing.returned()
+    assert times.stall is None  # not durable yet
+    timing.committed()
+    assert (times.stall, times.longest_save) == (0.5, 3.0)
+
+
+def test_a_save_that_is_committed_before_its_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 101.0, 102.0])
+    monkeypatch.setattr("distckpt.schedule.time.monotonic", lambda: next(clock))
+    times = SaveTimes()
+    timing = times.background()
+    timing.committed()
+    timing.returned()
+    assert (times.stall, times.longest_save) == (1.0, 1.0)
