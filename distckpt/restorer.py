@@ -70,8 +70,7 @@ class Restorer:
         """Match, agree, read, assign. Collective over the communicator."""
         coordinator, source = self._coordinator, restoration.source
         with coordinator.step("match"):
-            claimed: set[tuple[int, str]] = set()
-            binding, assignment = restoration.plan(live, claimed)
+            binding, assignment = restoration.plan(live)
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
@@ -80,9 +79,6 @@ class Restorer:
         with coordinator.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
-            for older in self._active:
-                older.give_way(live, claimed)
-            self._forget_finished()
             self._wait_for_the_rest(restoration, live)
         with coordinator.step("report"):
             self._tell(restoration, report, binding.warnings)
@@ -137,24 +133,24 @@ class Restorer:
     # ---- what waits ----
 
     def _wait_for_the_rest(self, restoration: Restoration, live: LiveGraph) -> None:
-        if restoration.pending:
-            self._active.insert(0, restoration)
-            self._listen(live)
-        else:
-            restoration.source.close()
+        for older in self._active:
+            older.drop_outrun(live)
+        self._active.insert(0, restoration)
+        restoration.wait()
+        self._forget_finished()
+        self._listen(live)
 
     def retry_pending(self) -> int:
         """Apply what waited and has a live counterpart now; returns the number of values. Local."""
         if not self._active or self._applying:
             return 0
         live = self._walk(with_counter=any(restoration.with_counter for restoration in self._active))
-        claimed: set[tuple[int, str]] = set()
         self._applying = True
         try:
-            applied = sum(restoration.catch_up(live, claimed) for restoration in self._active)
+            applied = sum(restoration.catch_up(live) for restoration in self._active)
         finally:
             self._applying = False
-        self._forget_finished()
+            self._forget_finished()
         self._listen(live)
         return applied
 
@@ -174,7 +170,7 @@ class Restorer:
     def _catch_up_and_report(self, restoration: Restoration) -> bytes:
         self.retry_pending()
         live = self._walk(with_counter=restoration.with_counter)
-        binding, assignment = restoration.plan(live, set())
+        binding, assignment = restoration.plan(live)
         assignment.consumed.clear()  # nothing is being restored now
         return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
 
@@ -199,7 +195,7 @@ class Restorer:
 
     def close(self, restoration: Restoration) -> None:
         """Give up what one restore still waits for. Local."""
-        restoration.pending.clear()
+        restoration.finish()
         self._forget_finished()
 
     def _forget(self, source: Source) -> None:
@@ -211,34 +207,13 @@ class Restorer:
     def _forget_finished(self) -> None:
         for restoration in self._active:
             if not restoration.pending:
-                restoration.source.close()
+                restoration.finish()
         self._active = [restoration for restoration in self._active if restoration.pending]
 
     def _listen(self, live: LiveGraph) -> None:
         """Hear of new attributes on every trackable object, while something waits."""
-        hook = _AttributeHook(self)
         # With a root of its own a Checkpoint is no node, but may get attributes all the same.
         objects = [self._require_checkpoint(), *(node.obj for node in live.nodes)] if self._active else []
         for obj in objects:
             if isinstance(obj, Trackable):
-                listeners = tracking_of(obj).listeners
-                if hook not in listeners:
-                    listeners.append(hook)
-
-
-class _AttributeHook:
-    """Tells a Restorer of attributes, without keeping it alive."""
-
-    def __init__(self, restorer: Restorer) -> None:
-        self._restorer = weakref.ref(restorer)
-
-    def __call__(self, trackable: Trackable, name: str) -> None:
-        restorer = self._restorer()
-        if restorer is not None:
-            restorer.on_attribute(name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _AttributeHook) and self._restorer == other._restorer
-
-    def __hash__(self) -> int:
-        return hash(self._restorer)
+                tracking_of(obj).listeners[self] = None

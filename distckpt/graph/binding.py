@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distckpt.graph.adapters.optimizer import Group, Groups
+from distckpt.graph.adapters.optimizer import Group, Groups, claim_of_pair
+from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
@@ -37,6 +38,11 @@ class Match:
     name: str
     node: LiveNode
     value: Value | None
+
+    @property
+    def claim(self) -> Claim:
+        """See `Adapter.claim`."""
+        return self.node.adapter.claim(self.node.obj, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +70,9 @@ class NewSlots:
         return [key for attributes in self.slots.values() for key in attributes.values()]
 
     @property
-    def claim(self) -> tuple[int, str]:
-        """The pair by identity: what two restores of one optimizer may both want."""
-        return id(self.parameter.obj), f"slots of {id(self.optimizer.obj)}"
+    def claim(self) -> Claim:
+        """See `Adapter.claim`."""
+        return claim_of_pair(self.optimizer.obj, parameter_of(self.parameter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +411,13 @@ def missing_values(live: LiveGraph, binding: Binding) -> list[str]:
         if names and not (node.adapter.takes_all and len(names) < len(node.values)):
             missing += [node.attribute_key(name) for name in names]
     return missing
+
+
+def parameter_of(node: LiveNode) -> torch.Tensor:
+    """What an optimizer knows of a variable: the tensor inside a `ShardedVariable`."""
+    parameter = getattr(node.obj, "tensor", node.obj)
+    assert isinstance(parameter, torch.Tensor)
+    return parameter
 
 
 def is_hollow(value: Value) -> bool:

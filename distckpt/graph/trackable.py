@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -26,13 +26,20 @@ class NoDependency:
         self.value = value
 
 
+class Listener(Protocol):
+    """Who waits for attributes of a `Trackable`."""
+
+    def on_attribute(self, name: str) -> None:
+        """An attribute was set."""
+
+
 class Tracking:
     """What a `Trackable` knows about its edges beside the attributes themselves.
 
     Attributes:
         opted_out: Names of attributes set through `NoDependency`.
         explicit: Edges made by `track()`, by name.
-        listeners: Called with (object, name) after an attribute was set; restores wait here for names.
+        listeners: Told of every attribute that was set; restores wait here for names. Not kept alive.
     """
 
     __slots__ = ("explicit", "listeners", "opted_out")
@@ -40,7 +47,12 @@ class Tracking:
     def __init__(self) -> None:
         self.opted_out: set[str] = set()
         self.explicit: dict[str, object] = {}
-        self.listeners: list[Callable[[Trackable, str], None]] = []
+        self.listeners: weakref.WeakKeyDictionary[Listener, None] = weakref.WeakKeyDictionary()
+
+    def tell(self, name: str) -> None:
+        """An attribute was set."""
+        for listener in tuple(self.listeners):
+            listener.on_attribute(name)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Tracking:
         """A copy tracks its own children, and no restore waits on it."""
@@ -73,8 +85,7 @@ class Trackable:
             tracking.opted_out.discard(name)
         object.__setattr__(self, name, value)
         tracking.explicit.pop(name, None)
-        for listener in tuple(tracking.listeners):
-            listener(self, name)
+        tracking.tell(name)
 
     def __delattr__(self, name: str) -> None:
         tracking = tracking_of(self)
@@ -110,8 +121,7 @@ class Trackable:
             object.__setattr__(self, name, value)
         else:
             tracking.explicit[name] = value
-        for listener in tuple(tracking.listeners):
-            listener(self, name)
+        tracking.tell(name)
         return value
 
 
