@@ -17,6 +17,7 @@ from distckpt.graph.binding import Binding, Mismatch, bind, is_of_other_rank, mi
 from distckpt.graph.claims import Claims
 from distckpt.graph.python_value import decode, holds_nothing
 from distckpt.graph.rename import rename
+from distckpt.graph.selection import select
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
@@ -57,7 +58,7 @@ class Restoration:
         source: The open file.
         options: How to restore.
         with_counter: The save counter is restored too.
-        keys: All saved keys, tensors first.
+        keys: The saved keys of what is to be restored, tensors first.
         hollow: Those of containers without any value inside.
         pending: Saved key to (key of the parent, name it waits for).
         quiet: The user expects that not everything matches.
@@ -68,11 +69,15 @@ class Restoration:
         self.source = source
         self.options = options
         self.with_counter = with_counter
-        self.keys = [variable.key for variable in manifest.variables] + list(manifest.python_state)
         self.hollow = frozenset(key for key, value in manifest.python_state.items() if _is_hollow(bytes(value)))
         self.pending: dict[str, tuple[str, str]] = {}
         self.quiet = options.expect_partial
-        self._graph = rename(manifest.object_graph, options.rename or {})
+        graph, renames = manifest.object_graph, options.rename or {}
+        self._selection = select(
+            graph, rename(graph, renames), only=options.only, skip_slots=options.skip_slots, rename=renames
+        )
+        stored = (*(variable.key for variable in manifest.variables), *manifest.python_state)
+        self.keys = [key for key in stored if key in self._selection.keys]
         self._uid = next(_uids)  # a newer restore has a higher one
         self._outrun = Claims()
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
@@ -85,7 +90,7 @@ class Restoration:
 
     def plan(self, live: LiveGraph) -> tuple[Binding, Assignment]:
         """Match the live graph, a fresh walk, and decide what is still to restore. Local; changes nothing live."""
-        binding = bind(self._graph, live, self.hollow)
+        binding = bind(self._selection, live, self.hollow)
         self._leave_outrun(binding)
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
         manifest, cast = self.source.manifest, self.options.cast
@@ -100,7 +105,7 @@ class Restoration:
         Args:
             live: The walk of the newer restore.
         """
-        self._leave_outrun(bind(self._graph, live, self.hollow))
+        self._leave_outrun(bind(self._selection, live, self.hollow))
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
     def _leave_outrun(self, binding: Binding) -> None:
@@ -186,7 +191,7 @@ class Restoration:
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
             taken=bytes(key in taken for key in self.keys),
-            missing=missing_values(live, binding),
+            missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
             pending={key: f"{name!r} of {parent or 'the root'}" for key, (parent, name) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],

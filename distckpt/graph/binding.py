@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,11 @@ import torch
 from distckpt.graph.adapters.optimizer import Group, Groups, claim_of_pair
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
+from distckpt.graph.selection import Selection
 from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.layout.keys import escape
-from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph
+from distckpt.layout.records import OWN_VALUE, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +118,15 @@ class Binding:
     matched: set[tuple[int, str]] = field(default_factory=set)
 
 
-def bind(saved: ObjectGraph, live: LiveGraph, hollow: Container[str] = ()) -> Binding:
+def bind(selection: Selection, live: LiveGraph, hollow: Container[str] = ()) -> Binding:
     """Match a stored graph with a live one. Local; changes nothing.
 
     Args:
-        saved: The stored graph.
+        selection: The stored graph, or the part of it that is to be restored.
         live: A fresh walk.
         hollow: Keys of stored containers without any value inside.
     """
-    binder = _Binder(saved.nodes, live.nodes, hollow)
+    binder = _Binder(selection, live.nodes, hollow)
     binder.bind_nodes()
     binder.find_ready()
     binder.bind_groups()
@@ -141,8 +142,10 @@ _WHOLE = {OWN_VALUE: "a tensor", ".state": "the state of an object with state_di
 class _Binder:
     """One matching: nodes first, then what depends on all nodes being known."""
 
-    def __init__(self, saved: list[Node], live: list[LiveNode], hollow: Container[str]) -> None:
-        self.saved = saved
+    def __init__(self, selection: Selection, live: list[LiveNode], hollow: Container[str]) -> None:
+        self.saved = selection.graph.nodes
+        self.partial = selection.partial
+        self.with_slots = selection.slots
         self.live = live
         self.hollow = hollow
         self.ready: set[int] = set()  # uninitialised parameters that the file can initialise
@@ -170,7 +173,8 @@ class _Binder:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)
                 continue
-            self.compare_lengths(self.saved[saved_id], node)
+            if saved_id not in self.partial:
+                self.compare_lengths(self.saved[saved_id], node)
             for child in self.saved[saved_id].children:
                 target = node.children.get(child.local_name)
                 if target is None:
@@ -332,10 +336,14 @@ class _Binder:
         for saved_id, live_id in list(self.live_of.items()):
             node = self.live[live_id]
             if isinstance(node.obj, torch.optim.Optimizer) and self.saved_of[live_id] == saved_id:
-                self.match_optimizer(self.saved[saved_id], node)
+                self.match_optimizer(saved_id, node)
 
-    def match_optimizer(self, saved: Node, node: LiveNode) -> None:
+    def match_optimizer(self, saved_id: int, node: LiveNode) -> None:
         """Match all slots of one optimizer."""
+        if not self.with_slots:
+            self.leave_slots(node, node.slots)
+            return
+        saved = self.saved[saved_id]
         stored: dict[int, dict[str, int]] = {}
         for slot in saved.slot_variables:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
@@ -346,10 +354,18 @@ class _Binder:
             slots = stored.pop(variable_id, {})
             if is_uninitialised(self.live[parameter_id].obj) and parameter_id not in self.ready:
                 self.slots_without_target(node, variable_id, slots)
-            else:
+            elif slots or saved_id not in self.partial:
                 self.match_pair(node, parameter_id, slots)
+            else:  # the file may have slots of the pair, outside of what is restored
+                self.leave_slots(node, (parameter_id,))
         for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
             self.slots_without_target(node, variable_id, slots)
+
+    def leave_slots(self, node: LiveNode, parameter_ids: Iterable[int]) -> None:
+        """Say that live slots are not expected to be in the file."""
+        for parameter_id in parameter_ids:
+            for slot_id in node.slots.get(parameter_id, {}).values():
+                self.result.matched.update((slot_id, name) for name in self.live[slot_id].values)
 
     def slots_without_target(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
         """The optimizer has no such parameter, or one that is not initialised; both may come later."""
@@ -374,8 +390,7 @@ class _Binder:
             key = f"{node.key}/.slots/{self.live[parameter_id].key}"
             self.result.mismatches.append(Mismatch(key, f"slots {sorted(stored)}", f"slots {sorted(live)}"))
             return
-        for slot_id in live.values():  # the file says: no state; so the live state is not "missing" from it
-            self.result.matched.update((slot_id, name) for name in self.live[slot_id].values)
+        self.leave_slots(node, (parameter_id,))  # the file says: no state; so the live one is not "missing" from it
         slots = {
             name: {attribute.name: attribute.checkpoint_key for attribute in self.saved[slot_id].attributes}
             for name, slot_id in stored.items()

@@ -11,6 +11,7 @@ from torch import nn
 from distckpt import Checkpoint, CheckpointWarning, RestoreMismatchError, RestoreOptions, Trackable
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.binding import bind
+from distckpt.graph.selection import select
 from distckpt.graph.view import LiveGraph, walk
 from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
 
@@ -96,7 +97,7 @@ def test_a_graph_by_its_records() -> None:
         ]
     )
     live = node(x=full(0), y=full(0), n=1)
-    binding = bind(saved, live_graph(live))
+    binding = bind(select(saved, saved, only=None, skip_slots=False, rename={}), live_graph(live))
     assert [(match.key, match.name, match.node.key) for match in binding.matches] == [
         ("misleading/y", "n", ""),
         ("y", ".value", "x"),
