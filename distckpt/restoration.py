@@ -60,8 +60,8 @@ class Restoration:
         with_counter: The save counter is restored too.
         keys: The saved keys of what is to be restored, tensors first.
         hollow: Those of containers without any value inside.
-        pending: Saved key to (key of the parent, name it waits for).
-        quiet: The user expects that not everything matches.
+        pending: Saved key to (key of the parent, what of it it waits for, in words).
+        unmatched: Warnings for the first save, of what did not match; cleared when the user expects or asks that.
     """
 
     def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
@@ -71,7 +71,7 @@ class Restoration:
         self.with_counter = with_counter
         self.hollow = frozenset(key for key, value in manifest.python_state.items() if _is_hollow(bytes(value)))
         self.pending: dict[str, tuple[str, str]] = {}
-        self.quiet = options.expect_partial
+        self.unmatched: list[str] = []
         graph, renames = manifest.object_graph, options.rename or {}
         self._selection = select(
             graph, rename(graph, renames), only=options.only, skip_slots=options.skip_slots, rename=renames
@@ -99,13 +99,15 @@ class Restoration:
         self._awaited = binding.awaited
         return binding, assignment
 
-    def drop_outrun(self, live: LiveGraph) -> None:
-        """Drop the waiting values that a newer restore has taken. Local.
+    def give_way(self, newer: Restoration, live: LiveGraph) -> None:
+        """Drop the waiting values that a newer restore of the same Checkpoint has taken, or waits for as well. Local.
 
         Args:
-            live: The walk of the newer restore.
+            newer: The newer restore.
+            live: Its walk.
         """
         self._leave_outrun(bind(self._selection, live, self.hollow))
+        self._settled |= {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
     def _leave_outrun(self, binding: Binding) -> None:
@@ -192,7 +194,7 @@ class Restoration:
         return LocalReport(
             taken=bytes(key in taken for key in self.keys),
             missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
-            pending={key: f"{name!r} of {parent or 'the root'}" for key, (parent, name) in self.pending.items()},
+            pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             warnings=binding.warnings,

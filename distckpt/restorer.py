@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
 
 
+#: Of so many restores at most the first save tells what stayed unmatched.
+_MAX_UNREPORTED = 8
+
+
 class Restorer:
     """The restores of one Checkpoint."""
 
@@ -34,7 +38,7 @@ class Restorer:
         self._coordinator = coordinator
         self._checkpoint = checkpoint
         self._active: list[Restoration] = []  # those that wait for something, newest first
-        self._unreported: list[tuple[Restoration, Report]] = []
+        self._unreported: dict[str, list[str]] = {}  # `Restoration.unmatched` by path
         self._applying = False
 
     # ---- the line ----
@@ -125,16 +129,25 @@ class Restorer:
 
     def _tell(self, restoration: Restoration, report: Report, found: Sequence[str]) -> None:
         """Log one line, and warn on rank 0."""
-        self._unreported.append((restoration, report))
+        self._remember(restoration, report)
         if self._coordinator.rank == 0:
             log.info("%s from %s", report.summary(), restoration.source.path)
             warn([*found, *report.immediate_warnings(restoration.source.path)])
+
+    def _remember(self, restoration: Restoration, report: Report) -> None:
+        """Keep for the first save what stayed unmatched; of the last restores only, since an evaluation never saves."""
+        path = restoration.source.path
+        self._unreported.pop(path, None)
+        if not restoration.options.expect_partial:
+            restoration.unmatched = self._unreported[path] = report.partial_warnings(path)
+        for oldest in list(self._unreported)[:-_MAX_UNREPORTED]:
+            del self._unreported[oldest]
 
     # ---- what waits ----
 
     def _wait_for_the_rest(self, restoration: Restoration, live: LiveGraph) -> None:
         for older in self._active:
-            older.drop_outrun(live)
+            older.give_way(restoration, live)
         self._active.insert(0, restoration)
         restoration.wait()
         self._forget_finished()
@@ -176,12 +189,7 @@ class Restorer:
 
     def before_save(self, live: LiveGraph) -> None:
         """Warn of what stayed unmatched, and give up pending values that this save makes moot. Local."""
-        messages = [
-            message
-            for restoration, report in self._unreported
-            if not restoration.quiet
-            for message in report.partial_warnings(restoration.source.path)
-        ]
+        messages = [message for unmatched in self._unreported.values() for message in unmatched]
         self._unreported.clear()
         for restoration in self._active:
             messages += [
@@ -201,7 +209,7 @@ class Restorer:
     def _forget(self, source: Source) -> None:
         """Leave nothing behind of a restore that failed."""
         self._active = [restoration for restoration in self._active if restoration.source is not source]
-        self._unreported = [entry for entry in self._unreported if entry[0].source is not source]
+        self._unreported.pop(source.path, None)
         source.close()
 
     def _forget_finished(self) -> None:

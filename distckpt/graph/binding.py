@@ -99,7 +99,7 @@ class Binding:
         matches: Stored values with their live counterparts.
         new_slots: Optimizer state to create or to drop.
         mismatches: Differences of kind, and of slot names.
-        pending: Stored keys whose parent is bound, to the parent's key and the name it waits for.
+        pending: Stored keys whose parent is bound, to the parent's key and what of it they wait for, in words.
         awaited: All names that something waits for; an object with several names may come by any of them.
         duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
         combined: (first saved key, other saved key, live key): two saved values, one live one.
@@ -215,7 +215,7 @@ class _Binder:
         if not node.adapter.per_rank:  # what another rank saved for itself waits for nothing
             self.result.awaited.add(name)
             for key in self.keys_below(saved_id):
-                self.result.pending.setdefault(key, (node.key, name))
+                self.result.pending.setdefault(key, (node.key, f"attribute {name!r}"))
 
     def find_ready(self) -> None:
         """Uninitialised parameters and buffers of lazy modules: initialised together or not at all, since the first
@@ -327,7 +327,7 @@ class _Binder:
                 return
         if not name.startswith(".rank/"):  # what another rank saved for itself waits for nothing
             self.result.awaited.add(name)
-            self.result.pending.setdefault(key, (node.key, name))
+            self.result.pending.setdefault(key, (node.key, f"attribute {name!r}"))
 
     # ---- slots ----
 
