@@ -15,9 +15,10 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
-from distckpt.layout.box import Box
+from distckpt.layout.box import Box, Shape
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.plan import read_items
+from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
@@ -129,7 +130,7 @@ class Source:
         if first is None or second is None or self._checksums is None:
             return False
         a, b = self.manifest.variables[first], self.manifest.variables[second]
-        if (a.dtype, a.shape, a.shards) != (b.dtype, b.shape, b.shards):
+        if (a.dtype, a.shape, _boxes(a)) != (b.dtype, b.shape, _boxes(b)):
             return False
         whole = Box.whole(a.shape)
         pieces = [[item.checksum for item in read_items(a, self._firsts[i], whole)] for i in (first, second)]
@@ -198,6 +199,11 @@ def open_local(path: str) -> Source:
         return source
     source.close()  # `write` has replaced the file between the two openings
     return open_local(path)
+
+
+def _boxes(variable: Variable) -> list[tuple[Shape, Shape]]:
+    """The shards, whoever wrote them."""
+    return [(shard.offset, shard.shape) for shard in variable.shards]
 
 
 def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:

@@ -173,7 +173,7 @@ class _Binder:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)
                 continue
-            if saved_id not in self.partial:
+            if hasattr(node.adapter, "elements") and saved_id not in self.partial:
                 self.compare_lengths(self.saved[saved_id], node)
             for child in self.saved[saved_id].children:
                 target = node.children.get(child.local_name)
@@ -186,7 +186,7 @@ class _Binder:
         """Warn of a list, tuple or dict that has another number of elements than saved."""
         before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
         of_a_container = _WHOLE.keys().isdisjoint(attribute.name for attribute in saved.attributes)
-        if before != now and of_a_container and hasattr(node.adapter, "elements"):
+        if before != now and of_a_container:
             kind = type(node.obj).__qualname__
             self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 
@@ -224,7 +224,7 @@ class _Binder:
         for live_id in self.saved_of:
             node = self.live[live_id]
             if isinstance(node.obj, torch.nn.Module):
-                lazy = [child for child in node.children.values() if is_uninitialised(self.live[child].obj)]
+                lazy = [n for n in node.children.values() if is_uninitialised(self.live[n].obj)]
                 if all(map(self.has_saved_value, lazy)):
                     self.ready.update(lazy)
 

@@ -15,7 +15,9 @@ T = TypeVar("T", bound=object)
 
 
 class NoDependency:
-    """Wraps an attribute value of a `Trackable` that is not to be saved; the attribute holds `value` itself."""
+    """Wraps what is not to be saved: an attribute of a `Trackable`, which then holds `value` itself, or an element of a
+    list, tuple or dict, which stays wrapped.
+    """
 
     def __init__(self, value: object) -> None:
         """Local.

@@ -9,7 +9,8 @@ from typing import TypeGuard
 
 import msgspec
 import torch
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin as _Uninitialised  # type: ignore[attr-defined]  # not in the stubs
 
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.records import OWN_VALUE
@@ -74,7 +75,7 @@ Value = TensorValue | PythonValue
 
 def is_uninitialised(obj: object) -> TypeGuard[UninitializedParameter | UninitializedBuffer]:
     """Whether an object is a parameter or buffer of a lazy module, without a shape so far."""
-    return isinstance(obj, torch.Tensor) and is_lazy(obj)
+    return isinstance(obj, _Uninitialised)
 
 
 def replicated(

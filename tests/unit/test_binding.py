@@ -102,7 +102,7 @@ def test_a_graph_by_its_records() -> None:
         ("misleading/y", "n", ""),
         ("y", ".value", "x"),
     ]
-    assert binding.pending == {"x": ("", "gone")}
+    assert binding.pending == {"x": ("", "attribute 'gone'")}
     assert binding.mismatches == binding.duplicates == binding.combined == []
 
 
@@ -128,7 +128,7 @@ def test_weights_that_are_no_longer_tied(path: str) -> None:
     assert not torch.equal(live.embedding.weight, saved.embedding.weight)
     with pytest.warns(CheckpointWarning, match="m/embedding/weight: one saved object meets two live ones") as caught:
         status = checkpoint.read(file)
-    assert len(caught) == 1
+    assert len(caught) <= 1  # on ranks above 0 none
     assert torch.equal(live.embedding.weight, saved.embedding.weight)
     assert torch.equal(live.out.weight, out)
     assert status.missing == ("m/out/weight",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,6 @@ from distckpt import Checkpoint, PythonState, RestoreOptions, Trackable
 
 OpenFiles = Callable[[], list[str]]
 PARTIAL = RestoreOptions(expect_partial=True)
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    """Reference counts alone: an object in a cycle stays."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def growth(action: Callable[[int], object], times: int) -> int:
