@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distckpt.graph.adapters.optimizer import Slot, set_slots, steps_on_device
+from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
 from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
@@ -218,10 +218,24 @@ class _Builder:
             return  # training has gone on since: the state is live
         if id(parameter_of(new.parameter)) in self.unfit:
             return
+        if self.is_resharded(new):
+            return
         values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
         self.result.slots.append(SlotsRestore(new, values))
         self.result.consumed.update(keys)
         self.result.emptied.add(pair)
+
+    def is_resharded(self, new: NewSlots) -> bool:
+        """Whether the stored state is opaque and goes over other parameters than the live ones: then a mismatch."""
+        size = flat_size(new.optimizer.obj)
+        stored = [new.slots[name].get(OWN_VALUE, "") for name in FLAT_SLOTS if name in new.slots]
+        shapes = {self.manifest.variables[self.variables[key]].shape for key in stored if key in self.variables}
+        if size is None or shapes <= {(size,)}:
+            return False
+        shown = ", ".join(map(str, sorted(shapes)))
+        saved = f"LBFGS vectors of shape {shown} over all parameters, which cannot be resharded"
+        self.result.mismatches.append(Mismatch(new.pair, saved, f"parameters of {size} elements on this rank"))
+        return True
 
     def slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
         """The value of one new slot."""

@@ -18,7 +18,7 @@ from distckpt.graph.adapters.optimizer import Group, Groups, claim_of_pair
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.selection import Selection
-from distckpt.graph.values import PythonValue, TensorValue, Value, is_uninitialised
+from distckpt.graph.values import PythonValue, TensorValue, Value, is_meta, is_uninitialised
 from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.layout.keys import escape
 from distckpt.layout.records import OWN_VALUE, Node
@@ -315,6 +315,10 @@ class _Binder:
 
     def value_without_target(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
+        if name == OWN_VALUE and is_meta(node.obj):
+            self.result.awaited.add(node.key.rpartition("/")[2])  # or for another object of that name
+            self.result.pending.setdefault(key, (node.key, "the memory (to_empty())"))
+            return
         if name in _WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
             self.result.mismatches.append(Mismatch(key, _WHOLE[name], f"a {type(node.obj).__qualname__}"))
             return
@@ -352,7 +356,7 @@ class _Binder:
             if variable_id is None:
                 continue
             slots = stored.pop(variable_id, {})
-            if is_uninitialised(self.live[parameter_id].obj) and parameter_id not in self.ready:
+            if OWN_VALUE not in self.live[parameter_id].values and parameter_id not in self.ready:
                 self.slots_without_target(node, variable_id, slots)
             elif slots or saved_id not in self.partial:
                 self.match_pair(node, parameter_id, slots)
@@ -368,7 +372,7 @@ class _Binder:
                 self.result.matched.update((slot_id, name) for name in self.live[slot_id].values)
 
     def slots_without_target(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
-        """The optimizer has no such parameter, or one that is not initialised; both may come later."""
+        """The optimizer has no such parameter, or one that has no values yet; both may come later."""
         for slot_id in slots.values():
             for attribute in self.saved[slot_id].attributes:
                 waits_for = f"parameter {self.any_key(variable_id)}"

@@ -78,6 +78,12 @@ def is_uninitialised(obj: object) -> TypeGuard[UninitializedParameter | Uninitia
     return isinstance(obj, _Uninitialised)
 
 
+def is_meta(obj: object) -> bool:
+    """Whether an object is a tensor on the meta device, or a `ShardedVariable` of one: it has no memory so far."""
+    tensor = getattr(obj, "tensor", obj)
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta
+
+
 def replicated(
     tensor: torch.Tensor,
     name: str = OWN_VALUE,

@@ -175,6 +175,20 @@ def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> lis
     return list(state.get(parameter, {}))
 
 
+def flat_size(optimizer: object) -> int | None:
+    """Elements of the vectors that LBFGS has, each over all parameters of this rank; None for other optimizers.
+
+    Such state is opaque: it says nothing of where in it a parameter is, so that it cannot be resharded.
+    """
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return None
+    return sum(parameter.numel() for parameter in parameters_of(optimizer))
+
+
+#: Slots of LBFGS that are such vectors.
+FLAT_SLOTS = ("d", "prev_flat_grad")
+
+
 def steps_on_device(optimizer: object) -> frozenset[int]:
     """`id()` of the parameters whose step count is on their own device; by default an optimizer has it on the CPU."""
     assert isinstance(optimizer, torch.optim.Optimizer)
