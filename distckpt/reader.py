@@ -20,7 +20,7 @@ from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.graph.adapters.registry import adapter_for, unwrap
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, TensorRead
-from distckpt.graph.binding import Binding
+from distckpt.graph.match import Binding
 from distckpt.graph.python_value import decode, resolve
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph, walk

@@ -13,8 +13,9 @@ from distckpt.errors import RestoreMismatchError
 from distckpt.graph.adapters.optimizer import Group, Slot
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, assign
-from distckpt.graph.binding import Binding, Mismatch, bind, is_of_other_rank, missing_values
+from distckpt.graph.binding import bind, is_of_other_rank, missing_values
 from distckpt.graph.claims import Claims
+from distckpt.graph.match import Binding, Mismatch
 from distckpt.graph.python_value import decode, holds_nothing
 from distckpt.graph.rename import rename
 from distckpt.graph.selection import select

@@ -10,7 +10,7 @@ import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
-from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe, parameter_of
+from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
