@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-e2e lint format typecheck bench clean
+.PHONY: help install demo test test-unit test-e2e test-slurm lint format typecheck bench clean
 
 # Everything runs in .venv, made by .ci/install.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -33,9 +33,13 @@ test-%: install ## the MPI tests on % ranks, as in make test-4
 test-e2e: install ## tests that start mpirun themselves: N to M ranks, kills, examples
 	pytest tests/e2e
 
-lint: install ## ruff: rules and format
+test-slurm: install ## launch/slurm.sbatch under a real Slurm, on two virtual nodes of this machine: 2 minutes
+	pytest tests/slurm
+
+lint: install ## ruff: rules and format; shellcheck, where it is installed
 	ruff check .
 	ruff format --check .
+	! command -v shellcheck >/dev/null || shellcheck -x launch/*.s* .ci/install .ci/rank .ci/run
 
 format: install ## ruff: fix and format in place
 	ruff check --fix .

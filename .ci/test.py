@@ -9,6 +9,7 @@ skipped, or never collected, proves nothing. Reports and the output of ranks abo
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ class Stage:
         limit: Seconds after which it is ended.
         ranks: Ranks under mpirun; 0 without mpirun.
         has_tests: Whether it runs pytest.
+        requires: Programs without which it is left out, with a line that says so.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Stage:
     limit: int
     ranks: int = 0
     has_tests: bool = True
+    requires: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """The required programs that are not there."""
+        return [name for name in self.requires if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 
     @property
     def reports(self) -> Path:
@@ -71,12 +79,30 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a stage."""
+    """What became of a stage.
+
+    Attributes:
+        problems: Why it failed, one line each.
+        missing: The programs for want of which it did not run.
+    """
 
     stage: Stage
     seconds: float
     counts: Counts
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        return "FAILED" if self.problems else "left out" if self.missing else "ok"
+
+    @property
+    def notes(self) -> list[str]:
+        """What the summary says beside it."""
+        if self.missing:
+            return [f"not installed: {', '.join(self.missing)}"]
+        return [*([str(self.counts)] if self.stage.has_tests else []), *self.problems]
 
 
 def _pytest(folder: str, *options: str) -> tuple[str, ...]:
@@ -85,16 +111,20 @@ def _pytest(folder: str, *options: str) -> tuple[str, ...]:
     return ("python", "-m", "pytest", "-p", "no:cacheprovider", f"--color={color}", *options, f"tests/{folder}")
 
 
+SCRIPTS = (*map(str, sorted((ROOT / "launch").glob("*.s*"))), ".ci/install", ".ci/rank", ".ci/run")
+
 # Every MPI test runs on 4 ranks, and once more on the number of ranks it states, if that is smaller.
 STAGES = (
     Stage("lint", ("ruff", "check", "."), 120, has_tests=False),
     Stage("format", ("ruff", "format", "--check", "."), 120, has_tests=False),
     Stage("typecheck", ("mypy",), 900, has_tests=False),
+    Stage("shellcheck", ("shellcheck", "-x", *SCRIPTS), 120, has_tests=False, requires=("shellcheck",)),
     Stage("unit", _pytest("unit"), 900),
     Stage("mpi-4", _pytest("mpi", "--with-mpi"), 1200, ranks=4),
     Stage("mpi-3", _pytest("mpi", "--with-mpi", "--stated-size-only"), 900, ranks=3),
     Stage("mpi-2", _pytest("mpi", "--with-mpi", "--stated-size-only"), 900, ranks=2),
     Stage("e2e", _pytest("e2e"), 1800),
+    Stage("slurm", _pytest("slurm"), 300, requires=("munged", "slurmctld", "slurmd", "sbatch", "srun")),
 )
 
 
@@ -102,6 +132,9 @@ def run(stage: Stage, expected: int) -> Outcome:
     """Runs one stage; its problems say in one line each why it failed."""
     where = f" on {stage.ranks} ranks" if stage.ranks else ""
     print(f"\n== {stage.name}: {' '.join(stage.command)}{where}", flush=True)
+    if stage.missing:
+        print(f"left out, not installed: {', '.join(stage.missing)}")
+        return Outcome(stage, 0.0, Counts(), missing=stage.missing)
     stage.reports.mkdir(parents=True)
     start = time.monotonic()
     status = subprocess.run(stage.command_line(), cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
@@ -162,9 +195,7 @@ def print_summary(outcomes: list[Outcome], expected: dict[str, int]) -> None:
     """A table of the stages, and the hint where .ci/expected-tests lags behind."""
     print("\nstage      seconds  result")
     for outcome in outcomes:
-        notes = [str(outcome.counts)] if outcome.stage.has_tests else []
-        verdict = "FAILED" if outcome.problems else "ok"
-        print(f"{outcome.stage.name:10} {outcome.seconds:7.1f}  {verdict:6}  {'; '.join(notes + outcome.problems)}")
+        print(f"{outcome.stage.name:10} {outcome.seconds:7.1f}  {outcome.verdict:8}  {'; '.join(outcome.notes)}")
     for outcome in outcomes:
         executed = outcome.counts.passed + outcome.counts.failed
         if not outcome.problems and executed > expected.get(outcome.stage.name, 0):

@@ -1,6 +1,7 @@
 """distckpt: distributed checkpoints of PyTorch training, one parallel-HDF5 file per save."""
 
 from distckpt.checkpoint import Checkpoint
+from distckpt.cluster.sampler import ElasticSampler
 from distckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointWarning",
     "CollectiveError",
     "CorruptCheckpointError",
+    "ElasticSampler",
     "LayoutError",
     "NoDependency",
     "PerRank",

@@ -31,10 +31,10 @@ from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
 from distckpt.layout.slicing import Index, Part, parts_of, select
 from distckpt.options import RestoreOptions, given_or_default
 from distckpt.restoration import Restoration, combine
-from distckpt.source import Source, open_local, sub_tensor
+from distckpt.source import Source, open_local
 from distckpt.status import ValueMismatch
 from distckpt.storage.latest import latest_checkpoint
-from distckpt.storage.transfer import copy_bits
+from distckpt.storage.transfer import copy_bits, sub_tensor
 
 #: Most keys that an unknown one is compared with: that many take a second.
 _MAX_COMPARED = 20_000
@@ -99,7 +99,7 @@ class VariableHandle:
     def _read(self, part: Part, target: torch.Tensor) -> None:
         direct = part.box.shape == part.taken.shape
         tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype)
-        value = TensorValue(OWN_VALUE, tensor, self.shape, part.box)
+        value = TensorValue(OWN_VALUE, tensor, self.shape, (part.box,))
         self._source.read([TensorRead(self.key, self._index, value)], verify=True)
         if not direct:
             copy_bits(target, tensor[tuple(slice(None, None, step) for step in part.steps)])

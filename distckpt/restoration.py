@@ -22,6 +22,7 @@ from distckpt.graph.selection import select
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
+from distckpt.layout.wording import rank_list
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
 from distckpt.status import Report, ValueMismatch
@@ -83,6 +84,7 @@ class Restoration:
         self._outrun = Claims()
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
         self._dropped: set[str] = set()
+        self._superseded: dict[str, weakref.ref[Restoration]] = {}  # key to the newer restore that waits for it now
         self._awaited: set[str] = set()
         self._holders: dict[str, weakref.ref[object]] = {}
         self._skipped: dict[str, Mismatch] = {}
@@ -103,12 +105,16 @@ class Restoration:
     def give_way(self, newer: Restoration, live: LiveGraph) -> None:
         """Drop the waiting values that a newer restore of the same Checkpoint has taken, or waits for as well. Local.
 
+        On a pipeline stage every restore waits for the layers of the other stages; only the newest has to.
+
         Args:
             newer: The newer restore.
             live: Its walk.
         """
         self._leave_outrun(bind(self._selection, live, self.hollow))
-        self._settled |= {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
+        superseded = {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
+        self._superseded.update(dict.fromkeys(superseded, weakref.ref(newer)))
+        self._settled |= superseded
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
     def _leave_outrun(self, binding: Binding) -> None:
@@ -191,6 +197,7 @@ class Restoration:
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """What this rank has to say after `plan`. Local."""
         taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
+        taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
             taken=bytes(key in taken for key in self.keys),
@@ -214,6 +221,10 @@ class Restoration:
             holder = self._holders.get(match.key)
             if holder is not None and holder() is not match.node.obj:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
+
+
+def _still_waits(restoration: Restoration | None, key: str) -> bool:
+    return restoration is not None and key in restoration.pending
 
 
 def _is_hollow(encoded: bytes) -> bool:
@@ -250,6 +261,16 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         ),
         unexpected=tuple(unexpected),
         pending={key: waits[key] for key in unexpected if key in waits},
-        mismatched=tuple(sorted({ValueMismatch(*m) for report in reports for m in report.mismatched})),
+        mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
     )
+
+
+def _mismatches(reports: Sequence[LocalReport]) -> Iterator[ValueMismatch]:
+    """Those of all ranks; what not all ranks have says which do."""
+    ranks: dict[tuple[str, str, str], list[int]] = {}
+    for rank, report in enumerate(reports):
+        for mismatch in dict.fromkeys(report.mismatched):
+            ranks.setdefault(mismatch, []).append(rank)
+    for (key, saved, live), where in ranks.items():
+        yield ValueMismatch(key, saved, live if len(where) == len(reports) else f"{live} (on {rank_list(where)})")

@@ -11,6 +11,7 @@ import msgspec
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import RestoreMismatchError
+from distckpt.exchange import read_together
 from distckpt.graph.assignment import Assignment
 from distckpt.graph.trackable import Trackable, tracking_of
 from distckpt.graph.view import LiveGraph
@@ -78,8 +79,7 @@ class Restorer:
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
-        with coordinator.step("read"), progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
-            source.read(assignment.reads, verify=restoration.options.verify, progress=progress)
+        self._read(source, assignment, verify=restoration.options.verify)
         with coordinator.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
@@ -87,6 +87,15 @@ class Restorer:
         with coordinator.step("report"):
             self._tell(restoration, report, binding.warnings)
         return RestoreStatus(self, self._require_checkpoint(), restoration, report)
+
+    def _read(self, source: Source, assignment: Assignment, *, verify: bool) -> None:
+        """Read all tensors: together with the other ranks of the node what they want, too. Collective."""
+        coordinator, node = self._coordinator, self._coordinator.node
+        with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
+            rest = Attempt.of(lambda: read_together(node, source, assignment.reads, verify=verify, progress=progress))
+            with coordinator.step("read"):
+                rest.require()
+                source.read(rest.value, verify=verify, progress=progress)
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:
         return self._require_checkpoint()._walk(with_counter=with_counter)

@@ -22,8 +22,7 @@ from distckpt.log import log, warn
 from distckpt.options import SaveOptions
 from distckpt.output import Created, Output, Target
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
-from distckpt.source import sub_tensor
-from distckpt.storage.transfer import WriteJob
+from distckpt.storage.transfer import WriteJob, sub_tensor
 from distckpt.writer import write_shards
 
 _WORD = 1 << 64
@@ -217,9 +216,10 @@ def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob
     jobs = []
     for item in plan.items:
         value, key = tensors[item.tensor], keys[item.tensor]
-        tensor = torch.tensor(created.counter) if key == COUNTER_KEY and created.counter else value.tensor
         box = Box(item.offset, item.shape)
-        part = sub_tensor(tensor.detach(), box, value.box)
+        block = value.block_with(box)
+        tensor = torch.tensor(created.counter) if key == COUNTER_KEY and created.counter else block.tensor
+        part = sub_tensor(tensor.detach(), box, block.box)
         position = offsets[plan.variables[item.tensor]]
         jobs.append(WriteJob(key, position, value.global_shape, box, part, item.checksum))
     return jobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,17 +15,21 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
-from distckpt.layout.box import Box, Shape
+from distckpt.graph.values import Block
+from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.exchange import PieceSpan, piece_spans
 from distckpt.layout.plan import read_items
 from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
 from distckpt.storage.rawio import open_shared
+from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.reading import read as read_jobs
-from distckpt.storage.reading import read_through_hdf5
-from distckpt.storage.transfer import Progress, ReadJob
+from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
+from distckpt.storage.units import InFile, UnitReader
 
 
 class _Found(msgspec.Struct, frozen=True):
@@ -90,7 +94,7 @@ class Source:
         if not self._closer.alive:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
-            direct = [job for read in reads if read.cast is None for job in self._jobs(read, read.target.tensor)]
+            direct = [job for read in reads if read.cast is None for job in self._jobs(read)]
             self._run(direct, verify, progress)
             for read in reads:
                 if read.cast is not None:
@@ -98,7 +102,7 @@ class Source:
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
-        for job in self._jobs(read, read.target.tensor):
+        for job in self._jobs(read):
             piece = torch.empty(job.box.shape, dtype=read.cast)
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
@@ -110,17 +114,43 @@ class Source:
         if others:  # the file was rewritten by another program, such as h5repack
             self._require_at_path()
             reports.append(read_through_hdf5(self.path, others, verify=verify, progress=progress))
-        self.bytes_read += sum(report.bytes_read for report in reports)
-        self.bytes_verified += sum(report.bytes_verified for report in reports)
+        for report in reports:
+            self.count(report)
 
-    def _jobs(self, read: TensorRead, target: torch.Tensor) -> Iterator[ReadJob]:
+    def _jobs(self, read: TensorRead) -> Iterator[ReadJob]:
+        for block in read.target.blocks():
+            yield from self._block_jobs(read, block)
+
+    def _block_jobs(self, read: TensorRead, block: Block) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
-        want = read.target.box
         offset, checksums = self._offsets[read.variable], self._checksums
-        for box, checksum in read_items(variable, self._firsts[read.variable], want):
+        for box, checksum in read_items(variable, self._firsts[read.variable], block.box):
             expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
-            part = sub_tensor(target, box, want)
+            part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
+
+    # ---- together with the other ranks of the node ----
+
+    def in_file(self, index: int) -> InFile:
+        """Where a variable is."""
+        variable = self.manifest.variables[index]
+        return InFile(variable.key, self._offsets[index], variable.shape, dtype_info(variable.dtype).itemsize)
+
+    def pieces(self, index: int) -> list[PieceSpan]:
+        """The pieces of a variable, as an exchange needs them."""
+        return piece_spans(self.manifest.variables[index], self._firsts[index])
+
+    def unit_reader(self, pieces: Mapping[int, list[PieceSpan]], *, verify: bool) -> UnitReader:
+        """A reader of units of these variables."""
+        variables = {index: self.in_file(index) for index in pieces}
+        return UnitReader(self._fd, variables, pieces, self._checksums if verify else None)
+
+    def count(self, report: ReadReport) -> None:
+        """Add to `bytes_read` and `bytes_verified`."""
+        self.bytes_read += report.bytes_read
+        self.bytes_verified += report.bytes_verified
+
+    # ---- what is known without reading ----
 
     def same_value(self, key: str, other: str) -> bool:
         """Whether two saved values are known to be equal, without reading them."""
@@ -153,6 +183,11 @@ class Source:
     def close(self) -> None:
         """Close the file. May be called again."""
         self._closer()
+
+
+def _boxes(variable: Variable) -> list[Box]:
+    """The shards, whoever wrote them."""
+    return [Box(shard.offset, shard.shape) for shard in variable.shards]
 
 
 def open_source(coordinator: Coordinator, path: str) -> Source:
@@ -199,18 +234,3 @@ def open_local(path: str) -> Source:
         return source
     source.close()  # `write` has replaced the file between the two openings
     return open_local(path)
-
-
-def _boxes(variable: Variable) -> list[tuple[Shape, Shape]]:
-    """The shards, whoever wrote them."""
-    return [(shard.offset, shard.shape) for shard in variable.shards]
-
-
-def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
-    """The part of a tensor that is `box`, where the whole tensor is `outer`; both in global coordinates."""
-    if box == outer:
-        return tensor
-    for axis, (start, base, extent) in enumerate(zip(box.offset, outer.offset, box.shape, strict=True)):
-        if extent != outer.shape[axis]:
-            tensor = tensor.narrow(axis, start - base, extent)
-    return tensor

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import distckpt
-from distckpt.cluster.process_group import init_process_group
+from distckpt.cluster import init_process_group
 
 device = init_process_group()  # torch's ranks are MPI's
 torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
     mpirun -n 4 python examples/train_gpt.py --dir runs/gpt --steps 200
     mpirun -n 2 python examples/train_gpt.py --dir runs/gpt --steps 400     # goes on at step 200, on 2 ranks
+    sbatch launch/slurm.sbatch python -m mpi4py examples/train_gpt.py       # saves and requeues itself before its limit
 
 The text comes with Python (`pydoc_data.topics`, 0.5 MB of English), its bytes are the tokens. The global batch does not
 depend on the number of ranks, so the loss curves of different numbers of ranks can be laid over each other; they differ
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import pydoc_data.topics
+import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distckpt
-from distckpt.cluster.process_group import init_process_group
+from distckpt.cluster import PreemptionGuard, init_process_group
 
 VOCABULARY = 256  # a token is a byte
 
@@ -163,6 +165,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    guard = PreemptionGuard()  # before what takes time: a signal without a handler ends the process
     args = parse_arguments()
     comm = MPI.COMM_WORLD
     device = init_process_group(comm)  # torch's ranks are MPI's
@@ -195,7 +198,7 @@ def main() -> None:
         print(f"{millions:.1f} M parameters on {comm.size} ranks ({device.type}), {origin}", flush=True)
 
     log = Log(args.dir / "loss.jsonl", comm.rank)
-    while ckpt.step < args.steps:
+    while ckpt.step < args.steps and not guard.should_stop():
         if ckpt.step % args.save_every == 0:
             log.append(step=ckpt.step, ranks=comm.size, test_loss=mean(comm, evaluate(model, *test_batch)))
         loss = model(*data.next(comm.rank, comm.size))
@@ -208,10 +211,16 @@ def main() -> None:
         global_loss, lr = mean(comm, loss), optimizer.param_groups[0]["lr"]
         log.append(step=ckpt.step, ranks=comm.size, loss=global_loss, lr=lr)
         if ckpt.step % args.save_every == 0:
-            path = ckpt.save(args.dir / "ckpt")
+            with guard.saving():
+                path = ckpt.save(args.dir / "ckpt")
             if comm.rank == 0:
                 print(f"step {ckpt.step}: loss {global_loss:.3f}, saved {path}", flush=True)
+    if guard.reason:  # all ranks are at the same step
+        path = ckpt.save(args.dir / "ckpt")
+        if comm.rank == 0:
+            print(f"step {ckpt.step}: {guard.reason}, saved {path}", flush=True)
     dist.destroy_process_group()
+    sys.exit(guard.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,16 @@
-"""For job scripts: the process group under mpirun or srun, and the check of the environment."""
+"""For programs under mpirun or srun: process group, preemption, sampling, interval, check of the environment."""
+
+from distckpt.cluster.preemption import EXIT_CODE, PreemptionGuard
+from distckpt.cluster.process_group import init_process_group
+from distckpt.cluster.sampler import ElasticSampler
+from distckpt.cluster.walltime import find_deadline
+from distckpt.interval import checkpoint_interval
+
+__all__ = [
+    "EXIT_CODE",
+    "ElasticSampler",
+    "PreemptionGuard",
+    "checkpoint_interval",
+    "find_deadline",
+    "init_process_group",
+]

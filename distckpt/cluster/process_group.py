@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CollectiveError
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class _Address:
     port: int
 
 
-def init_process_group(comm: MPI.Intracomm | None = None, backend: str | None = None) -> torch.device:
+def init_process_group(
+    comm: MPI.Intracomm | None = None, backend: str | None = None, *, timeout: float = 600.0
+) -> torch.device:
     """Initialise `torch.distributed` with the ranks of an MPI communicator. Collective over the communicator.
 
     Each rank first binds the GPU of its local rank, where there are GPUs. Rank 0 opens a store at a free port and
@@ -66,16 +69,20 @@ def init_process_group(comm: MPI.Intracomm | None = None, backend: str | None = 
         comm: The ranks of the process group. None is MPI's COMM_WORLD.
         backend: As in `torch.distributed.init_process_group`. None is gloo, with NCCL for GPU tensors where there
             are GPUs.
+        timeout: Seconds to wait for the other ranks.
 
     Returns:
         The device of this rank: its GPU, or the CPU.
 
     Raises:
-        CheckpointError: mpi4py is not installed.
+        CheckpointError: mpi4py is not installed; or the launcher started several processes, but this one is alone in
+            COMM_WORLD, as under `srun` without `--mpi=pmix`.
+        RankTimeoutError: Some ranks did not come.
         CollectiveError: RANK, WORLD_SIZE or an existing process group disagree with MPI, or the ranks cannot reach
             rank 0. The same on all ranks.
     """
     comm = _world() if comm is None else comm
+    Coordinator(comm).arrive("init_process_group", 0, 0, timeout)
     place = _place(comm)
     _agreed(comm, _AGREE_WITH_MPI, _check_agreement, place, comm.allgather(dist.is_initialized()))
     device = _device(place)

@@ -17,6 +17,7 @@ from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
+from distckpt.coordination.shared_memory import SharedMemory, allocate
 from distckpt.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Coordinator:
             require_intracomm(comm)
         self._comm: MPI.Intracomm | None = comm  # type: ignore[assignment]  # require_intracomm has checked it
         self._session: Session | Alone | None = None
+        self._node: Coordinator | None = None
 
     def __copy__(self) -> Self:
         return self
@@ -78,6 +80,15 @@ class Coordinator:
         """The duplicate, for parallel HDF5; None without mpi4py. Collective at the first use of the communicator."""
         self._connect("communicator")
         return self._open().duplicate
+
+    @property
+    def node(self) -> Coordinator:
+        """The coordinator of the ranks that share memory with this one. Collective at its first use."""
+        if self._node is None:
+            self._connect("node")
+            comm = self._open().node_communicator()
+            self._node = self if comm is None else Coordinator(comm)
+        return self._node
 
     # ---- who is here ---------------------------------------------------------------------------------------------
 
@@ -142,6 +153,14 @@ class Coordinator:
                 outcome.agree(collectives, name, own, remedy)
             finally:
                 own = None  # else the exception and this frame keep each other, and all they hold, alive
+
+    def any_failed(self, failed: bool) -> bool:
+        """Whether a rank says that it failed. One reduction of a flag; raises nothing.
+
+        For ranks that agree on stopping, and raise what failed in a later agreement of more ranks than these.
+        """
+        with INTERRUPTS.held():
+            return self._connect("agree").any_set(failed)
 
     # ---- work on rank 0 ------------------------------------------------------------------------------------------
 
@@ -274,6 +293,19 @@ class Coordinator:
                 result = np.array(flags, dtype=np.uint8)
             collectives.maximum(result)
             return result
+
+    def shared_memory(self, nbytes: int) -> SharedMemory | None:
+        """Memory of each rank that the others see; all ranks are on one node (see `node`).
+
+        Args:
+            nbytes: Bytes for each rank, the same on all.
+
+        Returns:
+            The memory, which all ranks free together; None on all ranks where there is none to be had.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect("shared memory")
+            return allocate(self._open().duplicate, collectives, nbytes)
 
     # ---- steps that cannot be agreed on --------------------------------------------------------------------------
 

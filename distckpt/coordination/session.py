@@ -49,6 +49,7 @@ class Session:
         self.duplicate: MPI.Intracomm | None = None
         self.collectives: Collectives | None = None
         self._comm = comm
+        self._node: MPI.Intracomm | None = None
         self._freed = False
         tag_limit = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
         self._arrival = arrival_over(Channel(comm, tag_limit - 1, _TIMING))
@@ -75,9 +76,21 @@ class Session:
             self._duplicate()
         return agreed
 
+    def node_communicator(self) -> MPI.Intracomm:
+        """The ranks that share memory with this one. The first call is collective, on all ranks of the communicator."""
+        if self._node is None:
+            from mpi4py import MPI
+
+            assert self.duplicate is not None, "the ranks have met"
+            self._node = cast("MPI.Intracomm", self.duplicate.Split_type(MPI.COMM_TYPE_SHARED))
+            self._node.Set_errhandler(MPI.ERRORS_RETURN)
+        return self._node
+
     def release(self) -> None:
-        """Free the duplicate, when the user frees the communicator."""
+        """Free the duplicates, when the user frees the communicator."""
         self._freed = True
+        if self._node is not None:
+            self._node.Free()
         if self.duplicate is not None:
             self.duplicate.Free()
 
@@ -105,6 +118,10 @@ class Alone:
 
     def require_alive(self) -> None:
         """See `Session.require_alive`."""
+
+    def node_communicator(self) -> MPI.Intracomm | None:
+        """See `Session.node_communicator`."""
+        return None
 
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`."""

@@ -123,6 +123,12 @@ def is_hollow(value: Value) -> bool:
     return isinstance(value, PythonValue) and holds_nothing(value.value)
 
 
+def refused(node: LiveNode) -> str:
+    """An object that a stored value cannot go into, and why."""
+    kind = f"a {type(node.obj).__qualname__}"
+    return f"{kind}: {node.problem}" if node.problem else kind
+
+
 def describe(value: Value | None) -> str:
     """A live value in words, for messages."""
     match value:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from distckpt.graph.adapters.optimizer import Groups
-from distckpt.graph.match import WHOLE, Binding, Mismatch, describe, is_hollow
+from distckpt.graph.match import WHOLE, Binding, Mismatch, describe, is_hollow, refused
 from distckpt.graph.selection import Selection
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import escape
@@ -49,6 +49,9 @@ class NodeMatcher:
                 self.groups.append((saved_id, live_id))
                 continue
             node = self.live[live_id]
+            if self.saved[saved_id].children and node.problem:
+                self.result.mismatches.append(Mismatch(node.key, "an object with parts of its own", refused(node)))
+                continue
             if self.saved[saved_id].children and OWN_VALUE in node.values:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from distckpt.graph.values import TensorValue, UnsaveableError, replicated
 from distckpt.layout.box import Box, Shape
+from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
+from distckpt.layout.wording import rank_list
+
+#: A larger mesh is described by its shape.
+_MAX_NAMED = 32
 
 
 def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool = True) -> TensorValue:
@@ -63,7 +68,7 @@ def new_like(
         return tensor, tensor_value(tensor)
     if like.global_shape == shape:
         tensor = torch.empty(like.tensor.shape, dtype=dtype, device=like.tensor.device)
-        return tensor, TensorValue(OWN_VALUE, tensor, shape, like.box)
+        return tensor, TensorValue(OWN_VALUE, tensor, shape, like.boxes)
     return new_plain(shape, dtype, like.tensor.device)
 
 
@@ -85,31 +90,68 @@ def _require_plain(tensor: torch.Tensor) -> None:
 
 
 def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
-    if torch.is_grad_enabled():  # a walk has it off: to_local() then hands out the local tensor itself
-        with torch.no_grad():
-            return _dtensor_value(tensor, name, in_place)
-    local = tensor.to_local()
+    with torch.no_grad():  # to_local() then hands out the local tensor itself, without an autograd node
+        local = tensor.to_local()
     _require_plain(local)
     shape = tuple(tensor.shape)
-    box = _shard_box(shape, tensor.device_mesh, tensor.placements)
-    if box.shape != tuple(local.shape):
-        if local.numel():
+    boxes, sharding = _shard(shape, tuple(local.shape), tensor.device_mesh, tensor.placements)
+    return TensorValue(name, local, shape, boxes, in_place, sharding=sharding)
+
+
+class _Shard(NamedTuple):
+    """Boxes of this rank, and placements and mesh in words."""
+
+    boxes: tuple[Box, ...]
+    sharding: str
+
+
+@functools.lru_cache(maxsize=4096)  # models repeat few shapes
+def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Shard:
+    """What a DTensor is of which this rank holds a tensor of shape `held`."""
+    sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
+    _require_shards(placements, sharding)
+    coordinate = mesh.get_coordinate()
+    if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
+        return _Shard((Box((0,) * len(shape), held if len(held) == len(shape) else (0,) * len(shape)),), sharding)
+    cuts: list[list[Cut]] = [[] for _ in shape]
+    for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
+        if not isinstance(placement, Replicate):
+            split = getattr(placement, "split_factor", 1)
+            cuts[placement.dim].append(Cut(n_parts, part, split))  # type: ignore[attr-defined]  # was checked
+    if len(held) == len(shape):
+        intervals = [_intervals(size, own, along) for size, own, along in zip(shape, held, cuts, strict=True)]
+        if local_shape(intervals) == held:
+            return _Shard(boxes_of(intervals), sharding)
+    raise UnsaveableError(
+        f"a DTensor's local shape is {held}, which is not what {sharding} gives this rank of the global shape {shape}. "
+        "Use ShardedVariable(local, global_shape, offset) to say where it lies."
+    )
+
+
+def _mesh_in_words(mesh: DeviceMesh) -> str:
+    few = mesh.size() <= _MAX_NAMED
+    ranks = str(mesh.mesh.tolist()) if few else f"{tuple(mesh.shape)} of {rank_list(mesh.mesh.flatten().tolist())}"
+    return f"{ranks} {mesh.mesh_dim_names}" if mesh.mesh_dim_names else ranks
+
+
+def _intervals(size: int, held: int, cuts: list[Cut]) -> list[Interval]:
+    """What a rank holds along a dimension: of the two readings of `_StridedShard` the one that gives the right size."""
+    real_order = inner_first(cuts)
+    if real_order is not None:
+        intervals = left_over(size, real_order)
+        if sum(stop - start for start, stop in intervals) == held:
+            return intervals
+    return left_over(size, cuts)
+
+
+def _require_shards(placements: tuple[Placement, ...], sharding: str) -> None:
+    for placement in placements:
+        if placement.is_partial():
             raise UnsaveableError(
-                f"a DTensor's local shape is {tuple(local.shape)}, but {tensor.placements} on {tensor.device_mesh} "
-                f"gives this rank {box.shape}. Use ShardedVariable(local, global_shape, offset) to say where it lies."
+                f"{placement!r} is a pending reduction, not a shard, in {sharding}. Call redistribute() first."
             )
-        box = Box((0,) * len(shape), tuple(local.shape) if local.dim() == len(shape) else (0,) * len(shape))
-    return TensorValue(name, local, shape, box, in_place)
-
-
-@functools.lru_cache(maxsize=4096)  # the computation takes 100 us, and models repeat few shapes
-def _shard_box(shape: Shape, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Box:
-    partial = [str(placement) for placement in placements if placement.is_partial()]
-    if partial:
-        raise UnsaveableError(
-            f"placement {', '.join(partial)} is a pending reduction, not a shard. Call redistribute() first."
-        )
-    if mesh.get_coordinate() is None:  # this rank is not in the mesh
-        return Box((0,) * len(shape), (0,) * len(shape))
-    local_shape, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
-    return Box(tuple(offset), tuple(local_shape))
+        if not isinstance(placement, Replicate) and not hasattr(placement, "dim"):
+            raise UnsaveableError(
+                f"{placement!r} is neither Shard nor Replicate, in {sharding}. Call redistribute() first, or use "
+                "ShardedVariable(local, global_shape, offset)."
+            )

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 
 import torch
 
+from distckpt.graph.adapters.optimizer import stepped_elsewhere
 from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
 from distckpt.graph.view import LiveNode
-from distckpt.layout.records import OWN_VALUE
+from distckpt.layout.records import OWN_VALUE, Node
 
 
 class SlotMatcher:
@@ -83,19 +84,41 @@ class SlotMatcher:
         stored: dict[int, dict[str, int]] = {}
         for slot in saved.slot_variables:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
+        elsewhere = stepped_elsewhere(node.obj)
         for parameter_id in self._parameters_of(node):
             variable_id = self._nodes.saved_of.get(parameter_id)
             if variable_id is None:
                 continue
             slots = stored.pop(variable_id, {})
+            if id(self._live[parameter_id].obj) in elsewhere:
+                continue
             if OWN_VALUE not in self._live[parameter_id].values and parameter_id not in self._values.ready:
                 self._defer(node, variable_id, slots)
             elif slots or saved_id not in self._nodes.partial:
                 self._match_pair(node, parameter_id, slots)
             else:  # the file may have slots of the pair, outside of what is restored
                 self._leave_slots(node, (parameter_id,))
-        for variable_id, slots in stored.items():  # no such parameter in this optimizer yet
-            self._defer(node, variable_id, slots)
+        for variable_id, slots in stored.items():
+            first = self._nodes.saved_of.get(self._nodes.live_of.get(variable_id, -1))
+            if first is None or first == variable_id:  # no such parameter in this optimizer yet
+                self._defer(node, variable_id, slots)
+            else:
+                self._combine(saved, node, first, slots)
+
+    def _combine(self, saved: Node, node: LiveNode, first_id: int, slots: dict[str, int]) -> None:
+        """Two saved parameters are one live one, as after a pipeline whose end stages share an embedding."""
+        kept = {
+            (slot.slot_name, attribute.name): attribute.checkpoint_key
+            for slot in saved.slot_variables
+            if slot.original_variable_node_id == first_id
+            for attribute in self._saved[slot.slot_variable_node_id].attributes
+        }
+        for slot_name, slot_id in slots.items():
+            for attribute in self._saved[slot_id].attributes:
+                first = kept.get((slot_name, attribute.name))
+                if first is not None:
+                    live = f"{slot_name} of {self._live[self._nodes.live_of[first_id]].key} in {node.key}"
+                    self._result.combined.append((first, attribute.checkpoint_key, live))
 
     def _leave_slots(self, node: LiveNode, parameter_ids: Iterable[int]) -> None:
         """Say that live slots are not expected to be in the file."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from distckpt.layout.box import Box, Shape
+from distckpt.layout.box import Box, Shape, flat_boxes
+from distckpt.layout.placement import max_flat_boxes
 
 T = TypeVar("T", bound=object)
 
@@ -168,6 +170,7 @@ class ShardedVariable:
         tensor: This rank's block, by reference; may be non-contiguous.
         global_shape: Shape of the whole tensor.
         offset: Start of the block in the whole tensor, in elements, one per dimension. Ignored for an empty block.
+        start: For a flat range the number of its first element in the whole tensor; else None.
     """
 
     def __init__(self, tensor: torch.Tensor, global_shape: Shape, offset: Shape) -> None:
@@ -193,6 +196,57 @@ class ShardedVariable:
         self.tensor = tensor
         self.global_shape = shape
         self.offset = box.offset
+        self.start: int | None = None
+
+    @classmethod
+    def flat(cls, tensor: torch.Tensor, global_shape: Shape, start: int) -> ShardedVariable:
+        """A range of the whole tensor's elements in row-major order, as ZeRO partitions hold them. Local.
+
+        Args:
+            tensor: This rank's elements, of one dimension; may be empty.
+            global_shape: Shape of the whole tensor.
+            start: Number of the first of them among all elements. Ignored where there are none.
+
+        Raises:
+            ValueError: `tensor` has not one dimension, or the range does not lie inside the global shape.
+        """
+        shape = tuple(int(size) for size in global_shape)
+        numel, stop = math.prod(shape), int(start) + tensor.numel()
+        if tensor.dim() != 1:
+            raise ValueError(
+                f"ShardedVariable.flat: expected a tensor of one dimension. Got shape {tuple(tensor.shape)}. Pass "
+                "tensor.view(-1), or use ShardedVariable(tensor, global_shape, offset) for a block."
+            )
+        if tensor.numel() and not 0 <= start < stop <= numel:
+            raise ValueError(
+                f"ShardedVariable.flat: expected a range inside of the {numel} elements of global_shape {shape}. Got "
+                f"{tensor.numel()} elements from {start} on."
+            )
+        if tensor.numel() == 0 and not shape:
+            raise ValueError(
+                "ShardedVariable.flat: expected the one element of global_shape (). Got none. Leave the variable out "
+                "on ranks that do not hold it."
+            )
+        variable = cls.__new__(cls)
+        variable.tensor = tensor
+        variable.global_shape = shape
+        variable.start = int(start)
+        variable.offset = variable.boxes[0].offset
+        return variable
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """What it covers: one box, or the few that a flat range consists of, and empty ones."""
+        if self.start is None:
+            return (Box(self.offset, tuple(self.tensor.shape)),)
+        return _flat_boxes(self.global_shape, self.start, self.start + self.tensor.numel())
+
+
+def _flat_boxes(shape: Shape, start: int, stop: int) -> tuple[Box, ...]:
+    """The boxes of a range, filled up with empty ones: all ranks' records then have the same form, and merge as one."""
+    empty = Box((0,) * len(shape), (0,) * len(shape))
+    found = flat_boxes(Box.whole(shape), start, stop) if start < stop else []
+    return (*found, *[empty] * (max_flat_boxes(len(shape)) - len(found)))
 
 
 class PerRank:

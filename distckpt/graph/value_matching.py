@@ -10,7 +10,7 @@ from collections.abc import Container
 
 import torch
 
-from distckpt.graph.match import WHOLE, Match, Mismatch
+from distckpt.graph.match import WHOLE, Match, Mismatch, refused
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
@@ -82,7 +82,7 @@ class ValueMatcher:
             self._result.pending.setdefault(key, (node.key, "the memory (to_empty())"))
             return
         if name in WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
-            self._result.mismatches.append(Mismatch(key, WHOLE[name], f"a {type(node.obj).__qualname__}"))
+            self._result.mismatches.append(Mismatch(key, WHOLE[name], refused(node)))
             return
         for local_name in node.children:
             if escape(local_name) == name:

@@ -5,7 +5,8 @@ One of each is made per value in every walk, so they are structs, which are made
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeGuard
 
 import msgspec
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.parameter import UninitializedTensorMixin as _Uninitialised  # type: ignore[attr-defined]  # not in the stubs
 
 from distckpt.layout.box import Box, Shape
+from distckpt.layout.placement import joined
 from distckpt.layout.records import OWN_VALUE
 
 
@@ -34,28 +36,68 @@ class Edge(msgspec.Struct, frozen=True):
     buffer: bool = False
 
 
+class Block(NamedTuple):
+    """A box of a global tensor, and this rank's memory of its elements."""
+
+    box: Box
+    tensor: torch.Tensor
+
+
 class TensorValue(msgspec.Struct, frozen=True):
     """A tensor that belongs to a node, or this rank's shard of it.
 
     Attributes:
         name: As `layout.records.Attribute.name`.
-        tensor: What this rank holds, of shape `box.shape`.
+        tensor: What this rank holds: of the shape of its one box; or all boxes one after the other in a 1-d tensor; or,
+            where the boxes are all combinations of a few intervals along each dimension, those intervals joined.
         global_shape: Shape of the whole tensor.
-        box: This rank's shard.
+        boxes: This rank's shard: usually one box; of several all are disjoint, and empty ones come last.
         in_place: Restore writes into `tensor`; otherwise a new tensor is read and handed to the adapter.
         buffer: Replicas may differ.
         numpy: The live object is a NumPy array.
         holder: The DTensor that `tensor` is the local shard of, where restore has to make a new one like it.
+        sharding: Placements and mesh in words, for errors; "" where there are none.
     """
 
     name: str
     tensor: torch.Tensor
     global_shape: Shape
-    box: Box
+    boxes: tuple[Box, ...]
     in_place: bool = True
     buffer: bool = False
     numpy: bool = False
     holder: torch.Tensor | None = None
+    sharding: str = ""
+
+    def blocks(self) -> list[Block]:
+        """The boxes that have elements, each with its part of `tensor`."""
+        boxes, tensor = self.boxes, self.tensor
+        if len(boxes) == 1 and tensor.shape == boxes[0].shape:
+            return [Block(boxes[0], tensor)]
+        with torch.no_grad():
+            if tensor.dim() == len(self.global_shape) != 1:
+                return [Block(box, _cell(tensor, place)) for box, place in zip(boxes, joined(boxes), strict=True)]
+            return list(_in_sequence(tensor, boxes))
+
+    def block_with(self, box: Box) -> Block:
+        """The block that has all of a box; there is one."""
+        if len(self.boxes) == 1:
+            return self.blocks()[0]
+        return next(block for block in self.blocks() if block.box.contains(box))
+
+
+def _cell(tensor: torch.Tensor, place: Box) -> torch.Tensor:
+    for axis, (start, extent) in enumerate(zip(place.offset, place.shape, strict=True)):
+        tensor = tensor.narrow(axis, start, extent)
+    return tensor
+
+
+def _in_sequence(tensor: torch.Tensor, boxes: Sequence[Box]) -> Iterator[Block]:
+    start = 0
+    for box in boxes:
+        if box.numel:
+            yield Block(box, tensor.narrow(0, start, box.numel).view(box.shape))
+            start += box.numel
 
 
 class PythonValue(msgspec.Struct, frozen=True):
@@ -94,4 +136,4 @@ def replicated(
 ) -> TensorValue:
     """The value of a plain tensor: every rank that has it holds all of it."""
     shape = tuple(tensor.shape)
-    return TensorValue(name, tensor, shape, Box((0,) * len(shape), shape), in_place, buffer, numpy)
+    return TensorValue(name, tensor, shape, (Box((0,) * len(shape), shape),), in_place, buffer, numpy)

@@ -35,6 +35,7 @@ class LiveNode:
         slots: Optimizer: variable's node id to slot name to the slot's node id.
         parameters: Parameter group: node ids of its members.
         buffer: Reached as a module buffer.
+        problem: Why it cannot be stored; "" where it can.
     """
 
     obj: object
@@ -45,6 +46,7 @@ class LiveNode:
     values: dict[str, Value] = field(default_factory=dict)
     slots: dict[int, dict[str, int]] = field(default_factory=dict)
     parameters: list[int] | None = None
+    problem: str = ""
 
     def attribute_key(self, name: str) -> str:
         """Key of one of its values."""
@@ -119,12 +121,13 @@ def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
             else:
                 _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
     except UnsaveableError as error:
+        node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")
 
 
 def _add_value(node: LiveNode, value: Value) -> None:
     if node.buffer and type(value) is TensorValue:
-        value = TensorValue(value.name, value.tensor, value.global_shape, value.box, value.in_place, buffer=True)
+        value = msgspec.structs.replace(value, buffer=True)
     node.values[value.name] = value
 
 
@@ -221,13 +224,16 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
             fingerprints[index] = fingerprint_bytes(next(python))
         elif skip is None or not skip[index]:
             fingerprints[index] = fingerprint(value.tensor, whole=hash_all)  # type: ignore[union-attr]
-    boxes = np.array([n for value in tensors for n in (*value.box.offset, *value.box.shape)], np.int64)
+    boxes = np.array([n for value in tensors for box in value.boxes for n in (*box.offset, *box.shape)], np.int64)
+    shardings = {words: index for index, words in enumerate(dict.fromkeys(value.sharding for value in tensors))}
     layout = LocalLayout(
         graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),
         boxes=boxes.tobytes(),
         fingerprints=fingerprints.tobytes(),
         python_values=encoded,
         problems=problems,
+        shardings=list(shardings),
+        sharding_of=np.array([shardings[value.sharding] for value in tensors], np.uint32).tobytes(),
     )
     return Capture(graph, tensors, layout)
 
@@ -254,7 +260,8 @@ def _attribute(value: Value) -> LocalAttribute:
     if type(value) is PythonValue:
         return LocalAttribute(value.name, None, ())
     assert isinstance(value, TensorValue)
-    return LocalAttribute(value.name, dtype_name(value.tensor.dtype), value.global_shape, value.buffer, value.numpy)
+    dtype = dtype_name(value.tensor.dtype)
+    return LocalAttribute(value.name, dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

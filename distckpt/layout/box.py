@@ -160,6 +160,29 @@ def flat_boxes(box: Box, start: int, stop: int) -> list[Box]:
     return found
 
 
+def first_element(box: Box, global_shape: Shape) -> int:
+    """Position of a box's first element in the flattened dataset."""
+    position = 0
+    for size, start in zip(global_shape, box.offset, strict=True):
+        position = position * size + start
+    return position
+
+
+def run_axis(box: Box, global_shape: Shape) -> int:
+    """The dimension from which on a non-empty box is one run in the file: trailing ones are covered whole."""
+    axis = len(global_shape) - 1
+    while axis > 0 and box.shape[axis] == global_shape[axis]:
+        axis -= 1
+    return max(axis, 0)
+
+
+def is_contiguous(box: Box, global_shape: Shape) -> bool:
+    """Whether a non-empty box is one range of bytes in the file."""
+    if box.shape == global_shape or box.shape[1:] == global_shape[1:]:
+        return True
+    return all(extent == 1 for extent in box.shape[: run_axis(box, global_shape)])
+
+
 class Runs(NamedTuple):
     """Where a box lies in a row-major array: equally long contiguous runs, in elements.
 

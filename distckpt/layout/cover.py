@@ -18,17 +18,21 @@ from distckpt.layout.wording import rank_list
 class Cover:
     """The boxes of a tensor and their holders. Most tensors of a model share few covers.
 
+    A rank's shard is one box, or a few that belong together; replicas are ranks with the same shard.
+
     Attributes:
         boxes: Different, not empty, ascending by offset.
         holders: For each box: the ranks that hold it, ascending.
-        order: Rows of all holders, box by box; a row is a place in the list of ranks that `cover` was given.
-        starts: For each box: where its holders begin in `order`.
+        shards: The different shards, ascending by their first box.
+        order: Rows of all holders, shard by shard; a row is a place in the list of ranks that `cover` was given.
+        starts: For each shard: where its holders begin in `order`.
         weights: For each row: what `SavePlan.weights` has for this tensor.
         problems: Why the boxes do not tile the shape, as sentences without the key.
     """
 
     boxes: list[Box]
     holders: list[list[int]]
+    shards: list[tuple[Box, ...]]
     order: npt.NDArray[np.intp]
     starts: npt.NDArray[np.intp]
     weights: npt.NDArray[np.int64]
@@ -36,8 +40,13 @@ class Cover:
 
     @property
     def replicated(self) -> bool:
-        """Whether more than one rank holds some box."""
-        return len(self.order) > len(self.boxes)
+        """Whether more than one rank holds some shard."""
+        return len(self.order) > len(self.shards)
+
+    def rows(self, shard: int) -> npt.NDArray[np.intp]:
+        """The rows of the holders of a shard."""
+        stop = self.starts[shard + 1] if shard + 1 < len(self.starts) else len(self.order)
+        return self.order[self.starts[shard] : stop]
 
     def lowest_holders_shards(self) -> list[Shard]:
         """The shards when each box is written by its lowest holder."""
@@ -49,30 +58,40 @@ def cover(ranks: Sequence[int], rows: Sequence[Sequence[int]], shape: Shape) -> 
 
     Args:
         ranks: The ranks that hold it, ascending.
-        rows: For each of them offset and extent in elements, one list; a box with a zero extent counts as none.
+        rows: For each of them offset and extent in elements of each of its boxes, one list; a box with a zero extent
+            counts as none.
         shape: Global shape.
     """
-    ndim = len(shape)
-    rows_of: dict[tuple[int, ...], list[int]] = {}
+    rows_of: dict[tuple[Box, ...], list[int]] = {}
     for row, numbers in enumerate(rows):
-        if 0 not in numbers[ndim:]:
-            rows_of.setdefault(tuple(numbers), []).append(row)
-    ordered = sorted(rows_of)
-    boxes = [Box(numbers[:ndim], numbers[ndim:]) for numbers in ordered]
-    holders = [[ranks[row] for row in rows_of[numbers]] for numbers in ordered]
+        shard = _boxes(numbers, len(shape))
+        if shard:
+            rows_of.setdefault(shard, []).append(row)
+    shards = sorted(rows_of)
     weights = np.zeros(len(rows), np.int64)
     for same in rows_of.values():
         if len(same) > 1:
             weights[same] = 1
             weights[same[0]] = 1 - len(same)
+    held = sorted((box, [ranks[row] for row in rows_of[shard]]) for shard in shards for box in shard)
+    boxes, holders = [box for box, _ in held], [holders for _, holders in held]
     return Cover(
         boxes,
         holders,
-        np.array([row for numbers in ordered for row in rows_of[numbers]], np.intp),
-        np.cumsum([0, *(len(same) for same in holders[:-1])], dtype=np.intp),
+        shards,
+        np.array([row for shard in shards for row in rows_of[shard]], np.intp),
+        np.cumsum([0, *(len(rows_of[shard]) for shard in shards[:-1])], dtype=np.intp),
         weights,
         list(_problems(ranks, boxes, holders, shape)),
     )
+
+
+def _boxes(numbers: Sequence[int], ndim: int) -> tuple[Box, ...]:
+    """The boxes with elements of one rank."""
+    if len(numbers) == 2 * ndim:
+        return () if 0 in numbers[ndim:] else (Box(tuple(numbers[:ndim]), tuple(numbers[ndim:])),)
+    cut = [numbers[start : start + 2 * ndim] for start in range(0, len(numbers), 2 * ndim)]
+    return tuple(Box(tuple(one[:ndim]), tuple(one[ndim:])) for one in cut if 0 not in one[ndim:])
 
 
 def _problems(
@@ -91,7 +110,7 @@ def _problems(
         a, b = overlap
         yield (
             f"{describe(boxes[a])} on {rank_list(holders[a])} and {describe(boxes[b])} on {rank_list(holders[b])} "
-            "overlap. Ranks may hold the same box, or boxes without a common element."
+            "overlap. Ranks may hold the same shard, or shards without a common element."
         )
         return
     gap = find_gap(boxes, shape)

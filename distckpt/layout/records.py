@@ -98,6 +98,7 @@ class LocalAttribute(msgspec.Struct, frozen=True, array_like=True):
         global_shape: Shape of the whole tensor; () for a python value.
         buffer: A module buffer: replicas may differ, the lowest rank's bytes are stored.
         numpy: The live value is a NumPy array.
+        n_boxes: Number of boxes that this rank's shard consists of, empty ones included.
     """
 
     name: str
@@ -105,6 +106,7 @@ class LocalAttribute(msgspec.Struct, frozen=True, array_like=True):
     global_shape: Shape
     buffer: bool = False
     numpy: bool = False
+    n_boxes: int = 1
 
 
 class LocalNode(msgspec.Struct, frozen=True, array_like=True):
@@ -130,11 +132,13 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         graph: msgpack of `list[LocalNode]`; most ranks of a job have the same bytes, which are then merged once.
-        boxes: int64, native byte order: offset then shape of this rank's shard, for each tensor in order.
+        boxes: int64, native byte order: offset then shape of each box of this rank's shard, for each tensor in order.
         fingerprints: uint64 per attribute in order: xxh3-64 of the value (large tensors: of a sample), 0 where it was
             not computed.
         python_values: Encoded python values, in order of the python attributes.
         problems: What this rank cannot save, one sentence each; not empty means that merging fails with these.
+        shardings: Placements and mesh in words, as this rank sees them; only errors show them.
+        sharding_of: uint32 for each tensor in order: which of `shardings` it has.
     """
 
     graph: bytes
@@ -142,6 +146,8 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
     fingerprints: bytes
     python_values: list[bytes]
     problems: list[str]
+    shardings: list[str] = []
+    sharding_of: bytes = b""
 
 
 # ---- what rank 0 answers -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from distckpt.layout.box import Shape
 from distckpt.layout.cover import Cover, cover, describe
 from distckpt.layout.records import LocalLayout
-from distckpt.layout.values import Holding, Value
+from distckpt.layout.values import Holding, Value, sharding_note
 from distckpt.layout.wording import listing, rank_list, shortened
 
 _WAY_OUT = (
@@ -113,10 +113,10 @@ def cover_tensors(
         for shared in _share_covers(bucket):
             for member in shared.members:
                 covers[alike[member]] = shared.cover
-                problems += [f"{bucket.values[member].key}: {problem}" for problem in shared.cover.problems]
+                problems += [_problem(bucket.values[member], holdings, problem) for problem in shared.cover.problems]
             if comparison.enabled and shared.cover.replicated:
                 bucket.weights[:, shared.members] = shared.cover.weights[:, None]
-                _compare(bucket, shared, comparison)
+                _compare(bucket, shared, holdings, comparison)
         _scatter_weights(bucket, holdings)
     if comparison.differing_buffers:
         _clear_buffer_weights(tensors, holdings)
@@ -124,11 +124,11 @@ def cover_tensors(
 
 
 def _by_holders(tensors: Sequence[Value]) -> list[list[int]]:
-    """Indices of tensors that the same ranks hold and that have equally many dimensions."""
+    """Indices of tensors that the same ranks hold, in as many boxes, and that have equally many dimensions."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, value in enumerate(tensors):
         if value.agreed:
-            alike.setdefault((len(value.attribute.global_shape), *value.groups), []).append(i)
+            alike.setdefault((len(value.attribute.global_shape), *value.groups, *value.n_boxes), []).append(i)
     return list(alike.values())
 
 
@@ -141,7 +141,7 @@ class _Bucket:
         ranks: The ranks.
         order: For each row: its place when the ranks are listed group by group.
         positions: For each group: which of its attributes the tensors are.
-        boxes: Offset and extent in elements: tensors x ranks x (2 * ndim).
+        boxes: Offset and extent in elements of each box: tensors x ranks x (boxes * 2 * ndim).
         fingerprints: Ranks x tensors.
         weights: Ranks x tensors.
     """
@@ -157,14 +157,14 @@ class _Bucket:
 
 def _gather(values: list[Value], holdings: Sequence[Holding]) -> _Bucket:
     groups = values[0].groups
-    box_columns = np.arange(2 * len(values[0].attribute.global_shape))
+    box_columns = [np.arange(2 * len(values[0].attribute.global_shape) * count) for count in values[0].n_boxes]
     positions: list[npt.NDArray[np.intp]] = []
     boxes: list[npt.NDArray[np.int64]] = []
     fingerprints: list[npt.NDArray[np.uint64]] = []
     for i, index in enumerate(groups):
         at = np.array([value.positions[i] for value in values], np.intp)
         positions.append(at)
-        boxes.append(holdings[index].boxes[:, holdings[index].columns[at][:, None] + box_columns])
+        boxes.append(holdings[index].boxes[:, holdings[index].columns[at][:, None] + box_columns[i]])
         fingerprints.append(holdings[index].fingerprints[:, at])
     ranks = np.concatenate([holdings[index].ranks for index in groups])
     order = np.argsort(ranks)
@@ -173,10 +173,16 @@ def _gather(values: list[Value], holdings: Sequence[Holding]) -> _Bucket:
         ranks[order].tolist(),
         order,
         positions,
-        np.concatenate(boxes)[order].transpose(1, 0, 2),
+        np.concatenate(_padded(boxes))[order].transpose(1, 0, 2),
         np.concatenate(fingerprints)[order],
         np.zeros((len(ranks), len(values)), np.int64),
     )
+
+
+def _padded(boxes: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """The arrays with as many boxes as the widest has; zeros are empty boxes."""
+    width = max(array.shape[2] for array in boxes)
+    return [np.pad(array, ((0, 0), (0, 0), (0, width - array.shape[2]))) for array in boxes]
 
 
 def _scatter_weights(bucket: _Bucket, holdings: Sequence[Holding]) -> None:
@@ -219,31 +225,33 @@ def _share_covers(bucket: _Bucket) -> list[_SharedCover]:
     ]
 
 
-def _compare(bucket: _Bucket, shared: _SharedCover, comparison: Comparison) -> None:
-    """Fingerprints of the holders of each box must agree; 0 stands for one that was not computed."""
+def _problem(value: Value, holdings: Sequence[Holding], problem: str) -> str:
+    return f"{value.key}: {problem}{sharding_note(value, holdings)}"
+
+
+def _compare(bucket: _Bucket, shared: _SharedCover, holdings: Sequence[Holding], comparison: Comparison) -> None:
+    """Fingerprints of the holders of the same boxes must agree; 0 stands for one that was not computed."""
     starts = shared.cover.starts
     fingerprints = bucket.fingerprints[shared.cover.order][:, shared.members]
     highest = np.maximum.reduceat(fingerprints, starts, axis=0)
     fingerprints[fingerprints == 0] = np.iinfo(np.uint64).max
     lowest = np.minimum.reduceat(fingerprints, starts, axis=0)
     differs = (highest != 0) & (highest != lowest)
-    for member, box in np.argwhere(differs.T).tolist():
+    for member, shard in np.argwhere(differs.T).tolist():
         value = bucket.values[shared.members[member]]
         if not value.buffer:
-            comparison.problems.append(_difference(bucket, shared, member, box))
+            comparison.problems.append(_problem(value, holdings, _difference(bucket, shared, member, shard)))
         elif value.key not in comparison.differing_buffers:
             comparison.differing_buffers.append(value.key)
 
 
-def _difference(bucket: _Bucket, shared: _SharedCover, member: int, box: int) -> str:
-    holders, start = shared.cover.holders[box], shared.cover.starts[box]
-    rows = shared.cover.order[start : start + len(holders)]
+def _difference(bucket: _Bucket, shared: _SharedCover, member: int, shard: int) -> str:
+    rows = shared.cover.rows(shard)
     ranks: dict[int, list[int]] = {}
-    for rank, fingerprint in zip(holders, bucket.fingerprints[rows, shared.members[member]].tolist(), strict=True):
+    for row, fingerprint in zip(rows, bucket.fingerprints[rows, shared.members[member]].tolist(), strict=True):
         if fingerprint:
-            ranks.setdefault(fingerprint, []).append(rank)
+            ranks.setdefault(fingerprint, []).append(bucket.ranks[row])
     first, *others = ranks.values()
-    what = "replicas" if len(shared.cover.boxes) == 1 else f"replicas of {describe(shared.cover.boxes[box])}"
+    what = "replicas" if len(shared.cover.shards) == 1 else f"replicas of {describe(shared.cover.shards[shard][0])}"
     got = listing([f"others on {rank_list(where)}" for where in others], 3)
-    key = bucket.values[shared.members[member]].key
-    return f"{key}: {what} differ. Expected the bytes of {rank_list(first)}. Got {got}. {_WAY_OUT}"
+    return f"{what} differ. Expected the bytes of {rank_list(first)}. Got {got}. {_WAY_OUT}"

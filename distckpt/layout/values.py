@@ -31,6 +31,7 @@ class Value:
         node: Node of the merged graph.
         groups: Indices of the groups of ranks that hold it, ascending; so the first has the lowest rank.
         positions: For each of these groups: which of its attributes it is.
+        n_boxes: For each of these groups: of how many boxes a rank's shard consists.
         buffer: A rank says that it is a module buffer.
         agreed: All holders describe it alike, and it can be stored.
         key: Its checkpoint key.
@@ -41,6 +42,7 @@ class Value:
     node: int
     groups: list[int]
     positions: list[int]
+    n_boxes: list[int]
     buffer: bool
     agreed: bool = True
     key: str = ""
@@ -53,16 +55,18 @@ class Holding:
 
     Attributes:
         ranks: Ascending.
+        layouts: Theirs.
         attributes: The group's attributes in order.
         ordinals: For each attribute: which of the group's tensors, or which of its python values, it is.
         values: The merged value of each attribute.
-        columns: Where the box of each attribute begins in a row of `boxes`.
+        columns: Where the boxes of each attribute begin in a row of `boxes`.
         boxes: Offsets and extents, a row per rank.
         fingerprints: A row per rank, a column per attribute.
         weights: As `SavePlan.weights`, a row per rank.
     """
 
     ranks: list[int]
+    layouts: list[LocalLayout]
     attributes: list[LocalAttribute]
     ordinals: list[int]
     values: list[Value]
@@ -76,12 +80,13 @@ def hold(group: RankGroup, layouts: Sequence[LocalLayout]) -> Holding:
     """The arrays of a group's ranks, one row per rank; values are not yet filled in."""
     attributes = [attribute for node in group.nodes for attribute in node.attributes]
     rows, width = len(group.ranks), len(attributes)
-    sizes = [2 * len(attribute.global_shape) for attribute in attributes]
+    sizes = [2 * len(attribute.global_shape) * attribute.n_boxes for attribute in attributes]
     ends = np.cumsum(sizes, dtype=np.intp)
     boxes = np.frombuffer(b"".join(layouts[rank].boxes for rank in group.ranks), np.int64)
     fingerprints = np.frombuffer(b"".join(layouts[rank].fingerprints for rank in group.ranks), np.uint64)
     return Holding(
         ranks=group.ranks,
+        layouts=[layouts[rank] for rank in group.ranks],
         attributes=attributes,
         ordinals=_ordinals(attributes),
         values=[],
@@ -131,7 +136,7 @@ def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, Value]])
         for attribute in node.attributes:
             value = tables[node_id].get(attribute.name)
             if value is None:
-                value = Value(attribute, node_id, [index], [len(values)], attribute.buffer)
+                value = Value(attribute, node_id, [index], [len(values)], [attribute.n_boxes], attribute.buffer)
                 tables[node_id][attribute.name] = value
             # A torn tie brings the same value twice: it is a problem already, and the first one stands for it.
             elif value.groups[-1] != index:
@@ -143,6 +148,7 @@ def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, Value]])
 def _add_holder(value: Value, attribute: LocalAttribute, index: int, position: int) -> None:
     value.groups.append(index)
     value.positions.append(position)
+    value.n_boxes.append(attribute.n_boxes)
     if attribute != value.attribute:
         value.buffer |= attribute.buffer
         value.agreed &= _same_but_buffer(value.attribute, attribute)
@@ -257,7 +263,8 @@ def _disagreement(
 ) -> str:
     (expected, first), *others = _by_aspect(value, holdings, aspect).items()
     got = listing([f"{text} on {rank_list(ranks)}" for text, ranks in others], 3)
-    return f"{value.key}: {name} differs. Expected {expected}, as on {rank_list(first)}. Got {got}. {remedy}"
+    note = sharding_note(value, holdings)
+    return f"{value.key}: {name} differs. Expected {expected}, as on {rank_list(first)}. Got {got}.{note} {remedy}"
 
 
 def _is_plain(value: Value, holdings: Sequence[Holding]) -> bool:
@@ -267,6 +274,24 @@ def _is_plain(value: Value, holdings: Sequence[Holding]) -> bool:
         shape = holding.attributes[position].global_shape
         start = holding.columns[position]
         boxes = holding.boxes[:, start : start + 2 * len(shape)]
-        if np.any(boxes != np.array((*[0] * len(shape), *shape), np.int64)):
+        if holding.attributes[position].n_boxes > 1 or np.any(boxes != np.array((*[0] * len(shape), *shape), np.int64)):
             return False
     return True
+
+
+def sharding_note(value: Value, holdings: Sequence[Holding]) -> str:
+    """A sentence that says how each rank shards a tensor, with a blank before it; "" where no rank has placements."""
+    ranks: dict[str, list[int]] = {}
+    for index, position in zip(value.groups, value.positions, strict=True):
+        holding = holdings[index]
+        for rank, layout in zip(holding.ranks, holding.layouts, strict=True):
+            ranks.setdefault(_sharding(layout, holding.ordinals[position]), []).append(rank)
+    if not any(ranks):
+        return ""
+    on_ranks = [f"{words or 'no placements'} on {rank_list(on)}" for words, on in ranks.items()]
+    return f" It has {listing(on_ranks, 4)}."
+
+
+def _sharding(layout: LocalLayout, tensor: int) -> str:
+    """Placements of one of a rank's tensors in words."""
+    return layout.shardings[np.frombuffer(layout.sharding_of, np.uint32)[tensor]] if layout.shardings else ""

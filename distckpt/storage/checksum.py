@@ -7,10 +7,33 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
+from distckpt.errors import CorruptCheckpointError
+from distckpt.layout.box import Box
 from distckpt.storage import rawio
 
 #: Bytes per checksum in the file.
 CHECKSUM_NBYTES = 8
+
+
+def require_checksum(key: str, box: Box, nbytes: int, expected: int, got: int) -> None:
+    """Compare the checksum of a piece.
+
+    Args:
+        key: Checkpoint key of the variable.
+        box: The piece.
+        nbytes: Its size in bytes.
+        expected: What the file says.
+        got: What its bytes give.
+
+    Raises:
+        CorruptCheckpointError: They differ.
+    """
+    if got != expected:
+        raise CorruptCheckpointError(
+            f"{key}: the {nbytes} bytes of the piece of shape {box.shape} at {box.offset} are damaged. "
+            f"Expected checksum {expected:016x}. Got {got:016x}. Restore another checkpoint."
+        )
+
 
 digest = xxhash.xxh3_64_intdigest
 Hasher = xxhash.xxh3_64

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from distckpt.errors import CorruptCheckpointError
-from distckpt.layout.box import Box, Shape, cut, runs
+from distckpt.layout.box import Box, Shape, cut, first_element, is_contiguous, run_axis, runs
 from distckpt.storage import rawio
-from distckpt.storage.checksum import Hasher, digest
+from distckpt.storage.checksum import Hasher, digest, require_checksum
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.transfer import (
     Block,
@@ -23,11 +23,8 @@ from distckpt.storage.transfer import (
     Staging,
     blocks_of,
     copy_bits,
-    first_element,
-    is_contiguous,
     is_packed,
     part_of,
-    run_axis,
 )
 from distckpt.tensor_bytes import bytes_of
 
@@ -190,12 +187,9 @@ def _mark_changed(tensor: torch.Tensor) -> None:
 
 
 def _compare(job: ReadJob, got: int, report: ReadReport) -> None:
+    assert job.expected is not None, "there is a checksum to compare with"
     nbytes = job.tensor.numel() * job.tensor.element_size()
-    if got != job.expected:
-        raise CorruptCheckpointError(
-            f"{job.key}: the {nbytes} bytes of the piece of shape {job.box.shape} at {job.box.offset} are damaged. "
-            f"Expected checksum {job.expected:016x}. Got {got:016x}. Restore another checkpoint."
-        )
+    require_checksum(job.key, job.box, nbytes, job.expected, got)
     report.bytes_verified += nbytes
 
 

@@ -96,29 +96,6 @@ def blocks_of(box: Box, itemsize: int) -> Iterator[Block]:
         start += block.nbytes
 
 
-def first_element(box: Box, global_shape: Shape) -> int:
-    """Position of a box's first element in the flattened dataset."""
-    position = 0
-    for size, start in zip(global_shape, box.offset, strict=True):
-        position = position * size + start
-    return position
-
-
-def run_axis(box: Box, global_shape: Shape) -> int:
-    """The dimension from which on a non-empty box is one run in the file: trailing ones are covered whole."""
-    axis = len(global_shape) - 1
-    while axis > 0 and box.shape[axis] == global_shape[axis]:
-        axis -= 1
-    return max(axis, 0)
-
-
-def is_contiguous(box: Box, global_shape: Shape) -> bool:
-    """Whether a non-empty box is one range of bytes in the file."""
-    if box.shape == global_shape or box.shape[1:] == global_shape[1:]:
-        return True
-    return all(extent == 1 for extent in box.shape[: run_axis(box, global_shape)])
-
-
 # ---- in memory ---------------------------------------------------------------------------------------------------
 
 
@@ -129,11 +106,17 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 def part_of(job: WriteJob | ReadJob, block: Block) -> torch.Tensor:
     """The part of a job's tensor that a block holds."""
-    part = job.tensor.detach()
-    for axis, (start, extent, origin) in enumerate(zip(block.box.offset, block.box.shape, job.box.offset, strict=True)):
-        if extent != part.shape[axis]:
-            part = part.narrow(axis, start - origin, extent)
-    return part
+    return sub_tensor(job.tensor.detach(), block.box, job.box)
+
+
+def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
+    """The part of a tensor that is `box`, where the whole tensor is `outer`; both in global coordinates."""
+    if box == outer:
+        return tensor
+    for axis, (start, base, extent) in enumerate(zip(box.offset, outer.offset, box.shape, strict=True)):
+        if extent != outer.shape[axis]:
+            tensor = tensor.narrow(axis, start - base, extent)
+    return tensor
 
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:

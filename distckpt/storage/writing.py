@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from distckpt.layout.box import cut, runs
+from distckpt.layout.box import cut, first_element, is_contiguous, run_axis, runs
 from distckpt.storage import rawio
 from distckpt.storage.checksum import ChecksumLog, digest
 from distckpt.storage.transfer import (
@@ -16,11 +16,8 @@ from distckpt.storage.transfer import (
     WriteJob,
     blocks_of,
     copy_bits,
-    first_element,
-    is_contiguous,
     is_packed,
     part_of,
-    run_axis,
 )
 from distckpt.tensor_bytes import bytes_of
 

@@ -162,3 +162,26 @@ def subcomm() -> Iterator[SubComms]:
     comms = SubComms()
     yield comms
     comms.free()
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """torch's process group with the ranks of MPI, one for all tests of a module."""
+    import torch.distributed as dist
+
+    from distckpt.cluster.process_group import init_process_group
+
+    init_process_group(_world(), "gloo")
+    yield
+    _world().Barrier()
+    dist.destroy_process_group()
+    _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """torch remembers meshes with their groups, and a mesh of the same ranks in a later group is equal to it."""
+    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distckpt.cluster.process_group import init_process_group
-from distckpt.errors import CollectiveError
+from distckpt.cluster import init_process_group
+from distckpt.errors import CollectiveError, RankTimeoutError
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = pytest.mark.mpi
@@ -95,3 +95,22 @@ def test_a_backend_that_does_not_exist_is_the_same_error_on_all_ranks() -> None:
         init_process_group(backend="nosuch")
     assert_same_error(error)
     assert not dist.is_initialized()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_does_not_come_is_named() -> None:
+    last = MPI.COMM_WORLD.size - 1
+    comm = MPI.COMM_WORLD.Dup()
+    if comm.rank != last:
+        with pytest.raises(RankTimeoutError, match="init_process_group: 1 of") as error:
+            init_process_group(comm, timeout=0.3)
+        assert error.value.absent == (last,)
+    MPI.COMM_WORLD.Barrier()
+    if comm.rank == last:
+        with pytest.raises(RankTimeoutError, match="came when the others had given up"):
+            init_process_group(comm, timeout=0.3)
+    MPI.COMM_WORLD.Barrier()
+    init_process_group(comm)
+    assert dist.get_world_size() == comm.size
+    dist.destroy_process_group()
+    comm.Free()

@@ -15,12 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "distckpt"
 
-FOUNDATION = {"errors", "options", "tensor_bytes"}
+FOUNDATION = {"errors", "interval", "log", "options", "tensor_bytes"}
 ROOMS = {"layout", "graph", "coordination", "storage"}
 
 #: Room or module below distckpt/ to those it may import. Modules that are not named here stand above the rooms.
 MAY_IMPORT = {
     "errors": set[str](),
+    "interval": set[str](),
+    "log": {"errors"},
     "options": {"errors"},
     "tensor_bytes": set[str](),
     "layout": FOUNDATION,

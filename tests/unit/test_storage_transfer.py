@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.errors import CorruptCheckpointError
-from distckpt.layout.box import MAX_PIECE_NBYTES, Box, pieces, runs
+from distckpt.layout.box import MAX_PIECE_NBYTES, Box, is_contiguous, pieces, runs
 from distckpt.storage import mpio, rawio, reading
 from distckpt.storage.reading import read
-from distckpt.storage.transfer import ReadJob, WriteJob, is_contiguous
+from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import Tensors, bits, load, part, same_bits, save, twins
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.adapters.stateful import flatten, unflatten
-from distckpt.graph.values import Edge, Value
+from distckpt.graph.values import Edge, UnsaveableError, Value
 
 _EXTRA_STATE = ".extra_state"
 
@@ -23,12 +23,21 @@ class ModuleAdapter(Adapter):
         return issubclass(cls, torch.nn.Module)
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
-        """Children, then parameters, then persistent buffers, then extra state."""
+        """Children, then parameters, then persistent buffers, then extra state.
+
+        Raises:
+            UnsaveableError: It is a FullyShardedDataParallel that shards.
+        """
         assert isinstance(obj, torch.nn.Module)
         if isinstance(obj, FSDPModule):
             # After a forward without backward its parameters are the gathered ones: others than the optimizer's, and
             # copies of what a restore writes. Freeing them is what torch's own state_dict() does, too.
             obj.reshard()
+        if "_fsdp_wrapped_module" in obj._modules:  # where it is transparent, the walk passes over it
+            raise UnsaveableError(
+                "FullyShardedDataParallel keeps its parameters in flat parts. Use fully_shard() (FSDP2) instead, or "
+                "sharding_strategy=NO_SHARD with use_orig_params=True."
+            )
         for name, module in obj._modules.items():
             if module is not None:
                 yield Edge(name, unwrap(module))

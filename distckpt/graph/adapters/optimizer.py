@@ -5,6 +5,7 @@ Nothing here calls `step()`, `zero_grad()` or `state_dict()`: saving and restori
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -56,7 +57,12 @@ class OptimizerAdapter(Adapter):
         """The parameter groups, and state that belongs to no parameter."""
         assert isinstance(obj, torch.optim.Optimizer)
         yield Edge("param_groups", Groups(obj))
-        keys: Iterable[object] = obj.state.keys()  # typed as tensors, but nothing enforces it
+        if getattr(obj, "_overlap_with_ddp", False):
+            yield Problem(
+                "", "a ZeroRedundancyOptimizer with overlap_with_ddp=True. Make it with overlap_with_ddp=False."
+            )
+            return
+        keys: Iterable[object] = stepped_by(obj).state.keys()  # typed as tensors, but nothing enforces it
         for key in keys:
             if not isinstance(key, torch.Tensor):
                 yield Problem(".state", f"optimizer state under {key!r} belongs to no parameter and cannot be stored.")
@@ -135,7 +141,7 @@ class SlotAdapter(Adapter):
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """The slot's tensor or python value; for a structure (LBFGS) its tensors and the rest."""
         assert isinstance(obj, Slot)
-        value = obj.optimizer.state[obj.parameter][obj.name]
+        value = stepped_by(obj.optimizer).state[obj.parameter][obj.name]
         if isinstance(value, torch.Tensor):
             return (tensor_value(value),)
         if is_python_value(value):
@@ -146,7 +152,7 @@ class SlotAdapter(Adapter):
         """Set a python slot, or a structure."""
         assert isinstance(obj, Slot)
         value = saved[OWN_VALUE] if OWN_VALUE in saved else unflatten(saved, _STRUCTURE)
-        obj.optimizer.state[obj.parameter][obj.name] = value
+        stepped_by(obj.optimizer).state[obj.parameter][obj.name] = value
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """A structure is restored as a whole: the file decides which tensors it has."""
@@ -163,6 +169,28 @@ def claim_of_pair(optimizer: object, parameter: object) -> Claim:
     return parameter, f"slots of {id(optimizer)}"
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that has the state: of a `ZeroRedundancyOptimizer` the one for this rank's share of parameters.
+
+    Its groups are those of the outer one, which sets the inner one's options at each step.
+    """
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
+        inner: torch.optim.Optimizer = optimizer.optim
+        return inner
+    return optimizer
+
+
+def stepped_elsewhere(optimizer: object) -> frozenset[int]:
+    """`id()` of the parameters that other ranks update, so that this one has no state of them."""
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    inner = stepped_by(optimizer)
+    if inner is optimizer:
+        return frozenset()
+    own = {id(parameter) for parameter in parameters_of(inner)}
+    return frozenset(id(parameter) for parameter in parameters_of(optimizer) if id(parameter) not in own)
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """All parameters, in order of the groups."""
     for group in optimizer.param_groups:
@@ -171,7 +199,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[str]:
     """Names of the live slots of a parameter; reading them creates nothing."""
-    state: Mapping[torch.Tensor, Mapping[str, object]] = optimizer.state
+    state: Mapping[torch.Tensor, Mapping[str, object]] = stepped_by(optimizer).state
     return list(state.get(parameter, {}))
 
 
@@ -198,14 +226,16 @@ def steps_on_device(optimizer: object) -> frozenset[int]:
 
 def like_parameter(value: Value, parameter: TensorValue) -> Value:
     """A slot of a parameter that the user holds in a `ShardedVariable`: of the same local shape, so sharded alike."""
-    if isinstance(value, TensorValue) and value.tensor.shape == parameter.tensor.shape and value.box != parameter.box:
-        return TensorValue(value.name, value.tensor, parameter.global_shape, parameter.box, value.in_place)
-    return value
+    if not isinstance(value, TensorValue) or value.tensor.shape != parameter.tensor.shape:
+        return value
+    if (value.boxes, value.global_shape) == (parameter.boxes, parameter.global_shape):
+        return value
+    return TensorValue(value.name, value.tensor, parameter.global_shape, parameter.boxes, value.in_place)
 
 
 def set_slots(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, slots: Mapping[str, object]) -> None:
     """Give a parameter exactly these slots; none means that its state is absent, as before the first step."""
-    state: MutableMapping[torch.Tensor, object] = optimizer.state
+    state: MutableMapping[torch.Tensor, object] = stepped_by(optimizer).state
     if slots:
         state[parameter] = dict(slots)
     else:

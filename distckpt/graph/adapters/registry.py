@@ -24,6 +24,9 @@ _WRAPPERS = {
 }
 
 
+_FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
+
+
 @functools.cache
 def _adapters() -> tuple[Adapter, ...]:
     # Imported here because adapters ask the registry about the parts of their objects.
@@ -64,15 +67,24 @@ def _find_wrapped_attribute(cls: type) -> str | None:
 
 
 def unwrap(obj: Any) -> Any:
-    """The object inside any number of transparent wrappers (DDP, `torch.compile`, activation checkpointing)."""
+    """The object inside any number of transparent wrappers (DDP, `torch.compile`, activation checkpointing).
+
+    A `FullyShardedDataParallel` that shards is none: what is inside has parts of flattened parameters.
+    """
     while True:
         cls = type(obj)
         if cls not in _wrapped_attribute:
             _wrapped_attribute[cls] = _find_wrapped_attribute(cls)
         attribute = _wrapped_attribute[cls]
-        if attribute is None:
+        if attribute is None or (attribute == _FSDP1_ATTRIBUTE and is_flattened(obj)):
             return obj
         obj = getattr(obj, attribute)
+
+
+def is_flattened(wrapper: Any) -> bool:
+    """Whether a `FullyShardedDataParallel` keeps parameters as parts of a flat one, which no module shows whole."""
+    handle = wrapper._handle
+    return handle is not None and (handle.uses_sharded_strategy or not handle._use_orig_params)
 
 
 def adapter_for(obj: object) -> Adapter | None:

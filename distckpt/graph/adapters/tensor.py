@@ -12,7 +12,6 @@ from distckpt.graph.claims import Claim
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import TensorValue, is_uninitialised
-from distckpt.layout.box import Box
 from distckpt.layout.records import OWN_VALUE
 
 
@@ -49,7 +48,7 @@ class ShardedVariableAdapter(Adapter):
         """This rank's block."""
         assert isinstance(obj, ShardedVariable)
         local = tensor_value(obj.tensor)
-        return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, Box(obj.offset, tuple(obj.tensor.shape))),)
+        return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, obj.boxes),)
 
     def claim(self, obj: object, name: str) -> Claim:
         """The block itself: it may be in another `ShardedVariable`, too."""

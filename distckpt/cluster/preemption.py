@@ -1,0 +1,237 @@
+"""`PreemptionGuard`: stop all ranks at the same step, in time for a last save."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+from distckpt.cluster.walltime import find_deadline
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.interval import require_seconds
+
+#: Exit status of a job that has saved and wants to go on: Linux's number for "interrupted, should be restarted".
+EXIT_CODE = 85
+#: How much longer than the ones before the last save may take: others stop and save at the same time.
+_SAVE_FACTOR = 1.5
+#: Seconds that a save is taken to need until one was measured.
+_UNMEASURED_SAVE = 30.0
+#: How many of the last steps count.
+_STEPS = 20
+
+
+class MeasuresSaves(Protocol):
+    """What knows how long a save takes, such as a `CheckpointManager`."""
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds from the call of a save until the file is durable; None before the first one."""
+
+
+class PreemptionGuard:
+    """Tells all ranks to stop at the same step: when a rank gets a signal, or the time of the job runs out.
+
+    The handlers of the signals only set a flag. `should_stop`, called by all ranks between two steps, brings the flags
+    together, so that a signal to one rank stops all of them. Rank 0 watches the clock: its `deadline` is reached when
+    the time left is less than a margin, which is the longest of the last steps + 1.5 times the longest save measured.
+    Saves are measured by the manager, or within `saving()`.
+
+    SIGUSR1 is left alone because NCCL uses it. Make the guard before the slow part of the start, for a signal that has
+    no handler ends the process.
+
+    Example:
+        >>> guard = PreemptionGuard(manager=manager)
+        >>> while checkpoint.step < steps:
+        ...     train()
+        ...     checkpoint.step += 1
+        ...     stop = guard.should_stop()
+        ...     manager.save(check_interval=not stop)
+        ...     if stop:
+        ...         break
+        >>> sys.exit(guard.exit_code)
+    """
+
+    def __init__(
+        self,
+        comm: object | None = None,
+        *,
+        signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR2),
+        manager: MeasuresSaves | None = None,
+        deadline: float | datetime | None = None,
+        margin: float | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        """Local. In the main thread: no other may set handlers of signals.
+
+        Args:
+            comm: mpi4py communicator of the ranks that stop together; None for `MPI.COMM_WORLD`.
+            signals: Signals that mean to stop.
+            manager: Whose measured saves count; None for those within `saving()` only.
+            deadline: When the job must have ended, in seconds since the epoch; None for what DISTCKPT_DEADLINE or the
+                scheduler (Slurm, PBS, LSF, Flux) says. Only that of rank 0 counts.
+            margin: Seconds before the deadline at which to stop; None for the measured margin.
+            timeout: Seconds that `should_stop` waits for the other ranks.
+
+        Raises:
+            TypeError: `comm` is no communicator.
+            ValueError: An option has a bad value, or this is not the main thread.
+        """
+        self._coordinator = Coordinator(comm)
+        self._manager = manager
+        self._deadline = deadline.timestamp() if isinstance(deadline, datetime) else deadline
+        self._margin = None if margin is None else require_seconds("margin", margin)
+        self._timeout = require_seconds("timeout", timeout)
+        self._clock_read = False
+        self._received: int | None = None
+        self._reason = ""
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._step_start: float | None = None
+        self._first_step = True
+        self._saved_within_step = 0.0
+        self._longest_save: float | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._install(signals)
+        atexit.register(self._at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back to the handlers that had them. Local."""
+        atexit.unregister(self._at_exit)
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous = {}
+
+    # ---- the collective call ----
+
+    def should_stop(self) -> bool:
+        """Whether to save and end; once True, always True. Collective over the communicator: call it at every step.
+
+        Raises:
+            RankTimeoutError: Some ranks did not come.
+            CollectiveError: DISTCKPT_DEADLINE or the manager's `save_seconds` has a bad value.
+        """
+        if self._reason:
+            return True
+        self._end_step()
+        with self._coordinator.uninterrupted():
+            reason, failure = "", None
+            try:
+                reason = self._own_reason()
+            except Exception as error:  # the others must hear of it, whatever it is
+                failure = error
+            going_on = self._coordinator.arrive(
+                "should_stop", 0, 1 if reason or failure is not None else 0, self._timeout
+            )
+            if not going_on:
+                with self._coordinator.step("should_stop"):
+                    if failure is not None:
+                        raise failure
+                reasons = self._coordinator.gather_all("should_stop", reason.encode())
+                self._reason = _together([text.decode() for text in reasons])
+            elif not self._clock_read:
+                self._read_clock()
+        self._step_start = time.monotonic()
+        return bool(self._reason)
+
+    @property
+    def reason(self) -> str:
+        """Why to stop, such as "SIGUSR2 on rank 3"; empty until then. The same on all ranks. Local."""
+        return self._reason
+
+    @property
+    def exit_code(self) -> int:
+        """For `sys.exit`: 85 after a stop, which the launch scripts take as the wish to be started again, else 0."""
+        return EXIT_CODE if self._reason else 0
+
+    @property
+    def margin(self) -> float:
+        """Seconds before the deadline at which to stop, as measured so far. Local.
+
+        Raises:
+            ValueError: The manager's `save_seconds` is no number of seconds.
+        """
+        if self._margin is not None:
+            return self._margin
+        saves = [self._longest_save, None if self._manager is None else self._manager.save_seconds]
+        known = [require_seconds("save_seconds", seconds) for seconds in saves if seconds is not None]
+        return max(self._steps, default=0.0) + _SAVE_FACTOR * max(known, default=_UNMEASURED_SAVE)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the body as a save, not as a part of the step. Local."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self._saved_within_step += seconds
+            self._longest_save = max(seconds, self._longest_save or 0.0)
+
+    # ---- parts of the above ----
+
+    def _install(self, signals: Iterable[signal.Signals]) -> None:
+        try:
+            for number in signals:
+                self._previous[number] = signal.signal(number, self._on_signal)
+        except (ValueError, OSError) as error:  # not the main thread, or SIGKILL and its like
+            self.close()
+            raise ValueError(
+                f"signals: expected signals that can be handled, in the main thread. Got {error} "
+                "(make the guard in the main thread, or pass signals=())."
+            ) from error
+
+    def _at_exit(self) -> None:
+        """Ignore from here on what means to stop, but for SIGTERM, which must be able to end an exit that hangs.
+
+        Python resets its handlers before MPI is finalised, and a signal that is sent once more would end the rank with
+        another exit status than its own.
+        """
+        for number in self._previous:
+            if number != signal.SIGTERM and signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._received = number
+
+    def _end_step(self) -> None:
+        """The first step is left out: it compiles, opens files and fills caches."""
+        if self._step_start is not None:
+            if not self._first_step:
+                self._steps.append(max(0.0, time.monotonic() - self._step_start - self._saved_within_step))
+            self._first_step = False
+        self._saved_within_step = 0.0
+
+    def _own_reason(self) -> str:
+        if self._received is not None:
+            return signal.Signals(self._received).name
+        if self._coordinator.rank == 0 and self._deadline is not None:
+            left = self._deadline - time.time()
+            if left < self.margin:
+                return f"{left:.0f} s left of the job, {self.margin:.0f} s needed for a step and a save"
+        return ""
+
+    def _read_clock(self) -> None:
+        """Find the deadline, once all ranks are here: the scheduler may take its time. Collective."""
+        if self._deadline is None:
+            self._deadline = self._coordinator.on_root("find the end of the job", find_deadline, float | None)  # type: ignore[arg-type]  # msgspec takes unions
+        self._clock_read = True
+
+
+def _together(reasons: list[str]) -> str:
+    """One sentence for the reasons of all ranks: each with the lowest rank that has it."""
+    first: Mapping[str, int] = {reason: rank for rank, reason in reversed(list(enumerate(reasons))) if reason}
+    return "; ".join(f"{reason} on rank {rank}" for reason, rank in sorted(first.items(), key=lambda item: item[1]))

@@ -1,0 +1,163 @@
+"""`ElasticSampler`: the order of the samples, and how far all ranks together have come in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Sampler
+
+from distckpt.coordination.coordinator import Coordinator
+
+T = TypeVar("T")
+
+
+class ElasticSampler(Sampler[list[int]]):
+    """Batches for one rank, from an order and a position that are those of all ranks.
+
+    An epoch is one order of all samples, the same on all ranks. A step takes the next `batch_size` of them, and each
+    rank gets its part of these. The state is how far the steps have come, so that training which goes on with another
+    number of ranks sees every remaining sample once, in the same order, in the same global batches.
+
+    Track it in the Checkpoint, and pass it to a DataLoader as `batch_sampler`. Where the loader has workers, which
+    fetch batches ahead, iterate over `sampler.consume(loader)`: only batches that were handed over count as seen then.
+
+    Example:
+        >>> sampler = ElasticSampler(dataset, batch_size=256, seed=1)
+        >>> loader = DataLoader(dataset, batch_sampler=sampler, num_workers=4)
+        >>> checkpoint = distckpt.Checkpoint(model=model, sampler=sampler)
+        >>> while sampler.epoch < 10:
+        ...     for batch in sampler.consume(loader):
+        ...         train(batch)
+
+    Attributes:
+        epoch: Epochs completed.
+        position: Samples of the present epoch that were seen, over all ranks; that of the batch in hand included.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        comm: object | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Local; may initialise MPI.
+
+        Args:
+            dataset: What is sampled; only its length is used.
+            batch_size: Samples in a step, over all ranks. Parts of ranks differ by one sample at most.
+            shuffle: Each epoch has another order, which follows from `seed`; else all have that of the dataset.
+            seed: The same on all ranks.
+            drop_last: Leave out the samples at the end of an epoch that do not fill a batch. Else the last batch is
+                smaller; where it has fewer samples than there are ranks, the ranks beyond get one of them again, so
+                that all make the same steps.
+            comm: mpi4py communicator of the ranks; None for `MPI.COMM_WORLD`.
+            rank: In place of that of `comm`, where only some ranks see different samples: index of this data-parallel
+                group.
+            size: Number of data-parallel groups; goes with `rank`.
+
+        Raises:
+            TypeError: `comm` is no communicator.
+            ValueError: An option has a bad value.
+        """
+        if (rank is None) != (size is None):
+            raise ValueError(f"rank, size: expected both or none. Got {rank} and {size}.")
+        coordinator = Coordinator(comm)
+        self._rank = coordinator.rank if rank is None else rank
+        self._size = coordinator.size if size is None else size
+        self._samples = len(dataset)
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._drop_last = drop_last
+        self._consuming = False
+        self.epoch = 0
+        self.position = 0
+        if not 0 <= self._rank < self._size:
+            raise ValueError(f"rank, size: expected 0 <= rank < size. Got {self._rank} and {self._size}.")
+        if batch_size < self._size:
+            raise ValueError(f"batch_size: expected a sample for each of {self._size} ranks or more. Got {batch_size}.")
+
+    def __len__(self) -> int:
+        """Batches left in this epoch."""
+        return -(-(self._end() - self.position) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's parts of the batches left in this epoch, as indices into the dataset."""
+        count = not self._consuming
+        order, start, end = self._order(), self.position, self._end()
+        while start < end:
+            batch = order[start : min(start + self._batch_size, end)]
+            start += len(batch)
+            if count:
+                self.position = start
+            yield self._part(batch)
+        if count:
+            self._begin_epoch()
+
+    def consume(self, loader: Iterable[T]) -> Iterator[T]:
+        """The batches of a loader that has this sampler; each counts as seen from when it is handed over.
+
+        Args:
+            loader: A DataLoader, or what wraps one.
+        """
+        end = self._end()
+        self._consuming = True
+        try:
+            for batch in loader:
+                self.position = min(self.position + self._batch_size, end)
+                yield batch
+        finally:
+            self._consuming = False
+        self._begin_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order and the position; the same on all ranks. Local."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "samples": self._samples,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there, in that order; the batch size and the ranks stay those of this sampler. Local.
+
+        Raises:
+            ValueError: The dataset has another length.
+        """
+        if state["samples"] != self._samples:
+            raise ValueError(
+                f"ElasticSampler: expected a dataset of {state['samples']} samples, as saved. Got one of "
+                f"{self._samples}: positions in it mean other samples. Restore without the sampler to start it anew."
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._seed, self._shuffle = state["seed"], state["shuffle"]
+
+    # ---- parts of the above ----
+
+    def _order(self) -> torch.Tensor:
+        if not self._shuffle:
+            return torch.arange(self._samples)
+        return torch.randperm(self._samples, generator=torch.Generator().manual_seed(self._seed + self.epoch))
+
+    def _end(self) -> int:
+        """Where this epoch ends, counted in samples."""
+        left = self._samples - self.position
+        return self._samples - (left % self._batch_size if self._drop_last else 0)
+
+    def _part(self, batch: torch.Tensor) -> list[int]:
+        first, last = (len(batch) * rank // self._size for rank in (self._rank, self._rank + 1))
+        part: list[int] = batch[first:last].tolist()
+        return part or [int(batch[self._rank % len(batch)])]
+
+    def _begin_epoch(self) -> None:
+        self.epoch, self.position = self.epoch + 1, 0

@@ -1,0 +1,151 @@
+"""When the job must end, as its scheduler says."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from distckpt.log import log
+
+#: Seconds since the epoch at which the job ends; the launch scripts set it, and so may the user.
+DEADLINE = "DISTCKPT_DEADLINE"
+#: Seconds that a scheduler's command may take: the controller of a large cluster can be busy.
+_PATIENCE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheduler:
+    """Where a scheduler says how long a job may run.
+
+    Attributes:
+        name: For messages.
+        job: Variable that is set within a job.
+        command: Prints it; "{job}" stands for the variable's value.
+        parse: What was printed and the present time to the deadline, in seconds since the epoch; None without one.
+    """
+
+    name: str
+    job: str
+    command: tuple[str, ...]
+    parse: Callable[[str, float], float | None]
+
+
+def find_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When this job must end, in seconds since the epoch; None when nobody says so. Local; may ask the scheduler.
+
+    Args:
+        environ: Environment variables: DISTCKPT_DEADLINE, else SLURM_JOB_END_TIME (Slurm 23.02 and newer), else those
+            of Slurm, PBS, LSF and Flux that name the job.
+
+    Raises:
+        ValueError: DISTCKPT_DEADLINE is no number of seconds.
+    """
+    if environ.get(DEADLINE):
+        return _explicit(environ[DEADLINE])
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environ["SLURM_JOB_END_TIME"])
+    for scheduler in _SCHEDULERS:
+        if environ.get(scheduler.job):
+            return _ask(scheduler, environ)
+    return None
+
+
+def _explicit(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{DEADLINE}: expected seconds since the epoch, as `date +%s` prints them. Got {text!r}.")
+    return value
+
+
+def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:
+    command = [part.format(job=environ[scheduler.job]) for part in scheduler.command]
+    try:
+        done = subprocess.run(
+            command,
+            env={**environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            check=True,
+        )
+        deadline = scheduler.parse(done.stdout, time.time())
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        # Not a reason to stop the training: its checkpoints still come at their interval.
+        log.warning("%s does not say when the job ends (%s). Set %s.", scheduler.name, error, DEADLINE)
+        return None
+    log.info("%s ends the job at %s", scheduler.name, deadline)
+    return deadline
+
+
+# ---- what the schedulers print -----------------------------------------------------------------------------------
+
+
+def parse_slurm(text: str, _now: float) -> float | None:
+    """Of `squeue -o %e`: local time such as 2026-11-22T08:55:45, or N/A.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    found = text.strip()
+    return None if found in {"", "N/A", "NONE", "Unknown"} else datetime.fromisoformat(found).timestamp()
+
+
+def parse_pbs(text: str, now: float) -> float | None:
+    """Of `qstat -f`: Torque's Walltime.Remaining, or the start (stime; start_time) and Resource_List.walltime.
+
+    Raises:
+        ValueError: A time has an unknown form.
+    """
+    fields = dict(re.findall(r"^\s*([\w.]+) = (.*)$", text, re.MULTILINE))
+    if "Walltime.Remaining" in fields:
+        return now + float(fields["Walltime.Remaining"])
+    start, walltime = fields.get("stime") or fields.get("start_time"), fields.get("Resource_List.walltime")
+    if not start or not walltime:
+        return None
+    return datetime.strptime(start.strip(), "%a %b %d %H:%M:%S %Y").timestamp() + _clock_seconds(walltime)
+
+
+def parse_lsf(text: str, now: float) -> float | None:
+    """Of `bjobs -o time_left`: hours:minutes and a letter, such as "1:05 L"; "-" without a limit.
+
+    Raises:
+        ValueError: A time has an unknown form.
+    """
+    found = text.split()
+    # Whole minutes, rounded: the job may have up to one less.
+    return None if not found or found[0] == "-" else now + _clock_seconds(f"{found[0]}:00") - 60
+
+
+def parse_flux(text: str, now: float) -> float | None:
+    """Of `flux job timeleft`: seconds, "inf" without a limit.
+
+    Raises:
+        ValueError: It is no number.
+    """
+    left = float(text)
+    return now + left if math.isfinite(left) else None
+
+
+def _clock_seconds(text: str) -> float:
+    """[[days:]hours:]minutes:seconds, or seconds."""
+    units = (1, 60, 3600, 86400)
+    parts = [int(part) for part in reversed(text.strip().split(":"))]
+    return float(sum(part * unit for part, unit in zip(parts, units, strict=False)))
+
+
+_SCHEDULERS = (
+    _Scheduler("Slurm", "SLURM_JOB_ID", ("squeue", "-h", "-j", "{job}", "-o", "%e"), parse_slurm),
+    _Scheduler("PBS", "PBS_JOBID", ("qstat", "-f", "{job}"), parse_pbs),
+    _Scheduler("LSF", "LSB_JOBID", ("bjobs", "-noheader", "-o", "time_left", "{job}"), parse_lsf),
+    _Scheduler("Flux", "FLUX_JOB_ID", ("flux", "job", "timeleft"), parse_flux),
+)

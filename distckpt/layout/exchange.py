@@ -1,0 +1,214 @@
+"""What the ranks of a node read together, and which rank reads which bytes when.
+
+Several ranks may want the same bytes of a file (replicas), or narrow strips that lie between those of other ranks
+(columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank reads one unit
+of ranges into memory that all ranks of the node see, and each rank takes what it wants from the units of all ranks. So
+each byte is read once per node, and file accesses are long.
+
+This is two-phase I/O (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective I/O in ROMIO, Frontiers '99) with
+shared memory in place of messages.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from distckpt.layout.box import Box, Shape, first_element, pieces, run_axis
+from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.records import Variable
+from distckpt.layout.tiling import find_overlap
+
+#: Runs of bytes shorter than this are exchanged where other ranks have what lies between them. In bytes.
+NARROW_NBYTES = 64 << 10
+
+_Ints = npt.NDArray[np.int64]
+
+
+class Span(NamedTuple):
+    """Elements `start` to `stop` (exclusive) of a tensor in row-major order: one range of bytes in the file."""
+
+    start: int
+    stop: int
+
+
+class Range(NamedTuple):
+    """A span of a variable, and where it is in the memory of the rank that moves it.
+
+    Attributes:
+        variable: Index of the variable.
+        span: The elements.
+        place: Position of the first byte; a multiple of the element's size.
+    """
+
+    variable: int
+    span: Span
+    place: int
+
+
+class PieceSpan(NamedTuple):
+    """A piece as written, from its first to its last element in row-major order; other pieces may lie in between.
+
+    Attributes:
+        span: From its first element to behind its last.
+        box: The piece.
+        checksum: Index of its checksum.
+    """
+
+    span: Span
+    box: Box
+    checksum: int
+
+
+#: The ranges that one rank moves in one round.
+Unit = list[Range]
+
+
+# ---- what is exchanged -------------------------------------------------------------------------------------------
+
+
+def hull(box: Box, shape: Shape) -> Span:
+    """From the first to behind the last element of a box in row-major order; (0, 0) for an empty one."""
+    if box.numel == 0:
+        return Span(0, 0)
+    start = first_element(box, shape)
+    last = first_element(Box(tuple(a + n - 1 for a, n in zip(*box, strict=True)), box.shape), shape)
+    return Span(start, last + 1)
+
+
+def hulls_that_meet(hulls: _Ints) -> list[int]:
+    """Variables of which one rank holds elements between, or among, those of another.
+
+    Args:
+        hulls: For each rank, for each variable, the hull of what it holds; shape (ranks, variables, 2).
+    """
+    order = np.argsort(hulls[:, :, 0], axis=0, kind="stable")
+    starts = np.take_along_axis(hulls[:, :, 0], order, axis=0)
+    stops = np.take_along_axis(hulls[:, :, 1], order, axis=0)
+    reached = np.maximum.accumulate(stops, axis=0)
+    meets = (starts[1:] < reached[:-1]) & (stops[1:] > starts[1:])
+    found: list[int] = np.flatnonzero(meets.any(axis=0)).tolist()
+    return found
+
+
+def is_worth_exchanging(boxes: Sequence[Box], shape: Shape, itemsize: int) -> bool:
+    """Whether ranks that hold these boxes share elements, or would move short runs; `boxes` are not empty."""
+    return any(_is_narrow(box, shape, itemsize) for box in boxes) or find_overlap(boxes) is not None
+
+
+def _is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
+    axis = run_axis(box, shape)
+    return any(extent > 1 for extent in box.shape[:axis]) and math.prod(box.shape[axis:]) * itemsize < NARROW_NBYTES
+
+
+# ---- who moves what when -----------------------------------------------------------------------------------------
+
+
+def piece_spans(variable: Variable, firsts: Sequence[int]) -> list[PieceSpan]:
+    """The pieces of a stored variable, in the order of their first elements.
+
+    Args:
+        variable: The variable.
+        firsts: Its entry of `ChecksumIndex.firsts`.
+    """
+    itemsize = dtype_info(variable.dtype).itemsize
+    return sorted(
+        PieceSpan(hull(piece, variable.shape), piece, first + number)
+        for shard, first in zip(variable.shards, firsts, strict=True)
+        for number, piece in enumerate(pieces(Box(shard.offset, shard.shape), itemsize))
+    )
+
+
+def bands(spans: Sequence[Span]) -> list[Span]:
+    """Spans joined where they overlap: what one rank must read to see pieces whole. `spans` are sorted."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and span.start < joined[-1].stop:
+            joined[-1] = Span(joined[-1].start, max(joined[-1].stop, span.stop))
+        else:
+            joined.append(span)
+    return joined
+
+
+class Wanted:
+    """What some rank wants of a variable, roughly: the hulls of the boxes, joined."""
+
+    def __init__(self, boxes: Sequence[Box], shape: Shape) -> None:
+        self._spans = bands(sorted(hull(box, shape) for box in boxes))
+        self._starts = [span.start for span in self._spans]
+
+    def touches(self, span: Span) -> bool:
+        """Whether something of the span is wanted."""
+        before = bisect.bisect_left(self._starts, span.stop) - 1
+        return before >= 0 and self._spans[before].stop > span.start
+
+
+def plan_rounds(
+    variables: Sequence[Variable],
+    moved: Mapping[int, Sequence[Span]],
+    wanted: Mapping[int, Wanted],
+    size: int,
+    unit_nbytes: int,
+) -> list[list[Unit]]:
+    """Divide spans among ranks and rounds, evenly by bytes.
+
+    Args:
+        variables: All variables of the file, in file order.
+        moved: Variable to spans of it, ascending; each is moved by one rank, in order.
+        wanted: The same variables to what of them is wanted.
+        size: Number of ranks.
+        unit_nbytes: Most bytes that a rank moves in one round; at least the size of an element.
+
+    Returns:
+        For each round, for each rank, its unit; empty where it has nothing left to move.
+    """
+    itemsizes = {index: dtype_info(variables[index].dtype).itemsize for index in moved}
+    total = sum((span.stop - span.start) * itemsizes[index] for index, spans in moved.items() for span in spans)
+    units = [_Units(unit_nbytes) for _ in range(size)]
+    done = 0
+    for index in sorted(moved):
+        itemsize, row = itemsizes[index], math.prod(variables[index].shape[1:])
+        for span in moved[index]:
+            of_rank = units[min(done * size // total, size - 1)]
+            done += (span.stop - span.start) * itemsize
+            for part in _cut(span, unit_nbytes // itemsize, row):
+                if wanted[index].touches(part):
+                    of_rank.add(index, part, itemsize)
+    rounds = itertools.zip_longest(*(of_rank.units for of_rank in units), fillvalue=[])
+    return [list(of_ranks) for of_ranks in rounds]
+
+
+class _Units:
+    """The units of one rank, as they are filled."""
+
+    def __init__(self, unit_nbytes: int) -> None:
+        self.units: list[Unit] = []
+        self._unit_nbytes = unit_nbytes
+        self._used = unit_nbytes  # of the last unit, in bytes
+
+    def add(self, variable: int, span: Span, itemsize: int) -> None:
+        nbytes = (span.stop - span.start) * itemsize
+        place = -(-self._used // itemsize) * itemsize
+        if place + nbytes > self._unit_nbytes:
+            self.units.append([])
+            place = 0
+        self.units[-1].append(Range(variable, span, place))
+        self._used = place + nbytes
+
+
+def _cut(span: Span, max_numel: int, row: int) -> Iterator[Span]:
+    """Cut a span, between rows where they are short enough."""
+    start = span.start
+    while start < span.stop:
+        stop = min(start + max_numel, span.stop)
+        at_row = stop // row * row
+        if stop < span.stop and at_row > start:
+            stop = at_row
+        yield Span(start, stop)
+        start = stop

@@ -1,0 +1,139 @@
+"""Ranks of a node read together: each byte once, all of it verified, whatever happens on one of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distckpt.exchange
+import distckpt.restorer
+from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable
+from distckpt.coordination import shared_memory
+from distckpt.coordination.session import Session
+from distckpt.source import Source
+
+MPI = pytest.importorskip("mpi4py.MPI")
+pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
+
+SHAPE = (64, 4096)
+FULL = torch.arange(SHAPE[0] * SHAPE[1], dtype=torch.int32).reshape(SHAPE)
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
+    """The files opened by restores of this test."""
+    opened: list[Source] = []
+    open_source = distckpt.restorer.open_source
+
+    def record(*args: Any) -> Source:
+        opened.append(open_source(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(distckpt.restorer, "open_source", record)
+    return opened
+
+
+def saved(comm: Any, directory: Path) -> str:
+    """Row shards, a replicated tensor and many small ones."""
+    rows = SHAPE[0] // comm.size
+    own = ShardedVariable(FULL[rows * comm.rank : rows * (comm.rank + 1)].clone(), SHAPE, (rows * comm.rank, 0))
+    small = {f"bias{i}": torch.full((7,), float(i)) for i in range(50)}
+    checkpoint = Checkpoint(comm=comm, x=own, replica=FULL.clone(), **small)
+    return checkpoint.write(directory / "x", options=SaveOptions(durable=False))
+
+
+class Twin:
+    """Column shards of what was saved by rows; all zero."""
+
+    def __init__(self, comm: Any) -> None:
+        columns = SHAPE[1] // comm.size
+        self.expected = FULL[:, columns * comm.rank : columns * (comm.rank + 1)]
+        self.x = torch.zeros_like(self.expected)
+        self.replica = torch.zeros_like(FULL)
+        self.small = {f"bias{i}": torch.full((7,), -1.0) for i in range(50)}
+        sharded = ShardedVariable(self.x, SHAPE, (0, columns * comm.rank))
+        self.checkpoint = Checkpoint(comm=comm, x=sharded, replica=self.replica, **self.small)
+
+    def is_restored(self) -> bool:
+        small = all(torch.equal(self.small[f"bias{i}"], torch.full((7,), float(i))) for i in range(50))
+        return torch.equal(self.x, self.expected) and torch.equal(self.replica, FULL) and small
+
+
+NBYTES = 2 * FULL.nbytes + 50 * 7 * 4
+
+
+def test_each_byte_is_read_once_and_verified(comm: Any, mpi_dir: Path, sources: list[Source]) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    assert not twin.is_restored()
+    twin.checkpoint.read(path).assert_consumed()
+    assert twin.is_restored()
+    (source,) = sources
+    assert comm.allreduce(source.bytes_read) == comm.allreduce(source.bytes_verified) == NBYTES
+
+
+def test_the_ranks_of_each_node_read_together(
+    comm: Any, mpi_dir: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_nodes(session: Session) -> Any:
+        if session._node is None:
+            assert session.duplicate is not None
+            session._node = session.duplicate.Split(session.rank % 2)
+        return session._node
+
+    own = comm.Dup()
+    monkeypatch.setattr(Session, "node_communicator", two_nodes)
+    path = saved(comm, mpi_dir)
+    twin = Twin(own)
+    assert not twin.is_restored()
+    twin.checkpoint.read(path).assert_consumed()
+    assert twin.is_restored()
+    (source,) = sources
+    # The columns of a node's two ranks lie apart, so they are read on both nodes with what is between them.
+    assert 1.5 * NBYTES <= comm.allreduce(source.bytes_read) <= 2 * NBYTES
+    own.Free()
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2, 3])
+def test_damage_is_one_error_on_all_ranks(comm: Any, mpi_dir: Path, sources: list[Source], damaged: int) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    twin.checkpoint.read(path)
+    assert twin.is_restored()
+    (source,) = sources
+    index = next(i for i, variable in enumerate(source.manifest.variables) if variable.key == "x")
+    if comm.rank == 0:
+        with Path(path).open("r+b") as file:  # in the rows of rank `damaged`, read by any rank
+            file.seek(source.in_file(index).offset + damaged * FULL.nbytes // 4 + 12)
+            file.write(b"\xff")
+    comm.Barrier()
+    with pytest.raises(CorruptCheckpointError, match=r"x: the .* damaged") as raised:
+        Twin(comm).checkpoint.read(path)
+    assert len(set(comm.allgather(str(raised.value)))) == 1
+
+
+def test_without_shared_memory_every_rank_reads_for_itself(
+    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    assert not twin.is_restored()
+    window = None if comm.rank == 2 else object()  # one rank without is enough
+    monkeypatch.setattr(shared_memory, "_allocate", lambda *_: window)
+    twin.checkpoint.read(path).assert_consumed()
+    assert twin.is_restored()
+    assert "no shared memory" in caplog.text
+
+
+def test_many_restores_leave_nothing_behind(comm: Any, mpi_dir: Path) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    twin.checkpoint.read(path)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for _ in range(20):
+        twin.checkpoint.read(path)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

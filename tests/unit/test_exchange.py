@@ -1,0 +1,253 @@
+"""Exchange plans against NumPy: all that is wanted is moved, once, in units that fit; and units as bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distckpt.errors import CorruptCheckpointError
+from distckpt.layout import box as box_module
+from distckpt.layout.box import Box, Shape
+from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.exchange import (
+    Range,
+    Span,
+    Wanted,
+    bands,
+    hull,
+    hulls_that_meet,
+    is_worth_exchanging,
+    piece_spans,
+    plan_rounds,
+)
+from distckpt.layout.records import Shard, Variable
+from distckpt.storage.units import Held, InFile, UnitReader, shared_parts, transfers
+
+ITEMSIZE = 4
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn, shape: Shape) -> Box:
+    offset = tuple(draw(st.integers(0, size)) for size in shape)
+    return Box(offset, tuple(draw(st.integers(0, size - start)) for size, start in zip(shape, offset, strict=True)))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    return tuple(draw(st.lists(st.integers(1, 7), max_size=3)))
+
+
+def flat_elements(box: Box, shape: Shape) -> np.ndarray:
+    """Positions of a box's elements in the flattened tensor."""
+    places = np.arange(math.prod(shape)).reshape(shape)
+    return places[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].reshape(-1)
+
+
+@st.composite
+def boxes_of_ranks(draw: st.DrawFn) -> tuple[Shape, list[Box]]:
+    shape = draw(shapes())
+    return shape, draw(st.lists(boxes_in(shape), min_size=1, max_size=4))
+
+
+@given(boxes_of_ranks())
+def test_the_hull_reaches_from_the_first_to_the_last_element(case: tuple[Shape, list[Box]]) -> None:
+    shape, boxes = case
+    for box in boxes:
+        elements = flat_elements(box, shape)
+        assert hull(box, shape) == ((elements[0], elements[-1] + 1) if elements.size else (0, 0))
+
+
+@given(boxes_of_ranks())
+def test_boxes_with_common_elements_meet(case: tuple[Shape, list[Box]]) -> None:
+    shape, boxes = case
+    hulls = [hull(box, shape) for box in boxes]
+    filled = [(a, b) for a, b in hulls if b > a]
+    expected = any(a < d and c < b for i, (a, b) in enumerate(filled) for c, d in filled[i + 1 :])
+    # A second variable, of which each rank has its own part, never meets.
+    apart = [(2 * rank, 2 * rank + 2) for rank in range(len(boxes))]
+    stacked = np.array([hulls, apart], np.int64).transpose(1, 0, 2)
+    assert hulls_that_meet(stacked) == ([0] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "shape", "worth"),
+    [
+        ([Box((0, 0), (4, 8)), Box((4, 0), (4, 8))], (8, 8), False),  # rows
+        ([Box((0, 0), (8, 4)), Box((0, 4), (8, 4))], (8, 8), True),  # narrow columns
+        ([Box((0, 0), (8, 1 << 15)), Box((0, 1 << 15), (8, 1 << 15))], (8, 1 << 16), False),  # wide columns
+        ([Box((0, 0), (8, 1 << 16)), Box((0, 0), (8, 1 << 16))], (8, 1 << 16), True),  # replicas
+        ([Box((), ()), Box((), ())], (), True),
+        ([Box((0, 3), (1, 2)), Box((0, 5), (1, 2))], (1, 8), False),  # one run each
+    ],
+)
+def test_what_is_worth_exchanging(boxes: list[Box], shape: Shape, worth: bool) -> None:
+    assert is_worth_exchanging(boxes, shape, ITEMSIZE) is worth
+
+
+def columns(shape: Shape, parts: int) -> list[Box]:
+    width = shape[1] // parts
+    return [Box((0, part * width), (shape[0], width)) for part in range(parts)]
+
+
+def rows(shape: Shape, parts: int) -> list[Box]:
+    height = shape[0] // parts
+    return [Box((part * height, 0), (height, *shape[1:])) for part in range(parts)]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 16 elements."""
+    monkeypatch.setattr(box_module, "MAX_PIECE_NBYTES", 16 * ITEMSIZE)
+    box_module.piece_count.cache_clear()
+
+
+def stored(key: str, shape: Shape, boxes: list[Box]) -> Variable:
+    return Variable(key, "int32", shape, 0, [Shard(rank, *box) for rank, box in enumerate(boxes)])
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_bands_keep_pieces_whole() -> None:
+    shape = (8, 8)
+    variables = [stored("rows", shape, rows(shape, 4)), stored("columns", shape, columns(shape, 2))]
+    firsts = index_checksums(variables).firsts
+    by_rows, by_columns = (piece_spans(v, f) for v, f in zip(variables, firsts, strict=True))
+    assert bands([piece.span for piece in by_rows]) == [Span(16 * i, 16 * i + 16) for i in range(4)]
+    # Four rows of four elements each make a piece; the pieces of both halves lie between each other.
+    assert bands([piece.span for piece in by_columns]) == [Span(0, 32), Span(32, 64)]
+
+
+@given(st.integers(1, 4), st.integers(8, 300), st.data())
+def test_rounds_move_all_that_is_wanted_once(size: int, unit_nbytes: int, data: st.DataObject) -> None:
+    cases = [data.draw(boxes_of_ranks()) for _ in range(data.draw(st.integers(1, 4)))]
+    variables = [Variable(str(i), "int64" if i % 2 else "int8", shape, 0, []) for i, (shape, _) in enumerate(cases)]
+    moved = {i: [Span(0, math.prod(shape))] for i, (shape, _) in enumerate(cases)}
+    wanted = {i: Wanted(boxes, shape) for i, (shape, boxes) in enumerate(cases)}
+    seen = {i: np.zeros(math.prod(shape), int) for i, (shape, _) in enumerate(cases)}
+    for units in plan_rounds(variables, moved, wanted, size, unit_nbytes):
+        assert len(units) == size
+        for unit in units:
+            free = 0
+            for index, span, place in unit:
+                itemsize = 8 if index % 2 else 1
+                assert place % itemsize == 0
+                assert place >= free
+                free = place + (span.stop - span.start) * itemsize
+                assert free <= unit_nbytes
+                seen[index][span.start : span.stop] += 1
+    for index, (shape, boxes) in enumerate(cases):
+        assert seen[index].max() <= 1
+        for box in boxes:
+            assert (seen[index][flat_elements(box, shape)] == 1).all()
+
+
+def test_rounds_are_balanced() -> None:
+    variables = [Variable(str(i), "int32", (256, 16), 0, []) for i in range(8)]
+    spans = {i: [Span(start, start + 512) for start in range(0, 4096, 512)] for i in range(8)}
+    wanted = {i: Wanted([Box.whole((256, 16))], (256, 16)) for i in range(8)}
+    rounds = plan_rounds(variables, spans, wanted, 4, 4096)
+    moved = [sum(r.span.stop - r.span.start for units in rounds for r in units[rank]) for rank in range(4)]
+    assert moved == [8 * 4096 / 4] * 4
+
+
+def test_neighbours_in_the_file_are_moved_by_one_call() -> None:
+    variables = {0: InFile("a", 100, (4,), 4), 1: InFile("b", 116, (2,), 4), 2: InFile("c", 200, (2,), 4)}
+    unit = [Range(0, Span(0, 4), 0), Range(1, Span(0, 2), 16), Range(2, Span(0, 2), 24)]
+    assert list(transfers(unit, variables)) == [(100, 0, 24), (200, 24, 8)]
+    apart = [Range(0, Span(0, 4), 0), Range(1, Span(0, 2), 32)]
+    assert list(transfers(apart, variables)) == [(100, 0, 16), (116, 32, 8)]
+
+
+class Exchange:
+    """A file with variables saved by two ranks, read back in units by one that wants all."""
+
+    def __init__(self, path: Path, variables: list[Variable]) -> None:
+        self.path = path
+        self.variables = variables
+        self.values = [
+            torch.arange(math.prod(v.shape), dtype=torch.int32).reshape(v.shape) + 1000 * i
+            for i, v in enumerate(variables)
+        ]
+        self.offsets = [0]
+        for value in self.values:
+            self.offsets.append(self.offsets[-1] + value.nbytes)
+        path.write_bytes(b"".join(value.numpy().tobytes() for value in self.values))
+        self.files = {i: InFile(v.key, self.offsets[i], v.shape, ITEMSIZE) for i, v in enumerate(variables)}
+        index = index_checksums(variables)
+        self.pieces = {i: piece_spans(v, f) for i, (v, f) in enumerate(zip(variables, index.firsts, strict=True))}
+        self.checksums = np.zeros(index.total, np.uint64)
+        for i, value in enumerate(self.values):
+            for piece in self.pieces[i]:
+                part = value[tuple(slice(a, a + n) for a, n in zip(*piece.box, strict=True))]
+                self.checksums[piece.checksum] = xxhash.xxh3_64_intdigest(part.contiguous().numpy())
+
+    def read(self, unit_nbytes: int, size: int = 2) -> tuple[list[torch.Tensor], list[UnitReader]]:
+        moved = {i: bands([piece.span for piece in pieces]) for i, pieces in self.pieces.items()}
+        wanted = {i: Wanted([Box.whole(v.shape)], v.shape) for i, v in enumerate(self.variables)}
+        rounds = plan_rounds(self.variables, moved, wanted, size, unit_nbytes)
+        live = [torch.full_like(value, -1) for value in self.values]
+        held = {i: Held(Box.whole(v.shape), live[i]) for i, v in enumerate(self.variables)}
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            readers = [UnitReader(fd, self.files, self.pieces, self.checksums) for _ in range(size)]
+            for units in rounds:
+                for reader, unit in zip(readers, units, strict=True):
+                    memory = bytearray(unit_nbytes)
+                    reader.read(unit, memoryview(memory))
+                    for there, here in shared_parts(
+                        unit, torch.frombuffer(memory, dtype=torch.uint8), self.files, held
+                    ):
+                        here.copy_(there)
+        finally:
+            os.close(fd)
+        return live, readers
+
+
+@pytest.fixture
+def exchange(tmp_path: Path, request: pytest.FixtureRequest) -> Exchange:
+    request.getfixturevalue("small_pieces")
+    shape = (8, 12)
+    return Exchange(
+        tmp_path / "file",
+        [
+            stored("rows", shape, rows(shape, 4)),
+            stored("columns", shape, columns(shape, 3)),
+            stored("cube", (4, 3, 5), [Box((0, 0, 0), (4, 3, 2)), Box((0, 0, 2), (4, 3, 3))]),
+            stored("scalar", (), [Box((), ())]),
+        ],
+    )
+
+
+@pytest.mark.parametrize("unit_nbytes", [8, 60, 64, 100, 4096])
+def test_units_are_read_verified_and_handed_out(exchange: Exchange, unit_nbytes: int) -> None:
+    live, readers = exchange.read(unit_nbytes)
+    for value, expected in zip(live, exchange.values, strict=True):
+        assert torch.equal(value, expected)
+    nbytes = sum(value.nbytes for value in exchange.values)
+    assert sum(reader.report.bytes_read for reader in readers) == nbytes
+    assert sum(reader.report.bytes_verified for reader in readers) == nbytes
+
+
+@pytest.mark.parametrize("unit_nbytes", [8, 100, 4096])
+@pytest.mark.parametrize("damaged", [0, 1, 2, 3])
+def test_a_damaged_byte_is_found_in_every_variable(exchange: Exchange, unit_nbytes: int, damaged: int) -> None:
+    data = bytearray(exchange.path.read_bytes())
+    data[exchange.offsets[damaged + 1] - 1] ^= 1  # the last one
+    exchange.path.write_bytes(data)
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"^{exchange.variables[damaged].key}: the \d+ bytes of the piece"
+    ):
+        exchange.read(unit_nbytes)
+
+
+def test_a_truncated_file(exchange: Exchange) -> None:
+    os.truncate(exchange.path, exchange.offsets[2] - 4)
+    with pytest.raises(CorruptCheckpointError, match="truncated"):
+        exchange.read(64)
