@@ -86,13 +86,16 @@ def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead]) -> _Re
 
 def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
     """Whether the bytes are one range of the file, and can be copied into the tensor as they are."""
-    return read.cast is None and source.in_file(read.variable).offset >= 0 and not read.target.tensor.is_inference()
+    target = read.target
+    in_one_block = len(target.boxes) == 1 and target.tensor.shape == target.boxes[0].shape
+    plain = read.cast is None and not target.tensor.is_inference()
+    return plain and in_one_block and source.in_file(read.variable).offset >= 0
 
 
 def _hulls(source: Source, reads: dict[int, TensorRead]) -> np.ndarray:
     hulls = np.zeros((len(source.manifest.variables), 2), np.int64)
     for index, read in reads.items():
-        hulls[index] = hull(read.target.box, read.target.global_shape)
+        hulls[index] = hull(read.target.boxes[0], read.target.global_shape)
     return hulls
 
 
@@ -102,7 +105,7 @@ def _meeting(gathered: Sequence[bytes], shape: tuple[int, ...]) -> list[int]:
 
 
 def _encode_boxes(variables: Sequence[int], reads: Mapping[int, TensorRead]) -> bytes:
-    return msgspec.msgpack.encode([(index, reads[index].target.box) for index in variables if index in reads])
+    return msgspec.msgpack.encode([(index, reads[index].target.boxes[0]) for index in variables if index in reads])
 
 
 class _Reading:
@@ -130,7 +133,7 @@ class _Reading:
         self._files: dict[int, InFile] = {index: files[index] for index in self.boxes}
         self._pieces = {index: source.pieces(index) for index in self.boxes}
         self._held = {
-            index: Held(own[index].target.box, own[index].target.tensor) for index in self.boxes if index in own
+            index: Held(own[index].target.boxes[0], own[index].target.tensor) for index in self.boxes if index in own
         }
         self._rounds = plan_rounds(
             source.manifest.variables,

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable
-from distckpt.cluster.process_group import init_process_group
 
 MPI = pytest.importorskip("mpi4py.MPI")
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60), pytest.mark.usefixtures("process_group")]
 
 Agree = Callable[..., None]
 FAST = SaveOptions(durable=False)
 PARTIAL = RestoreOptions(expect_partial=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group()
-    yield
-    dist.destroy_process_group()
 
 
 def full(value: float) -> torch.Tensor:
