@@ -20,6 +20,7 @@ from distckpt.graph.trackable import (
     ShardedVariable,
     Trackable,
 )
+from distckpt.handle import SaveHandle
 from distckpt.manager import CheckpointManager, checkpoints_iterator
 from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
@@ -47,6 +48,7 @@ __all__ = [
     "RestoreMismatchError",
     "RestoreOptions",
     "RestoreStatus",
+    "SaveHandle",
     "SaveOptions",
     "ShardedVariable",
     "Trackable",

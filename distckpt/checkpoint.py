@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.draft import Created
+from distckpt.flight import Epilogue
 from distckpt.graph.adapters.base import Adapter
 from distckpt.graph.adapters.registry import adapter_for, is_checkpointable, unwrap
 from distckpt.graph.adapters.root import RootAdapter
 from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
+from distckpt.handle import SaveHandle
 from distckpt.options import RestoreOptions, SaveOptions, given_or_default
 from distckpt.output import Target
 from distckpt.restorer import Restorer
@@ -35,6 +38,18 @@ class _Session:
         self.counter = 0
         self.saver = Saver(coordinator)
         self.restorer = Restorer(coordinator, weakref.ref(owner))
+
+    @property
+    def next_base(self) -> int:
+        """What the next save counts from: the save counter, or that of a save in flight. The same on all ranks.
+
+        The counter itself changes when a save is committed, which the ranks hear of at different moments.
+        """
+        return max(self.counter, self.saver.in_flight.highest_counter)
+
+    def count(self, created: Created) -> None:
+        """A save in the background is committed. Local; its thread calls it."""
+        self.counter = created.counter
 
 
 class Checkpoint(Trackable):
@@ -130,6 +145,31 @@ class Checkpoint(Trackable):
         """
         return self._save_numbered(file_prefix, None, given_or_default(options, SaveOptions))
 
+    def save_async(self, file_prefix: str | os.PathLike[str], *, options: SaveOptions | None = None) -> SaveHandle:
+        """Begin to save everything as `<file_prefix>-<N>.h5`. Collective over the communicator.
+
+        On return everything is copied, so that the program may go on and change it (with `SaveOptions(overlap=True)`:
+        go on, and change it by optimizer steps). A thread writes the file, the same as that of `save`, and commits it:
+        then it is the newest of its directory, and the save counter changes. Before that nothing of it is seen. Where
+        MPI does not give THREAD_MULTIPLE, the commit is made by the next collective call.
+
+        The next save or restore first waits for it, up to `SaveOptions.max_in_flight`, and raises its error if nobody
+        has asked for it. At exit the program waits for it, within `SaveOptions.timeout`.
+
+        Args:
+            file_prefix: Directory and start of the file name; ".h5" at its end is ignored.
+            options: The same on all ranks. The transport is "posix".
+
+        Returns:
+            A handle, which knows when the checkpoint is durable, and what failed.
+
+        Raises:
+            LayoutError: What the ranks hold is not one checkpoint. Nothing was written.
+            RankTimeoutError: Some ranks did not come.
+            CollectiveError: A step failed on some rank, or an earlier save in the background did.
+        """
+        return self._start_numbered(file_prefix, None, given_or_default(options, SaveOptions), None)
+
     def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Write everything to `path`, without number, counter and state file. Collective over the communicator.
 
@@ -145,10 +185,11 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank. The file at `path` is the old or the new one, never a part.
         """
+        options = given_or_default(options, SaveOptions)
+        saver = self._session.saver
+        saver.in_flight.settle("write", options.timeout)
         walk = functools.partial(self._walk_for_save, with_counter=False)
-        return self._session.saver.save(
-            "write", walk, Target(path, 0, None), given_or_default(options, SaveOptions)
-        ).path
+        return saver.save("write", walk, Target(path, 0, None), options).path
 
     def restore(
         self, save_path: str | os.PathLike[str] | None, *, options: RestoreOptions | None = None
@@ -170,7 +211,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank.
         """
-        return self._session.restorer.restore("restore", save_path, given_or_default(options, RestoreOptions))
+        return self._restore("restore", save_path, given_or_default(options, RestoreOptions))
 
     def read(self, path: str | os.PathLike[str], *, options: RestoreOptions | None = None) -> RestoreStatus:
         """Restore a file made by `write`; the save counter stays as it is. Collective over the communicator.
@@ -185,7 +226,7 @@ class Checkpoint(Trackable):
         Raises:
             CheckpointError: As `restore`.
         """
-        return self._session.restorer.restore("read", path, given_or_default(options, RestoreOptions))
+        return self._restore("read", path, given_or_default(options, RestoreOptions))
 
     def retry_pending(self) -> int:
         """Apply values that waited for names which exist now. Local.
@@ -201,12 +242,33 @@ class Checkpoint(Trackable):
     def _save_numbered(self, file_prefix: str | os.PathLike[str], number: int | None, options: SaveOptions) -> str:
         """`save`, with a number of the caller's choice for the file name. Collective over the communicator."""
         session = self._session
+        session.saver.in_flight.settle("save", options.timeout)
         walk = functools.partial(self._walk_for_save, with_counter=True)
-        target = Target(file_prefix, session.counter, number)
+        target = Target(file_prefix, session.next_base, number)
         with session.coordinator.uninterrupted():
             saved = session.saver.save("save", walk, target, options)
             session.counter = saved.counter
         return saved.path
+
+    def _start_numbered(
+        self,
+        file_prefix: str | os.PathLike[str],
+        number: int | None,
+        options: SaveOptions,
+        epilogue: Epilogue | None,
+    ) -> SaveHandle:
+        """`save_async`, with a number of the caller's choice, and with work that is to end before it does."""
+        session = self._session
+        session.saver.in_flight.settle("save_async", options.timeout, options.max_in_flight - 1)
+        walk = functools.partial(self._walk_for_save, with_counter=True)
+        target = Target(file_prefix, session.next_base, number)
+        return SaveHandle(session.saver.start(walk, target, options, session.count, epilogue))
+
+    def _restore(
+        self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
+    ) -> RestoreStatus:
+        self._session.saver.in_flight.settle(operation, options.timeout)
+        return self._session.restorer.restore(operation, save_path, options)
 
     # ---- the graph ----
 
@@ -236,7 +298,7 @@ class Checkpoint(Trackable):
         inner = adapter_for(root)
         assert inner is not None, "checked by the constructor"
         attached = {} if session.root is None else dict(tracked_attributes(self))
-        counter = torch.tensor(session.counter, dtype=torch.int64) if with_counter else None
+        counter = torch.tensor(session.next_base, dtype=torch.int64) if with_counter else None
         adapter = RootAdapter(self, inner, attached, counter)
         adapter.on_attached = self._set_attached
         adapter.on_counter = self._set_counter

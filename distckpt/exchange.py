@@ -86,16 +86,15 @@ def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead]) -> _Re
 
 def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
     """Whether the bytes are one range of the file, and can be copied into the tensor as they are."""
-    target = read.target
-    in_one_block = len(target.boxes) == 1 and target.tensor.shape == target.boxes[0].shape
-    plain = read.cast is None and not target.tensor.is_inference()
-    return plain and in_one_block and source.in_file(read.variable).offset >= 0
+    return read.cast is None and source.in_file(read.variable).offset >= 0 and not read.target.tensor.is_inference()
 
 
 def _hulls(source: Source, reads: dict[int, TensorRead]) -> np.ndarray:
     hulls = np.zeros((len(source.manifest.variables), 2), np.int64)
     for index, read in reads.items():
-        hulls[index] = hull(read.target.boxes[0], read.target.global_shape)
+        spans = [hull(block.box, read.target.global_shape) for block in read.target.blocks()]
+        if spans:
+            hulls[index] = min(span.start for span in spans), max(span.stop for span in spans)
     return hulls
 
 
@@ -105,7 +104,8 @@ def _meeting(gathered: Sequence[bytes], shape: tuple[int, ...]) -> list[int]:
 
 
 def _encode_boxes(variables: Sequence[int], reads: Mapping[int, TensorRead]) -> bytes:
-    return msgspec.msgpack.encode([(index, reads[index].target.boxes[0]) for index in variables if index in reads])
+    own = ((index, block.box) for index in variables if index in reads for block in reads[index].target.blocks())
+    return msgspec.msgpack.encode(list(own))
 
 
 class _Reading:
@@ -133,7 +133,7 @@ class _Reading:
         self._files: dict[int, InFile] = {index: files[index] for index in self.boxes}
         self._pieces = {index: source.pieces(index) for index in self.boxes}
         self._held = {
-            index: Held(own[index].target.boxes[0], own[index].target.tensor) for index in self.boxes if index in own
+            index: [Held(*block) for block in own[index].target.blocks()] for index in self.boxes if index in own
         }
         self._rounds = plan_rounds(
             source.manifest.variables,

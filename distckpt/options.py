@@ -22,6 +22,11 @@ def _require_timeout(value: object) -> None:
         raise ValueError(f"timeout: expected seconds > 0. Got {value!r}.")
 
 
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1. Got {value!r}.")
+
+
 def _require_bools(options: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(options, name)
@@ -73,6 +78,13 @@ class SaveOptions:
         checksums: Store an xxh3-64 checksum of every piece.
         replicas: "check" compares small replicated values whole and a sample of large ones, "check_all" hashes
             everything, "first" trusts the lowest rank that holds a value.
+        overlap: `save_async` only: return before the parameters of tracked optimizers and their slots are copied. They
+            are copied while the program goes on; each `torch.optim.Optimizer.step()` first waits for that. A tensor
+            that is changed earlier makes the save fail, as far as torch counts its changes: those through
+            `Tensor.data` are not counted.
+        host_memory: `save_async` only: most bytes of host memory for the copies of a rank's state. A save waits for
+            those before it where it would need more; None sets no limit beyond `max_in_flight`.
+        max_in_flight: `save_async` only: how many saves may be unfinished when it returns.
         metadata: Python values to store beside the state, readable without restoring.
     """
 
@@ -83,6 +95,9 @@ class SaveOptions:
     durable: bool = True
     checksums: bool = True
     replicas: Replicas = "check"
+    overlap: bool = False
+    host_memory: int | None = None
+    max_in_flight: int = 1
     metadata: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +109,10 @@ class SaveOptions:
         _require_timeout(self.timeout)
         _require_choice("transport", self.transport, get_args(Transport))
         _require_choice("replicas", self.replicas, get_args(Replicas))
-        _require_bools(self, ("collective", "durable", "checksums"))
+        _require_bools(self, ("collective", "durable", "checksums", "overlap"))
+        _require_count("max_in_flight", self.max_in_flight)
+        if self.host_memory is not None:
+            _require_count("host_memory", self.host_memory)
         _require_str_mapping("hints", self.hints)
         _require_str_mapping("metadata", self.metadata)
 

@@ -1,4 +1,4 @@
-"""The file of a save as rank 0 sees it: created from what all ranks agreed, then committed or abandoned."""
+"""The files of saves as rank 0 sees them: each created from what all ranks agreed, then committed or abandoned."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from distckpt.draft import Created, Draft
 from distckpt.layout.merge import Merged
 from distckpt.layout.records import (
     CHECKSUM_ALGORITHM,
@@ -24,16 +25,19 @@ from distckpt.layout.records import (
     Manifest,
     Variable,
 )
-from distckpt.log import log
 from distckpt.options import SaveOptions
 from distckpt.request import encode_metadata
 from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
-from distckpt.storage.commit import commit, discard, sweep, temp_path
+from distckpt.storage.commit import sweep, temp_path
 from distckpt.storage.hdf5 import DatasetSpec, Skeleton, create_file, write_manifest
-from distckpt.storage.paths import make_directory, next_number, require_newest, single_path, split_prefix
-from distckpt.storage.rawio import sync_directory
-from distckpt.storage.state import record_save
+from distckpt.storage.paths import (
+    make_directory,
+    next_number,
+    require_newest,
+    single_path,
+    split_prefix,
+)
 
 _LIBRARIES = ("distckpt", "torch", "numpy", "h5py", "mpi4py")
 
@@ -61,28 +65,6 @@ class _Name:
     counter: int
 
 
-class Created(msgspec.Struct, frozen=True):
-    """What every rank must know of a file that rank 0 has created.
-
-    Attributes:
-        path: The final path.
-        temp_path: Where the file is until it is committed.
-        counter: The save counter that it stores; 0 for a file made by `write`.
-        file_nbytes: Length of the file in bytes.
-        checksums_offset: Position of the checksum dataset in the file, in bytes.
-        transport: "mpio" or "posix".
-        fresh: The positions of the variables are new; rank 0 shares them next.
-    """
-
-    path: str
-    temp_path: str
-    counter: int
-    file_nbytes: int
-    checksums_offset: int
-    transport: str
-    fresh: bool
-
-
 class Output:
     """The files of one operation, "save" or "write". Rank 0 only."""
 
@@ -98,9 +80,8 @@ class Output:
         self._skeleton: Skeleton | None = None
         self._with_checksums = True
         self._swept: set[str] = set()
-        self._temp = ""
-        self._created: Created | None = None
-        self._finished: os.stat_result | None = None  # of the complete temporary file
+        self._draft: Draft | None = None  # of the save that is going on
+        self._handed_over: list[Draft] = []
 
     def adopt(self, merged: Merged) -> None:
         """Take a new layout; the next file is made through HDF5."""
@@ -138,47 +119,41 @@ class Output:
             self._with_checksums, self._skeleton = options.checksums, None
         transport = _choose_transport(options, size)
         manifest = self._manifest(name.counter, options, size, transport)
-        self._temp = temp = temp_path(name.final)
+        temp = temp_path(name.final)
+        self._draft = draft = Draft(temp, numbered=self._numbered)
         skeleton = self._make_file(temp, manifest)
         fresh = skeleton is not self._skeleton
         if fresh:
             self._place(skeleton)
         file_nbytes, checksums_offset = skeleton.file_nbytes, skeleton.checksums_offset
-        self._created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
+        draft.created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
         self._fill_manifest(temp, msgspec.structs.replace(manifest, variables=self._variables))
-        return self._created
+        return draft.created
 
     def commit(self, options: SaveOptions) -> None:
-        """Make the finished file the checkpoint: durable, and visible to all.
-
-        Raises:
-            OSError: It could not be renamed or recorded; `abandon` takes the checkpoint back.
-        """
-        assert self._created is not None, "created first"
-        temp, final, durable = self._created.temp_path, Path(self._created.path), options.durable
-        self._finished = Path(temp).stat()
-        commit(temp, str(final), replace=not self._numbered, durable=False)
-        if durable:
-            sync_directory(final.parent)
-        if self._numbered:
-            record_save(final, durable=durable)
+        """Make the finished file the checkpoint: see `Draft.commit`."""
+        assert self._draft is not None, "created first"
+        self._draft.commit(durable=options.durable)
 
     def finish(self) -> None:
         """All ranks know that the checkpoint is committed."""
-        self._created = self._finished = None
-        self._temp = ""
+        if self._draft is not None:
+            self._draft.finish()
+            self._draft = None
 
     def abandon(self) -> None:
         """Remove what a failed save has left; nothing happens when there is nothing, as on other ranks than 0."""
         self._skeleton = None  # perhaps not all ranks have heard where it has the variables
-        try:
-            if self._created is not None and self._finished is not None and self._numbered:
-                _remove(Path(self._created.path), self._finished)
-            if self._temp:
-                discard(self._temp)
-        except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
-            log.warning("%s: what a failed save has left could not be removed: %s", self._temp, error)
-        self.finish()
+        if self._draft is not None:
+            self._draft.abandon()
+            self._draft = None
+
+    def hand_over(self) -> Draft | None:
+        """Give the file to the caller, who commits or abandons it later; None on other ranks than 0."""
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            self._handed_over.append(draft)
+        return draft
 
     # ---- parts of create ----
 
@@ -186,10 +161,12 @@ class Output:
         if not self._numbered:
             return _Name(single_path(target.path), 0)
         prefix = split_prefix(target.path)
+        self._handed_over = [draft for draft in self._handed_over if not draft.ended]
+        in_flight = max((draft.number_for(prefix) for draft in self._handed_over), default=0)
         if target.number is None:
-            number = next_number(prefix, target.counter)
+            number = next_number(prefix, max(target.counter, in_flight))
             return _Name(prefix.numbered(number), number)
-        require_newest(prefix, target.number)
+        require_newest(prefix, target.number, in_flight)
         return _Name(prefix.numbered(target.number), target.counter + 1)
 
     def _manifest(self, counter: int, options: SaveOptions, size: int, transport: str) -> Manifest:
@@ -242,12 +219,6 @@ class Output:
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"
         return self._merged
-
-
-def _remove(final: Path, finished: os.stat_result) -> None:
-    """Remove a checkpoint that was committed, but not its namesake of another job that was in the way."""
-    if final.exists() and os.path.samestat(finished, final.stat()):
-        final.unlink()
 
 
 def _choose_transport(options: SaveOptions, size: int) -> str:

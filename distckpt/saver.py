@@ -1,27 +1,36 @@
-"""The save line: capture, agree, create, write, commit."""
+"""The save line: capture, agree, create, write, commit; in the background from the copy of the data on."""
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 import torch
 
+from distckpt.coordination.background import background_of
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.draft import Created
+from distckpt.errors import LayoutError
+from distckpt.flight import Epilogue, Flight, OnCommit
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.memory import shared_memory_warnings
 from distckpt.graph.view import Capture, LiveGraph, capture
+from distckpt.in_flight import InFlight
 from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off
 from distckpt.layout.merge import merge
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import log, warn
 from distckpt.options import SaveOptions
-from distckpt.output import Created, Output, Target
+from distckpt.output import Output, Target
+from distckpt.overlap import deferral_of, protect
 from distckpt.request import Attempt, Request, check_agreement, encode_metadata
+from distckpt.storage.snapshot import Snapshot, Watch
+from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob, sub_tensor
 from distckpt.writer import write_shards
 
@@ -50,6 +59,8 @@ class _Agreed:
         layout: This rank's layout, as it was merged.
         replicas: The option under which it was merged.
         weights: `plan.weights` as uint64.
+        keys: Checkpoint key of each tensor of this rank, in order.
+        boxes: Of each item of the plan.
         offsets: Position of every variable in the file; None until a file was created.
     """
 
@@ -57,63 +68,112 @@ class _Agreed:
     layout: LocalLayout
     replicas: str
     weights: np.ndarray
+    keys: list[str]
+    boxes: list[Box]
     offsets: np.ndarray | None = None
 
 
 class Saver:
-    """The saves of one Checkpoint."""
+    """The saves of one Checkpoint.
+
+    Attributes:
+        in_flight: Those in the background.
+    """
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._agreed: dict[str, _Agreed] = {}  # by operation: a file of `write` has no counter, so another layout
+        self._agreed: dict[str, _Agreed] = {}  # by family of operations
+        self._buffers = HostBuffers()
+        self.in_flight = InFlight(coordinator)
         self._outputs: dict[str, Output] = {}
         self._warned: set[str] = set()
 
-    def save(
-        self,
-        operation: str,
-        walk: Callable[[], LiveGraph],
-        target: Target,
-        options: SaveOptions,
-    ) -> Saved:
-        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator."""
-        with collector_off(), self._coordinator.uninterrupted():
-            return self._save(operation, walk, target, options)
+    def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> Saved:
+        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in flight."""
+        coordinator = self._coordinator
+        with collector_off(), coordinator.uninterrupted():
+            captured, agreed = self._meet(operation, walk, target, options)
+            output = self._output(operation)
+            try:
+                created = self._create(output, target, options, agreed, captured)
+                write_shards(coordinator, created, lambda: _jobs(created, agreed, captured), options)
+                coordinator.on_root("commit", lambda: self._commit(output, options), type(None))
+            except BaseException:
+                output.abandon()
+                raise
+            output.finish()
+            log.info("saved %s", created.path)
+            return Saved(created.path, created.counter)
 
-    def _save(
+    # ---- in the background ----
+
+    def start(
         self,
-        operation: str,
         walk: Callable[[], LiveGraph],
         target: Target,
         options: SaveOptions,
-    ) -> Saved:
-        coordinator, path = self._coordinator, target.path
-        request = Request.of(operation, path, options, save_counter=target.counter, checkpoint_number=target.number)
-        captured = Attempt.of(lambda: self._capture(operation, walk, options))
-        agreed = self._agree(request, captured, options)
-        output = self._output(operation)
+        on_commit: OnCommit,
+        epilogue: Epilogue | None,
+    ) -> Flight:
+        """See `Checkpoint.save_async`. Collective over the communicator; `in_flight` has room."""
+        coordinator, operation = self._coordinator, "save_async"
+        with collector_off(), coordinator.uninterrupted():
+            captured, agreed = self._meet(operation, walk, target, options)
+            output = self._output(operation)
+            try:
+                background = background_of(coordinator)
+                created = self._create(output, target, replace(options, transport="posix"), agreed, captured)
+                snapshot = self._stage(created, agreed, captured, options)
+            except BaseException:
+                output.abandon()
+                raise
+            draft = output.hand_over()
+            flight = Flight(coordinator, background, created, draft, snapshot, options, on_commit, epilogue)
+            protect(snapshot)
+            self.in_flight.add(flight)
+            background.submit(flight)
+            return flight
+
+    def _stage(self, created: Created, agreed: _Agreed, captured: Capture, options: SaveOptions) -> Snapshot:
+        """Copy what this rank writes. Collective."""
+        made: list[Snapshot] = []
         try:
-            created = coordinator.on_root(
-                "create", lambda: self._create(output, target, options, agreed, captured.value), Created
-            )
-            if created.fresh:
-                agreed.offsets = coordinator.share(output.offsets)
-            write_shards(coordinator, created, lambda: _jobs(created, agreed, captured.value), options)
-            coordinator.on_root("commit", lambda: self._commit(output, options), type(None))
+            with self._coordinator.step("stage"):
+                jobs = _jobs(created, agreed, captured)
+                deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
+                items = agreed.plan.items
+                later = [deferral is not None and deferral.later[item.tensor] for item in items]
+                watch = Watch() if deferral is None else deferral.watch
+                made.append(Snapshot(jobs, later, watch, self._buffers, options.host_memory))
         except BaseException:
-            output.abandon()
+            for snapshot in made:
+                snapshot.release()
             raise
-        output.finish()
-        log.info("saved %s", created.path)
-        return Saved(created.path, created.counter)
+        return made[0]
 
     # ---- capture and agree ----
+
+    def _meet(
+        self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions
+    ) -> tuple[Capture, _Agreed]:
+        """Walk, and agree with the other ranks on what is saved. Collective."""
+        request = Request.of(
+            operation, target.path, options, save_counter=target.counter, checkpoint_number=target.number
+        )
+        captured = Attempt.of(lambda: self._capture(operation, walk, options))
+        agreed = self._agree(request, captured, options)
+        return captured.value, agreed
 
     def _capture(self, operation: str, walk: Callable[[], LiveGraph], options: SaveOptions) -> Capture:
         """Walk and record this rank's objects. Local."""
         encode_metadata(options)
+        if operation == "save_async" and options.transport == "mpio":
+            raise LayoutError(
+                "save_async: expected transport 'auto' or 'posix', for MPI-IO cannot be used beside the program. Got "
+                "'mpio'. The file is the same."
+            )
         graph = walk()
-        agreed = self._agreed.get(operation)
+        agreed = self._agreed.get(_family(operation))
         whole = options.replicas == "check_all"
         if agreed is not None and len(agreed.weights) == graph.n_values:
             captured = capture(graph, hash_all=whole, skip=agreed.weights == 0)
@@ -124,14 +184,14 @@ class Saver:
     def _agree(self, request: Request, captured: Attempt[Capture], options: SaveOptions) -> _Agreed:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, operation = self._coordinator, request.operation
-        agreed = self._agreed.get(operation)
+        agreed = self._agreed.get(_family(operation))
         unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
         shared = (request.digest ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
         balance = _balance(captured.value.layout, agreed) if agreed and unchanged else 0
         same = coordinator.arrive(operation, shared, balance, options.timeout)
         if same and unchanged and agreed is not None:
             return agreed
-        self._agreed.pop(operation, None)  # whatever fails from here on, the next save agrees anew
+        self._agreed.pop(_family(operation), None)  # whatever fails from here on, the next save agrees anew
         with coordinator.step("capture"):
             if captured.error is not None:
                 raise captured.error
@@ -141,10 +201,11 @@ class Saver:
         with coordinator.step("plan"):
             plan = msgspec.msgpack.decode(reply, type=SavePlan)
             weights = np.array([weight % _WORD for weight in plan.weights], np.uint64)
-            agreed = _Agreed(plan, layout, options.replicas, weights)
-            tensors = [value.tensor for value in captured.value.tensors]
-            self.warn_once(*shared_memory_warnings(captured.value.tensor_keys(plan.keys), tensors))
-        self._agreed[operation] = agreed
+            keys = captured.value.tensor_keys(plan.keys)
+            boxes = [Box(item.offset, item.shape) for item in plan.items]
+            agreed = _Agreed(plan, layout, options.replicas, weights, keys, boxes)
+            self.warn_once(*shared_memory_warnings(keys, [value.tensor for value in captured.value.tensors]))
+        self._agreed[_family(operation)] = agreed
         return agreed
 
     def _merge(self, operation: str, messages: Sequence[bytes], options: SaveOptions) -> list[bytes]:
@@ -157,7 +218,8 @@ class Saver:
         return [msgspec.msgpack.encode(plan) for plan in merged.plans]
 
     def _output(self, operation: str) -> Output:
-        return self._outputs.setdefault(operation, Output(numbered=operation == "save"))
+        family = _family(operation)
+        return self._outputs.setdefault(family, Output(numbered=family == "save"))
 
     def warn_once(self, *messages: str) -> None:
         """Warn on rank 0, each message once in the life of the Checkpoint. Local."""
@@ -169,12 +231,17 @@ class Saver:
     # ---- write ----
 
     def _create(
-        self,
-        output: Output,
-        target: Target,
-        options: SaveOptions,
-        agreed: _Agreed,
-        captured: Capture,
+        self, output: Output, target: Target, options: SaveOptions, agreed: _Agreed, captured: Capture
+    ) -> Created:
+        """Make the file on rank 0, and tell all ranks where what is in it. Collective."""
+        make = functools.partial(self._make_file, output, target, options, agreed, captured)
+        created = self._coordinator.on_root("create", make, Created)
+        if created.fresh:
+            agreed.offsets = self._coordinator.share(output.offsets)
+        return created
+
+    def _make_file(
+        self, output: Output, target: Target, options: SaveOptions, agreed: _Agreed, captured: Capture
     ) -> Created:
         """Rank 0 only."""
         output.update_values(captured.python_values(agreed.plan.keys))
@@ -184,6 +251,11 @@ class Saver:
         """Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""
         with self._coordinator.uninterrupted():
             output.commit(options)
+
+
+def _family(operation: str) -> str:
+    """Operations with the same layout: a file of `write` has no counter."""
+    return "write" if operation == "write" else "save"
 
 
 def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
@@ -212,11 +284,9 @@ def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob
     assert agreed.offsets is not None, "shared when the file was created"
     plan, tensors = agreed.plan, captured.tensors
     offsets = agreed.offsets.tolist()
-    keys = captured.tensor_keys(plan.keys)
     jobs = []
-    for item in plan.items:
-        value, key = tensors[item.tensor], keys[item.tensor]
-        box = Box(item.offset, item.shape)
+    for item, box in zip(plan.items, agreed.boxes, strict=True):
+        value, key = tensors[item.tensor], agreed.keys[item.tensor]
         block = value.block_with(box)
         tensor = torch.tensor(created.counter) if key == COUNTER_KEY and created.counter else block.tensor
         part = sub_tensor(tensor.detach(), box, block.box)

@@ -1,5 +1,7 @@
 """From the created file to the durable one: every rank writes its shards and checksums, in either transport.
 
+`write_alone` is a rank's part of a save in the background. The rest of this module is a save that all ranks wait for.
+
 The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; parallel HDF5 open; write,
 whatever happens; close on all ranks, always; agree; fsync, agree.
 """
@@ -13,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.draft import Created
 from distckpt.options import SaveOptions
-from distckpt.output import Created
 from distckpt.progress import progress_bar
 from distckpt.request import Attempt
 from distckpt.storage import mpio
@@ -55,6 +57,30 @@ def write_shards(
         if fd >= 0:
             with suppress(OSError):  # the save has failed already, and all ranks know why
                 os.close(fd)
+
+
+def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions) -> None:
+    """Write this rank's shards and checksums with `pwrite`, and make them durable. Local; any thread.
+
+    Args:
+        created: The file.
+        jobs: What this rank writes.
+        options: Of the save.
+
+    Raises:
+        OSError: It failed; the caller tells the other ranks.
+    """
+    fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+    try:
+        checksums = write_posix(fd, jobs, checksums=options.checksums)
+        checksums.write(fd, created.checksums_offset)
+        if options.durable:
+            fsync(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        raise
+    os.close(fd)  # network file systems report a full quota here at the latest
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class MpiCollectives:
     def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.gather`."""
         if sum(lengths) <= self._limit:
-            target = (buffer, list(lengths), _starts(lengths), self._byte) if self.rank == 0 else None
+            target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == 0 else None
             self._comm.Gatherv((value, self._byte), target)
         elif self.rank == 0:
             buffer[: len(value)] = value
@@ -122,7 +122,7 @@ class MpiCollectives:
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.scatter`."""
         if sum(lengths) <= self._limit:
-            source = (values, list(lengths), _starts(lengths), self._byte) if self.rank == 0 else None
+            source = (values, list(lengths), starts_of(lengths), self._byte) if self.rank == 0 else None
             self._comm.Scatterv(source, (buffer, self._byte))
         elif self.rank == 0:
             buffer[:] = memoryview(values)[: lengths[0]]
@@ -140,10 +140,11 @@ class MpiCollectives:
 
     def _parts_of_others(self, buffer: Buffer, lengths: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
         """The parts of rank 0's buffer that belong to the other ranks, in the order in which these move them."""
-        for rank, (start, length) in enumerate(zip(_starts(lengths), lengths, strict=True)):
+        for rank, (start, length) in enumerate(zip(starts_of(lengths), lengths, strict=True)):
             for part in self._parts(memoryview(buffer)[start : start + length]) if rank else ():
                 yield rank, part
 
 
-def _starts(lengths: Sequence[int]) -> list[int]:
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    """Where each of some values begins that lie behind one another."""
     return [0, *itertools.accumulate(lengths)][:-1]

@@ -16,7 +16,7 @@ from distckpt.coordination import agreement, job_end, outcome
 from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
-from distckpt.coordination.session import Alone, Session, open_session, require_intracomm
+from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.coordination.shared_memory import SharedMemory, allocate
 from distckpt.errors import LayoutError
 
@@ -53,8 +53,15 @@ class Coordinator:
         if comm is not None:
             require_intracomm(comm)
         self._comm: MPI.Intracomm | None = comm  # type: ignore[assignment]  # require_intracomm has checked it
-        self._session: Session | Alone | None = None
+        self._session: Session | Alone | Spoken | None = None
         self._node: Coordinator | None = None
+
+    @classmethod
+    def over(cls, session: Spoken) -> Self:
+        """A coordinator for a thread in the background. Local."""
+        coordinator = cls()
+        coordinator._session = session
+        return coordinator
 
     def __copy__(self) -> Self:
         return self
@@ -76,6 +83,11 @@ class Coordinator:
         return self._open().size
 
     @property
+    def session(self) -> Session | Alone | Spoken:
+        """What all coordinators over the communicator share. Local; may initialise MPI."""
+        return self._open()
+
+    @property
     def communicator(self) -> MPI.Intracomm | None:
         """The duplicate, for parallel HDF5; None without mpi4py. Collective at the first use of the communicator."""
         self._connect("communicator")
@@ -86,7 +98,9 @@ class Coordinator:
         """The coordinator of the ranks that share memory with this one. Collective at its first use."""
         if self._node is None:
             self._connect("node")
-            comm = self._open().node_communicator()
+            session = self._open()
+            assert not isinstance(session, Spoken), "a thread in the background exchanges nothing"
+            comm = session.node_communicator()
             self._node = self if comm is None else Coordinator(comm)
         return self._node
 
@@ -123,6 +137,10 @@ class Coordinator:
         waiting for arrivals; otherwise at the end.
         """
         return INTERRUPTS.held()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Let KeyboardInterrupt through where nobody depends on this rank yet, also within `uninterrupted`. Local."""
+        return INTERRUPTS.allowed()
 
     # ---- local work ----------------------------------------------------------------------------------------------
 
@@ -324,7 +342,7 @@ class Coordinator:
 
     # ---- parts of the above --------------------------------------------------------------------------------------
 
-    def _open(self) -> Session | Alone:
+    def _open(self) -> Session | Alone | Spoken:
         if self._session is None:
             self._session = open_session(self._comm)
         self._session.require_alive()

@@ -18,6 +18,8 @@ from distckpt.errors import CheckpointError, RankTimeoutError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from distckpt.coordination.background import Background
+
 #: On the duplicate, where nobody else sends messages.
 _ARRIVAL_TAG = 0
 _TIMING = Timing()
@@ -39,6 +41,7 @@ class Session:
         size: Number of ranks.
         duplicate: The duplicate, for everything but the first arrival; None before that.
         collectives: Bytes and arrays over the duplicate; None before the first arrival.
+        background: The thread that finishes what was begun over the communicator; None before it is needed.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -48,6 +51,7 @@ class Session:
         self.size = comm.size
         self.duplicate: MPI.Intracomm | None = None
         self.collectives: Collectives | None = None
+        self.background: Background | None = None
         self._comm = comm
         self._node: MPI.Intracomm | None = None
         self._freed = False
@@ -88,19 +92,26 @@ class Session:
 
     def release(self) -> None:
         """Free the duplicates, when the user frees the communicator."""
+        if self.background is not None:
+            self.background.release()
         self._freed = True
         if self._node is not None:
             self._node.Free()
         if self.duplicate is not None:
             self.duplicate.Free()
 
-    def _duplicate(self) -> None:
+    def duplicate_again(self, name: str) -> MPI.Intracomm:
+        """A further duplicate, for those who speak on their own. Collective; blocking, so the ranks must be here."""
         from mpi4py import MPI
 
-        # Blocking, and safe: every rank has confirmed that it is here.
-        self.duplicate = self._comm.Dup()
-        self.duplicate.Set_name("distckpt")
-        self.duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        duplicate = self._comm.Dup()
+        duplicate.Set_name(name)
+        duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+        return duplicate
+
+    def _duplicate(self) -> None:
+        # Safe: every rank has confirmed that it is here.
+        self.duplicate = self.duplicate_again("distckpt")
         self.collectives = MpiCollectives(self.duplicate)
         # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
         self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, _TIMING))
@@ -115,6 +126,7 @@ class Alone:
 
     def __init__(self) -> None:
         self.collectives: Collectives = SingleRank()
+        self.background: Background | None = None
 
     def require_alive(self) -> None:
         """See `Session.require_alive`."""
@@ -126,6 +138,34 @@ class Alone:
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`."""
         return call.balance % 2**64 == 0
+
+
+class Spoken:
+    """The session of a thread in the background: all ranks are in the same task, so nobody has to arrive.
+
+    Args:
+        collectives: What the thread speaks with.
+    """
+
+    duplicate: MPI.Intracomm | None = None
+    background: Background | None = None
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.rank = collectives.rank
+        self.size = collectives.size
+        self.collectives = collectives
+
+    def require_alive(self) -> None:
+        """See `Session.require_alive`; the collectives know when they are closed."""
+
+    def arrive(self, call: Call) -> bool:
+        """See `Arrival.arrive`."""
+        raise CheckpointError(f"{call.operation}: only the main thread can call for the other ranks.")
+
+
+@cache
+def _alone() -> Alone:
+    return Alone()
 
 
 def open_session(comm: MPI.Intracomm | None) -> Session | Alone:
@@ -140,7 +180,7 @@ def open_session(comm: MPI.Intracomm | None) -> Session | Alone:
     """
     if comm is None and find_spec("mpi4py") is None:
         _require_single("mpi4py is not installed (`pip install mpi4py`)")
-        return Alone()
+        return _alone()
     mpi = require_running()
     comm = mpi.COMM_WORLD if comm is None else comm
     _require_handle(comm)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.storage.paths import numbered_files
-from distckpt.storage.state import DamagedStateError, read_state, write_state
+from distckpt.storage.state import CHANGING, DamagedStateError, read_state, write_state
 
 logger = logging.getLogger("distckpt")
 
@@ -37,10 +37,11 @@ def write_entry(directory: str | os.PathLike[str], prefix: str, entry: Mapping[s
         entry: The fields.
         durable: Return only when the state file is on disk.
     """
-    state = _state_or_new(directory)
-    entries = _mapping(state.get(_FIELD))
-    entries = {**entries, prefix: {**_mapping(entries.get(prefix)), **entry}}
-    write_state(directory, {**state, _FIELD: entries}, durable=durable)
+    with CHANGING:
+        state = _state_or_new(directory)
+        entries = _mapping(state.get(_FIELD))
+        entries = {**entries, prefix: {**_mapping(entries.get(prefix)), **entry}}
+        write_state(directory, {**state, _FIELD: entries}, durable=durable)
 
 
 def remove_checkpoints(directory: str | os.PathLike[str], names: Iterable[str]) -> list[str]:

@@ -95,16 +95,23 @@ def next_number(prefix: Prefix, live_counter: int) -> int:
     return 1 + max(live_counter, *on_disk, 0)
 
 
-def require_newest(prefix: Prefix, number: int) -> None:
-    """Refuse a number that is not above those on disk, for the highest is the latest. Rank 0 only.
+def require_newest(prefix: Prefix, number: int, in_flight: int = 0) -> None:
+    """Refuse a number that is not above those on disk and in flight, for the highest is the latest. Rank 0 only.
+
+    Args:
+        prefix: Of the file.
+        number: The wanted number.
+        in_flight: The highest number that is being written in the background; 0 for none.
 
     Raises:
         ValueError: There is a checkpoint with this number or a higher one.
     """
-    on_disk = [file for file in numbered_files(prefix.directory) if file.prefix == prefix.name]
-    if on_disk and on_disk[-1].number >= number:
+    on_disk = [file.number for file in numbered_files(prefix.directory) if file.prefix == prefix.name]
+    highest = max(in_flight, *on_disk, 0)
+    if (on_disk or in_flight) and highest >= number:
+        newest = Path(prefix.numbered(highest)).name
         raise ValueError(
-            f"{prefix.numbered(number)}: expected a number above that of {on_disk[-1].name!r}, for the highest number "
+            f"{prefix.numbered(number)}: expected a number above that of {newest!r}, for the highest number "
             "is the latest checkpoint, and saves never replace one. Choose a higher number or another name, or move "
             "the later checkpoints away."
         )

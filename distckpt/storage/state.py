@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from distckpt.storage import rawio
 from distckpt.storage.commit import temp_path
 from distckpt.storage.paths import STATE_FILE, parse_numbered
+
+#: Held from reading the state file to replacing it: a save in the background may end at any moment.
+CHANGING = threading.RLock()
 
 
 class DamagedStateError(ValueError):
@@ -91,9 +95,11 @@ def record_save(path: str | os.PathLike[str], *, durable: bool, fields: Mapping[
     numbered = parse_numbered(final.name)
     if numbered is None:
         raise ValueError(f"{final}: expected a name of the form <prefix>-<number>.h5")
-    try:
-        state = read_state(final.parent) or {}
-    except DamagedStateError:
-        state = {}
-    prefixes = sorted({*(known_prefixes(state) if state else ()), numbered.prefix})
-    write_state(final.parent, {**state, **(fields or {}), "latest": final.name, "prefixes": prefixes}, durable=durable)
+    with CHANGING:
+        try:
+            state = read_state(final.parent) or {}
+        except DamagedStateError:
+            state = {}
+        prefixes = sorted({*(known_prefixes(state) if state else ()), numbered.prefix})
+        changed = {**state, **(fields or {}), "latest": final.name, "prefixes": prefixes}
+        write_state(final.parent, changed, durable=durable)

@@ -119,7 +119,7 @@ def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
     return tensor
 
 
-def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy elements of the same dtype bit for bit, between any strides and devices."""
     raw = _RAW.get(source.element_size())
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
@@ -127,7 +127,7 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
         target, source = target.view(raw), source.view(raw)
     elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
         target, source = torch.view_as_real(target), torch.view_as_real(source)
-    target.copy_(source)
+    target.copy_(source, non_blocking=non_blocking)
 
 
 class Staged(NamedTuple):

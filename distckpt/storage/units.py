@@ -5,7 +5,8 @@ See `layout.exchange` for what a unit is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -38,7 +39,7 @@ class InFile(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What this rank holds of a variable, or wants of it.
+    """A block of a variable that this rank wants.
 
     Attributes:
         box: Where it is in the global tensor.
@@ -50,7 +51,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 def shared_parts(
-    unit: Unit, memory: torch.Tensor, variables: Mapping[int, InFile], held: Mapping[int, Held]
+    unit: Unit, memory: torch.Tensor, variables: Mapping[int, InFile], held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What a unit and this rank have in common.
 
@@ -58,22 +59,22 @@ def shared_parts(
         unit: The unit of some rank.
         memory: Where that rank has its bytes; uint8, one-dimensional.
         variables: The variables by index.
-        held: What this rank holds, by index of the variable.
+        held: What this rank wants, by index of the variable.
 
     Yields:
-        Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
+        Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank wants.
     """
     for variable, span, place in unit:
         own = held.get(variable)
         if own is None:
             continue
         shape, itemsize = variables[variable].shape, variables[variable].itemsize
-        for box in flat_boxes(Box.whole(shape), span.start, span.stop):
-            common = box.intersect(own.box)
+        for box, block in itertools.product(flat_boxes(Box.whole(shape), span.start, span.stop), own):
+            common = box.intersect(block.box)
             if common is not None:
                 start = place + (first_element(box, shape) - span.start) * itemsize
-                there = memory.narrow(0, start, box.numel * itemsize).view(own.tensor.dtype).view(box.shape)
-                yield sub_tensor(there, common, box), sub_tensor(own.tensor.detach(), common, own.box)
+                there = memory.narrow(0, start, box.numel * itemsize).view(block.tensor.dtype).view(box.shape)
+                yield sub_tensor(there, common, box), sub_tensor(block.tensor.detach(), common, block.box)
 
 
 def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import distckpt.checkpoint
+import distckpt.draft
 import distckpt.exchange
 import distckpt.output
 import distckpt.restoration
@@ -240,9 +241,9 @@ SAVE_FAULTS = [
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",)),
     Fault("write", ChecksumLog, "write", EVERY, transports=BOTH),
     Fault("fsync", distckpt.writer, "fsync", EVERY, transports=BOTH),
-    Fault("commit", distckpt.output, "commit", ROOT, transports=BOTH),
-    Fault("commit", distckpt.output, "sync_directory", ROOT),
-    Fault("commit", distckpt.output, "record_save", ROOT),
+    Fault("commit", distckpt.draft, "commit", ROOT, transports=BOTH),
+    Fault("commit", distckpt.draft, "sync_directory", ROOT),
+    Fault("commit", distckpt.draft, "record_save", ROOT),
     Fault("commit", state, "write_state", ROOT),
 ]
 INTERRUPTED = {"walk", "merge", "_Agreed", "reserve", "open_shared", "get", "write", "fsync", "commit", "record_save"}
@@ -298,7 +299,7 @@ def test_a_failing_write_leaves_the_file_that_was_there(
         return
     program = Program(comm, 1)
     path = program.checkpoint.write(mpi_dir / "model")
-    for owner, name in ((distckpt.writer, "fsync"), (rawio, "write_vector"), (distckpt.output, "commit")):
+    for owner, name in ((distckpt.writer, "fsync"), (rawio, "write_vector"), (distckpt.draft, "commit")):
         program.train()
         with monkeypatch.context() as patch:
             if comm.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import distckpt
+from distckpt.flight import Flight
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 
@@ -77,3 +79,35 @@ def test_training_is_bit_exact_with_saves_and_evaluations_in_between(
         train(saving)
         evaluate(saving)
     agree(all(torch.equal(a, b) for a, b in zip(state(plain), state(saving), strict=True)))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_saves_in_the_background_hold_the_moment_of_the_call(
+    mpi_dir: Path, comm: object, agree: Callable[..., None], overlap: bool
+) -> None:
+    ckpt = make(1, comm)
+    train(ckpt)
+    options = distckpt.SaveOptions(overlap=overlap, durable=False)
+    for _ in range(10):
+        expected = state(ckpt)
+        handle = ckpt.save_async(mpi_dir / "ckpt", options=options)
+        train(ckpt)
+        twin = make(2, comm)
+        twin.restore(handle.result()).assert_consumed()
+        agree(all(torch.equal(a, b) for a, b in zip(expected, state(twin), strict=True)))
+        agree(not all(torch.equal(a, b) for a, b in zip(expected, state(ckpt), strict=True)))
+
+
+def test_a_sharded_parameter_that_changes_before_its_copy_fails_the_save(
+    mpi_dir: Path, comm: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = make(1, comm)
+    train(ckpt)
+    opened, work = threading.Event(), Flight.work
+    monkeypatch.setattr(Flight, "work", lambda flight: work(flight) if opened.wait(30) else None)
+    handle = ckpt.save_async(mpi_dir / "ckpt", options=distckpt.SaveOptions(overlap=True))
+    with torch.no_grad():
+        ckpt.model[1].weight.add_(1)
+    opened.set()
+    with pytest.raises(distckpt.CollectiveError, match="changed before the save had copied it: model/1/weight"):
+        handle.result()

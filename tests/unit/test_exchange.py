@@ -193,7 +193,7 @@ class Exchange:
         wanted = {i: Wanted([Box.whole(v.shape)], v.shape) for i, v in enumerate(self.variables)}
         rounds = plan_rounds(self.variables, moved, wanted, size, unit_nbytes)
         live = [torch.full_like(value, -1) for value in self.values]
-        held = {i: Held(Box.whole(v.shape), live[i]) for i, v in enumerate(self.variables)}
+        held = {i: [Held(Box.whole(v.shape), live[i])] for i, v in enumerate(self.variables)}
         fd = os.open(self.path, os.O_RDONLY)
         try:
             readers = [UnitReader(fd, self.files, self.pieces, self.checksums) for _ in range(size)]

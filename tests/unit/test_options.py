@@ -22,6 +22,9 @@ _SAVE_DEFAULTS = {
     "durable": True,
     "checksums": True,
     "replicas": "check",
+    "overlap": False,
+    "host_memory": None,
+    "max_in_flight": 1,
     "metadata": None,
 }
 _RESTORE_DEFAULTS = {
@@ -70,6 +73,9 @@ _BAD_SAVE: list[dict[str, Any]] = [
     {"checksums": np.bool_(True)},
     {"hints": "cb_nodes=8"},
     {"hints": {1: "8"}},
+    {"overlap": 1},
+    *({"max_in_flight": value} for value in (0, -1, True, 1.0, None)),
+    *({"host_memory": value} for value in (0, True, 2.0, "1GiB")),
     {"metadata": [1]},
     {"metadata": {1: 2}},
 ]

@@ -416,10 +416,9 @@ def test_memory_that_is_not_aligned_is_copied() -> None:
     """A piece of a file begins anywhere in a buffer; torch itself crashes on complex128 there."""
     for dtype in (torch.complex128, torch.float64, torch.complex64, torch.bfloat16):
         for shift in range(1, 17):
-            buffer = torch.zeros(4 * dtype.itemsize + 16, dtype=torch.uint8)
-            memory = buffer.numpy()[shift : shift + 4 * dtype.itemsize]
-            source = torch.frombuffer(memory, dtype=dtype)
-            memory[:] = range(4 * dtype.itemsize)
-            target = torch.zeros(2, dtype=dtype)
-            copy_bits(target, source[::2])
-            assert target.view(torch.uint8).tolist()[: dtype.itemsize] == list(range(dtype.itemsize))
+            buffer = torch.zeros(7 * dtype.itemsize + 16, dtype=torch.uint8)
+            memory = buffer.numpy()[shift : shift + 7 * dtype.itemsize]
+            memory[:] = range(7 * dtype.itemsize)
+            target = torch.zeros(7, dtype=dtype)
+            copy_bits(target, torch.frombuffer(memory, dtype=dtype))
+            assert target.view(torch.uint8).tolist() == list(range(7 * dtype.itemsize))

@@ -1,0 +1,244 @@
+"""A thread that goes on with a collective operation while the program does something else.
+
+There is one per communicator, so that the operations of all who share it are finished in the order in which they were
+begun, the same on all ranks. A task has a part that needs no other rank, and an end that all ranks agree on. The thread
+does the first. It does the second, too, where MPI lets every thread speak (THREAD_MULTIPLE): on a duplicate of its own,
+made by the main thread. Elsewhere the main thread ends the task at the next collective call.
+
+    main thread      submit ------------------------------------> (end, without THREAD_MULTIPLE)
+    this thread             local part --> end, with THREAD_MULTIPLE
+
+When the program exits, or calls MPI_Finalize, tasks are completed first, within their timeout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import threading
+import time
+from contextlib import suppress
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from distckpt.coordination.collectives import SingleRank
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.polled import PolledCollectives
+from distckpt.coordination.session import Alone, Session, Spoken
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LOG = logging.getLogger("distckpt")
+#: The lowest priority: the thread gets what the program leaves of the cores.
+_NICE = 19
+
+
+class Task(Protocol):
+    """What is to be done in the background. Its methods raise nothing; what fails is kept in the task.
+
+    Attributes:
+        timeout: Seconds that it may take to complete when the program exits.
+    """
+
+    timeout: float
+
+    def work(self) -> None:
+        """The part that needs no other rank. Local."""
+
+    def end(self, coordinator: Coordinator) -> None:
+        """Agree with the other ranks, and commit. Collective."""
+
+    def end_together(self, timeout: float | None) -> bool:
+        """Wait for the work, then end the task, unless it has ended. The thread does not speak. Collective.
+
+        Args:
+            timeout: Seconds to wait for the work; None for no limit.
+
+        Returns:
+            Whether it has ended. The same on all ranks.
+        """
+
+    def complete(self, timeout: float) -> None:
+        """Wait for the end, or bring it about, from the main thread; give up after the timeout, in seconds.
+
+        Local where the thread speaks to the other ranks, else collective.
+        """
+
+    def report(self) -> None:
+        """The program exits: log a failure that nobody has asked for, or that the task was not completed. Local."""
+
+
+class Background:
+    """The thread of one communicator.
+
+    Attributes:
+        speaks: The thread ends tasks; otherwise the main thread does.
+    """
+
+    def __init__(self) -> None:
+        self.speaks = False
+        self._coordinator: Coordinator | None = None
+        self._collectives: PolledCollectives | None = None
+        self._duplicate: MPI.Intracomm | None = None
+        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: list[Task] = []
+        self._thread = threading.Thread(target=self._run, name="distckpt-background", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Local.
+
+        Raises:
+            RuntimeError: The system has no more threads.
+        """
+        self._thread.start()
+        _register(self)
+
+    def speak_alone(self) -> None:
+        """Let the thread end tasks of a communicator of one rank: it needs no MPI for it."""
+        self._coordinator = Coordinator.over(Spoken(SingleRank()))
+        self.speaks = True
+
+    def speak_over(self, duplicate: MPI.Intracomm) -> None:
+        """Let the thread end tasks over a communicator that nobody else speaks on."""
+        self._duplicate = duplicate
+        self._collectives = PolledCollectives(duplicate)
+        self._coordinator = Coordinator.over(Spoken(self._collectives))
+        self.speaks = True
+
+    def submit(self, task: Task) -> None:
+        """Take a task. Local; raises nothing, for the other ranks take theirs."""
+        self._tasks.append(task)
+        self._queue.put(task)
+
+    def up_to(self, task: Task) -> list[Task]:
+        """A task and all before it that nobody has the result of, in order: in this order they end. Local."""
+        before = list(self._tasks)
+        return before[: before.index(task) + 1] if task in before else [task]
+
+    def forget(self, task: Task) -> None:
+        """Somebody has the result of a task, which is ended. Local; called again, it does nothing."""
+        with suppress(ValueError):
+            self._tasks.remove(task)
+
+    def finish(self) -> None:
+        """Complete what is in flight, and end the thread. The program exits, or the communicator is freed. Local or
+        collective, as `Task.complete`.
+        """
+        start = time.monotonic()
+        for task in tuple(self._tasks):
+            task.complete(max(0.0, start + task.timeout - time.monotonic()))
+            task.report()
+        self._tasks.clear()
+        self._queue.put(None)
+        if self._collectives is not None:
+            self._collectives.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1.0)
+        with suppress(ValueError):
+            _LIVING.remove(self)
+
+    def release(self) -> None:
+        """The user frees the communicator. Collective over it."""
+        self.finish()
+        if self._duplicate is not None and not self._thread.is_alive():
+            self._duplicate.Free()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        while (task := self._queue.get()) is not None:
+            task.work()
+            if self._coordinator is not None:
+                task.end(self._coordinator)
+            del task  # it may hold a whole checkpoint; the next one may come late
+
+
+def background_of(coordinator: Coordinator) -> Background:
+    """The thread of a coordinator's communicator. Collective at the first use, after all ranks have arrived.
+
+    Raises:
+        CollectiveError: A rank cannot start a thread, or MPI has no communicators left.
+    """
+    session = coordinator.session
+    if session.background is None:
+        background = Background()
+        try:
+            with coordinator.step("start a thread"):
+                background.start()
+            _let_speak(background, coordinator, session)
+        except BaseException:
+            background.finish()
+            raise
+        session.background = background
+    found: Background = session.background
+    return found
+
+
+def _let_speak(background: Background, coordinator: Coordinator, session: Session | Alone | Spoken) -> None:
+    """Let the thread speak to the other ranks where that is allowed on all of them. Collective."""
+    if session.size == 1:
+        background.speak_alone()
+    elif isinstance(session, Session):
+        _finish_before_finalize()
+        if not coordinator.any(np.array([not threads_may_speak()]))[0]:
+            _give_duplicate(background, coordinator, session)
+
+
+def _give_duplicate(background: Background, coordinator: Coordinator, session: Session) -> None:
+    error: Exception | None = None
+    try:
+        background.speak_over(session.duplicate_again("distckpt background"))
+    except Exception as caught:
+        error = caught
+    with coordinator.step("duplicate the communicator"):
+        if error is not None:
+            raise error
+
+
+def threads_may_speak() -> bool:
+    """Whether MPI takes calls from any thread at any time. Local."""
+    from mpi4py import MPI
+
+    return MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+
+# ---- the end of the program --------------------------------------------------------------------------------------
+
+#: Those with a thread, and the process they are in: a forked one has none of the threads.
+_LIVING: list[Background] = []
+_PROCESS: set[int] = set()
+
+
+def _register(background: Background) -> None:
+    _LIVING.append(background)
+    if os.getpid() not in _PROCESS:
+        _PROCESS.add(os.getpid())
+        atexit.register(_finish_all)
+
+
+def _finish_all() -> None:
+    """Complete everything that is in flight in this process. Python calls it before mpi4py finalises MPI."""
+    if os.getpid() not in _PROCESS:
+        return
+    for background in tuple(_LIVING):
+        background.finish()
+
+
+@cache
+def _finish_before_finalize() -> None:
+    """See that everything is completed before MPI_Finalize, whoever calls it: it first deletes the attributes of
+    COMM_SELF, while MPI can still be used.
+    """
+    from mpi4py import MPI
+
+    keyval = MPI.Comm.Create_keyval(delete_fn=_before_finalize)
+    MPI.COMM_SELF.Set_attr(keyval, True)
+
+
+def _before_finalize(_comm: MPI.Comm, _key: int, _value: object) -> None:
+    _finish_all()

@@ -1,0 +1,100 @@
+"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `Created`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from distckpt.log import log
+from distckpt.storage.commit import commit, discard
+from distckpt.storage.paths import Prefix, parse_numbered
+from distckpt.storage.rawio import sync_directory
+from distckpt.storage.state import record_save
+
+
+class Created(msgspec.Struct, frozen=True):
+    """What every rank must know of a file that rank 0 has created.
+
+    Attributes:
+        path: The final path.
+        temp_path: Where the file is until it is committed.
+        counter: The save counter that it stores; 0 for a file made by `write`.
+        file_nbytes: Length of the file in bytes.
+        checksums_offset: Position of the checksum dataset in the file, in bytes.
+        transport: "mpio" or "posix".
+        fresh: The positions of the variables are new; rank 0 shares them next.
+    """
+
+    path: str
+    temp_path: str
+    counter: int
+    file_nbytes: int
+    checksums_offset: int
+    transport: str
+    fresh: bool
+
+
+class Draft:
+    """A file on its way from its temporary to its final name. Rank 0 only.
+
+    Attributes:
+        temp_path: Where it is until it is committed.
+        created: What all ranks know of it; None until it is complete but for the data.
+        ended: It was committed, or nothing is left of it.
+    """
+
+    def __init__(self, temp_path: str, *, numbered: bool) -> None:
+        self.temp_path = temp_path
+        self.created: Created | None = None
+        self.ended = False
+        self._numbered = numbered
+        self._finished: os.stat_result | None = None  # of the complete temporary file
+
+    def commit(self, *, durable: bool) -> None:
+        """Make the finished file the checkpoint: durable, and visible to all.
+
+        Raises:
+            OSError: It could not be renamed or recorded; `abandon` takes the checkpoint back.
+        """
+        assert self.created is not None, "created first"
+        final = Path(self.created.path)
+        self._finished = Path(self.temp_path).stat()
+        commit(self.temp_path, str(final), replace=not self._numbered, durable=False)
+        if durable:
+            sync_directory(final.parent)
+        if self._numbered:
+            record_save(final, durable=durable)
+
+    def finish(self) -> None:
+        """All ranks know that the checkpoint is committed."""
+        self.ended = True
+
+    def abandon(self) -> None:
+        """Remove what a failed save has left."""
+        if self.ended:
+            return
+        self.ended = True
+        try:
+            if self.created is not None and self._finished is not None and self._numbered:
+                _remove(Path(self.created.path), self._finished)
+            discard(self.temp_path)
+        except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
+            log.warning("%s: what a failed save has left could not be removed: %s", self.temp_path, error)
+
+    def number_for(self, prefix: Prefix) -> int:
+        """The number of the checkpoint that this will be; 0 when it is of another prefix, or has ended."""
+        if self.ended or self.created is None:
+            return 0
+        path = Path(self.created.path)
+        numbered = parse_numbered(path.name)
+        if numbered is None or numbered.prefix != prefix.name or path.parent.resolve() != prefix.directory.resolve():
+            return 0
+        return numbered.number
+
+
+def _remove(final: Path, finished: os.stat_result) -> None:
+    """Remove a checkpoint that was committed, but not its namesake of another job that was in the way."""
+    if final.exists() and os.path.samestat(finished, final.stat()):
+        final.unlink()

@@ -1,0 +1,209 @@
+"""A save in the background: what is left of it when `save_async` returns.
+
+The path of the data: the ranks walk, agree, plan and create the file as for `save`, a few milliseconds in which nothing
+is moved. Then each rank copies the bytes of its write jobs, and nothing else, into a host buffer that it keeps and uses
+again (`storage.snapshot`): one flat copy per tensor. The tensors may change from then on. The thread of
+`coordination.background` writes the copies and their checksums with `pwrite`, syncs them, and the ranks agree. Rank 0
+commits and tells the others; then each sets its counter. Nothing is copied twice, and nothing is computed for a save
+that `save` would not compute.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import xxhash
+
+from distckpt.coordination.agreement import clear_frames
+from distckpt.coordination.background import Background
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.draft import Created, Draft
+from distckpt.errors import LayoutError
+from distckpt.log import log
+from distckpt.options import SaveOptions
+from distckpt.request import Attempt
+from distckpt.storage.snapshot import Snapshot
+from distckpt.writer import write_alone
+
+#: Called on every rank when the checkpoint is committed.
+OnCommit = Callable[[Created], None]
+#: Called on every rank after that, with the coordinator of the save: further work that ends before the save does.
+Epilogue = Callable[[Coordinator, Created], None]
+
+
+class Flight:
+    """One save on its way from this rank's memory into the file. See `coordination.background.Task`.
+
+    Attributes:
+        created: The file.
+        options: Of the save.
+        timeout: Seconds that it may take to complete when the program exits.
+        error: Why it failed; the same on all ranks. None before the end, and when it was committed.
+        asked: Somebody was given the result on this rank.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        background: Background,
+        created: Created,
+        draft: Draft | None,
+        snapshot: Snapshot,
+        options: SaveOptions,
+        on_commit: OnCommit,
+        epilogue: Epilogue | None,
+    ) -> None:
+        self.created = created
+        self.options = options
+        self.timeout = options.timeout
+        self.error: BaseException | None = None
+        self.asked = False
+        self.speaks = background.speaks
+        self._coordinator = coordinator
+        self._rank = coordinator.rank
+        self._background = background
+        self._draft = draft
+        self._snapshot = snapshot
+        self._on_commit = on_commit
+        self._epilogue = epilogue
+        self._written: Attempt[bool] | None = None
+        self._work_done = threading.Event()
+        self._ended = threading.Event()
+
+    # ---- what the background does ----
+
+    def work(self) -> None:
+        """Write this rank's part. Local."""
+        self._written = Attempt.of(self._write)
+        self._work_done.set()
+
+    def _write(self) -> bool:
+        self._snapshot.complete()
+        try:
+            write_alone(self.created, self._snapshot.jobs(), self.options)
+        finally:
+            self._snapshot.release()
+        return True
+
+    def end(self, coordinator: Coordinator) -> None:
+        """Agree, commit and count. Collective."""
+        try:
+            with coordinator.step("write"):
+                assert self._written is not None, "the work is done"
+                self._written.require()
+            coordinator.on_root("commit", self._commit, type(None))
+        except BaseException as error:
+            self._fail(error)
+        else:
+            self._succeed(coordinator)
+        self._written = None
+        self._ended.set()
+
+    def _commit(self) -> None:
+        """Rank 0 only."""
+        assert self._draft is not None, "made on this rank"
+        self._draft.commit(durable=self.options.durable)
+
+    def _succeed(self, coordinator: Coordinator) -> None:
+        if self._draft is not None:
+            self._draft.finish()
+        self._on_commit(self.created)
+        log.info("saved %s", self.created.path)
+        try:
+            if self._epilogue is not None:
+                self._epilogue(coordinator, self.created)
+        except BaseException as error:
+            self._keep(error)
+        else:
+            self._background.forget(self)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._draft is not None:
+            self._draft.abandon()
+        self._keep(error)
+
+    def _keep(self, error: BaseException) -> None:
+        """Keep an error until somebody asks, but not the buffers that its traceback knows."""
+        clear_frames(error)
+        self.error = error
+
+    # ---- what the program asks ----
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether this rank's tensors may change. Local."""
+        return self._snapshot.is_complete
+
+    def stage(self) -> None:
+        """Wait until this rank's tensors may change, and help with it. Local; any thread."""
+        self._snapshot.complete()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the end.
+
+        Local where the background speaks to the other ranks; else collective, and it ends the save itself.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Returns:
+            Whether the save has ended. The same on all ranks where the call is collective.
+
+        Raises:
+            RankTimeoutError: Collective, and some ranks did not come.
+            LayoutError: Collective, and the ranks wait for different saves.
+        """
+        timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        if self.speaks or self._ended.is_set():
+            return self._ended.wait(timeout)
+        return all(task.end_together(timeout) for task in self._background.up_to(self))
+
+    def end_together(self, timeout: float | None) -> bool:
+        """See `coordination.background.Task`."""
+        if self._ended.is_set():
+            return True
+        coordinator = self._coordinator
+        with coordinator.uninterrupted():
+            name = xxhash.xxh3_64_intdigest(self.created.temp_path.encode())
+            if not coordinator.arrive("finish a save in the background", name, 0, self.options.timeout):
+                raise LayoutError(
+                    f"{self.created.path}: the ranks wait for different saves. Ask for the same result on every rank."
+                )
+            with coordinator.step("wait for the write"):
+                self._work_done.wait(timeout)
+            if coordinator.any(np.array([not self._work_done.is_set()]))[0]:
+                return False
+            self.end(coordinator)
+        return True
+
+    def outcome(self) -> str:
+        """The path of the committed file, or raise why there is none. The save has ended. Local."""
+        self.take()
+        if self.error is not None:
+            raise self.error.with_traceback(None)  # each time anew: it must not collect the frames of all who ask
+        return self.created.path
+
+    def take(self) -> None:
+        """Somebody knows the outcome. Local."""
+        self.asked = True
+        self._background.forget(self)
+
+    # ---- the end of the program ----
+
+    def complete(self, timeout: float) -> None:
+        """Wait for the end, or bring it about; raises nothing."""
+        try:
+            self.wait(timeout)
+        except BaseException as error:
+            log.error("%s: not completed at exit: %s", self.created.path, error)
+
+    def report(self) -> None:
+        """Log a failure that nobody has asked for, or that the save was not completed. Local."""
+        if self._rank != 0 or self.asked:
+            return
+        if not self._ended.is_set():
+            log.error("%s: the save did not end within %g s of the exit", self.created.path, self.timeout)
+        elif self.error is not None:
+            log.error("%s: the save failed, and nobody asked for its result: %s", self.created.path, self.error)

@@ -1,0 +1,61 @@
+"""`SaveHandle`: what `save_async` returns."""
+
+from __future__ import annotations
+
+from distckpt.flight import Flight
+
+
+class SaveHandle:
+    """A save that goes on in the background.
+
+    Where MPI gives THREAD_MULTIPLE, as it does by default with mpi4py, `result` and `done` are local, and the
+    checkpoint is committed without a further call. Elsewhere they are collective over the communicator, and the
+    checkpoint is committed by the first of them, by the next save or restore, or at exit.
+    """
+
+    def __init__(self, flight: Flight) -> None:
+        """Made by `save_async`."""
+        self._flight = flight
+
+    def __repr__(self) -> str:
+        return f"SaveHandle({self._flight.created.path!r})"
+
+    @property
+    def path(self) -> str:
+        """Path that the checkpoint has once it is committed. Local."""
+        return self._flight.created.path
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `result` and `done` are local. Local; the same on all ranks."""
+        return self._flight.speaks
+
+    def result(self, timeout: float | None = None) -> str:
+        """Wait until the checkpoint is durable and committed. Local, or collective: see `is_local`.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            TimeoutError: The time is over. The save goes on, and `result` may be called again.
+            CollectiveError: The save failed on some rank; the same on all ranks. The previous checkpoint stays the
+                latest.
+            RankTimeoutError: The call is collective, and some ranks did not come.
+        """
+        if not self._flight.wait(timeout):
+            raise TimeoutError(f"{self.path}: not saved after {timeout:g} s. The save goes on; call result() again.")
+        return self._flight.outcome()
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not. Local, or collective: see `is_local`."""
+        return self._flight.wait(0)
+
+    def wait_staged(self) -> None:
+        """Wait until everything that this rank saves is copied, so that tensors may change. Local.
+
+        Without `SaveOptions(overlap=True)` that is so when `save_async` returns.
+        """
+        self._flight.stage()

@@ -1,0 +1,54 @@
+"""The saves of one Checkpoint that go on in the background, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.flight import Flight
+
+
+class InFlight:
+    """Saves whose end the ranks have not looked at together yet: the same ones on all ranks, whatever ended where."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._flights: deque[Flight] = deque()  # oldest first
+
+    def add(self, flight: Flight) -> None:
+        """Take in a save that begins. Local."""
+        self._flights.append(flight)
+
+    @property
+    def highest_counter(self) -> int:
+        """The highest save counter that one of them stores; 0 when there is none. Local; the same on all ranks."""
+        return max((flight.created.counter for flight in self._flights), default=0)
+
+    def settle(self, operation: str, timeout: float, keep: int = 0) -> None:
+        """Wait for saves to end. Collective over the communicator.
+
+        Args:
+            operation: Who waits.
+            timeout: Seconds to wait for the other ranks, where they are needed.
+            keep: How many may go on, the newest.
+
+        Raises:
+            CollectiveError: One failed, and nobody on any rank has asked for its result.
+            RankTimeoutError: Some ranks did not come.
+        """
+        while len(self._flights) > keep:
+            flight = self._flights[0]
+            with self._coordinator.interruptible():
+                flight.wait(None)
+            ask = flight.error is not None and not self._was_asked(flight, operation, timeout)
+            self._flights.popleft()  # not before: a rank that leaves above must find it again
+            if ask:
+                flight.outcome()
+            flight.take()
+
+    def _was_asked(self, flight: Flight, operation: str, timeout: float) -> bool:
+        """Whether anybody was given the result, on any rank. Collective."""
+        self._coordinator.arrive(f"{operation} after a failed save", 0, 0, timeout)
+        return bool(self._coordinator.any(np.array([flight.asked]))[0])

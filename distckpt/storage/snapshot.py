@@ -1,0 +1,271 @@
+"""A copy of what a rank writes, as it was at one moment, while the program goes on to change it.
+
+Values that may change at any time are copied when the snapshot is made. Those that only an optimizer step changes may
+be copied later, by whichever thread comes first: the one in the background, or one that has to wait for the copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from distckpt.storage.staging import HostBuffer, HostBuffers
+from distckpt.storage.transfer import WriteJob, copy_bits, is_packed
+
+#: Copies begin at multiples of this. In bytes.
+_ALIGNMENT = 64
+#: What one thread copies at a time of what several may copy. In bytes.
+_SHARED_NBYTES = 16 << 20
+#: From here on torch's own copy, with as many threads as the program gives it, is worth its start. In bytes.
+_LARGE_NBYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Watch:
+    """How to see that tensors were changed: torch counts the changes of each in place.
+
+    Attributes:
+        keys: Checkpoint key of each tensor, for the message.
+        tensors: Live tensors; of a DTensor that itself and what it holds, for torch counts at either.
+        versions: Their counts when the save was called.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Begin to watch a tensor.
+
+        Raises:
+            RuntimeError: torch does not count the changes of an inference tensor.
+        """
+        self.versions.append(tensor._version)
+        self.keys.append(key)
+        self.tensors.append(tensor)
+
+    def changed(self) -> list[str]:
+        """Keys of the tensors that were changed since, each once."""
+        seen = zip(self.keys, self.tensors, self.versions, strict=True)
+        return list(dict.fromkeys(key for key, tensor, version in seen if tensor._version != version))
+
+
+class Snapshot:
+    """The copy of what a rank writes.
+
+    Attributes:
+        nbytes: Bytes of host memory that it takes.
+    """
+
+    def __init__(
+        self, jobs: Sequence[WriteJob], later: Sequence[bool], watch: Watch, buffers: HostBuffers, limit: int | None
+    ) -> None:
+        """Copy what must be copied at once. Local; may wait for memory.
+
+        Args:
+            jobs: What this rank writes.
+            later: Of each job whether it can be copied later.
+            watch: Shows whether a tensor of those has changed.
+            buffers: Gives the memory.
+            limit: Most bytes of host memory; None for no limit.
+
+        Raises:
+            MemoryError: There is not that much memory.
+        """
+        self._live = list(jobs)
+        self._sizes = [job.tensor.nbytes for job in jobs]
+        self._starts, self.nbytes = _places(self._sizes)
+        self._buffers = buffers
+        self._buffer: HostBuffer | None = buffers.take(self.nbytes, limit) if self.nbytes else None
+        try:
+            self._cuda = self._prepare_cuda()
+            for index, deferred in enumerate(later):
+                if not deferred:
+                    self._copy_now(index)
+            self._cuda.wait()
+            self._later = _SharedWork(self._parts([index for index, deferred in enumerate(later) if deferred]), watch)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is copied, or has failed to be."""
+        return self._later.is_done
+
+    def complete(self) -> None:
+        """Copy what is left, together with other threads that do the same; return when all of it is copied."""
+        self._later.run()
+
+    def jobs(self) -> list[WriteJob]:
+        """What to write, with the copies as tensors. The snapshot is complete.
+
+        Raises:
+            RuntimeError: A tensor was changed before it was copied; names it.
+        """
+        self._later.require()
+        return [msgspec.structs.replace(job, tensor=self._room(index)) for index, job in enumerate(self._live)]
+
+    def release(self) -> None:
+        """Give the memory back; nobody uses the jobs any more. May be called again."""
+        buffer, self._buffer = self._buffer, None
+        self._live = []
+        if buffer is not None:
+            self._buffers.give_back(buffer)
+
+    # ---- one copy ----
+
+    def _room(self, index: int) -> torch.Tensor:
+        """The copy of a job's tensor."""
+        tensor = self._live[index].tensor
+        if self._buffer is None:
+            return tensor  # no job has any elements
+        room = self._buffer.bytes.narrow(0, self._starts[index], self._sizes[index])
+        return room.view(tensor.dtype).view(tensor.shape)
+
+    def _copy_now(self, index: int) -> None:
+        tensor, nbytes = self._live[index].tensor, self._sizes[index]
+        if nbytes < _LARGE_NBYTES and is_packed(tensor):
+            self._move(index, 0, nbytes)
+        elif tensor.is_cuda:
+            self._cuda.copy(self._room(index), tensor)
+        else:
+            copy_bits(self._room(index), tensor)
+
+    def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
+        """Copies that threads can share: large ones in parts."""
+        parts: list[Callable[[], object]] = []
+        for index in indices:
+            nbytes = self._sizes[index]
+            divided = nbytes > _SHARED_NBYTES and is_packed(self._live[index].tensor)
+            step = _SHARED_NBYTES if divided else max(nbytes, 1)
+            parts += [functools.partial(self._copy_part, index, start, step) for start in range(0, nbytes, step)]
+        return parts
+
+    def _copy_part(self, index: int, start: int, nbytes: int) -> None:
+        tensor = self._live[index].tensor
+        if is_packed(tensor):
+            self._move(index, start, min(nbytes, self._sizes[index] - start))
+        elif tensor.is_cuda:
+            self._cuda.copy(self._room(index), tensor)
+            self._cuda.wait()
+        else:
+            copy_bits(self._room(index), tensor)
+
+    def _move(self, index: int, start: int, nbytes: int) -> None:
+        """Copy bytes of a packed tensor. For these torch takes longer to begin than to copy, or starts threads."""
+        if nbytes:
+            assert self._buffer is not None, "there are bytes"
+            target = self._buffer.address + self._starts[index] + start
+            ctypes.memmove(target, self._live[index].tensor.data_ptr() + start, nbytes)
+
+    def _prepare_cuda(self) -> _CudaCopies:
+        devices = {job.tensor.device for job in self._live if job.tensor.is_cuda}
+        if devices and self._buffer is not None:
+            self._buffer.pin()
+        return _CudaCopies(devices)
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each of the copies begins, and where the last one ends."""
+    starts, stop = [], 0
+    for nbytes in sizes:
+        starts.append(stop)
+        stop += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return starts, stop
+
+
+# ---- copies that are made later ----------------------------------------------------------------------------------
+
+
+class _SharedWork:
+    """Work in parts, each done by the first thread that comes; then a look at whether the sources have changed."""
+
+    def __init__(self, parts: list[Callable[[], object]], watch: Watch) -> None:
+        self._parts = parts
+        self._left = len(parts)
+        self._watch: Watch | None = watch
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._parts.reverse()  # taken from the end
+        if not parts:
+            self._done.set()
+
+    @property
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def run(self) -> None:
+        """Do parts until none is left, and wait for those of other threads. Raises nothing."""
+        while (part := self._take()) is not None:
+            try:
+                part()
+            except BaseException as error:
+                self._error = error
+            self._end_one()
+        self._done.wait()
+
+    def require(self) -> None:
+        """Raise what a part raised, or what has changed."""
+        if self._error is not None:
+            raise self._error
+
+    def _take(self) -> Callable[[], object] | None:
+        with self._lock:
+            return self._parts.pop() if self._parts else None
+
+    def _end_one(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            watch, self._watch = self._watch, None  # it keeps the live tensors alive
+            if watch is not None and self._error is None:
+                self._error = _error_of(watch.changed())
+            self._done.set()
+
+
+def _error_of(changed: list[str]) -> RuntimeError | None:
+    if not changed:
+        return None
+    more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
+    return RuntimeError(
+        f"changed before the save had copied it: {', '.join(changed[:10])}{more}. With overlap=True only an optimizer "
+        "step may change parameters and optimizer state until handle.wait_staged() returns. Call that before other "
+        "changes, or save with overlap=False."
+    )
+
+
+# ---- CUDA --------------------------------------------------------------------------------------------------------
+
+
+class _CudaCopies:
+    """Copies from GPUs, on streams of their own beside the program's, so that neither waits for the other's work.
+
+    Args:
+        devices: Where from. What is copied is what the program's present work leaves there.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        for device in devices:
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._streams[device] = stream
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Begin a copy to the host, which ends before `wait` returns."""
+        with torch.cuda.stream(self._streams[source.device]):
+            copy_bits(target, source, non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait for the copies."""
+        for stream in self._streams.values():
+            stream.synchronize()

@@ -1,0 +1,261 @@
+"""Saves that are copied while the program computes: what waits, what is copied at once, what is found out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
+from distckpt.flight import Flight
+from distckpt.layout.box import Box
+from distckpt.storage.hdf5 import open_checkpoint
+from distckpt.storage.snapshot import Snapshot, Watch
+from distckpt.storage.staging import HostBuffers
+from distckpt.storage.transfer import WriteJob
+
+PATIENCE = 30.0
+OVERLAP = SaveOptions(overlap=True, durable=False)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The background does nothing before it is set."""
+    event = threading.Event()
+    work = Flight.work
+
+    def held(flight: Flight) -> None:
+        assert event.wait(PATIENCE)
+        work(flight)
+
+    monkeypatch.setattr(Flight, "work", held)
+    yield event
+    event.set()
+
+
+class Program:
+    """A model whose forward changes buffers, an average of its weights, and an optimizer."""
+
+    def __init__(self, seed: int, optimizer: str = "AdamW", **settings: Any) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3))
+        self.average = nn.Linear(6, 40)
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(self.model.parameters(), **settings)
+        self.checkpoint = Checkpoint(model=self.model, average=self.average, optimizer=self.optimizer, step=0)
+        self.train()
+
+    def compute(self) -> None:
+        """Forward and backward."""
+        self.checkpoint.step += 1
+        loss = self.model(torch.randn(8, 6)).square().sum()
+        loss.backward()
+
+    def train(self) -> None:
+        self.compute()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.average.weight.lerp_(self.model[0].weight, 0.1)
+
+    def values(self) -> list[object]:
+        slots = [value for slots in self.optimizer.state.values() for value in slots.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.average.parameters(), *slots]
+        return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.checkpoint.step]
+
+
+def assert_holds(path: str, values: list[object], **settings: Any) -> None:
+    twin = Program(99, **settings)
+    assert twin.values() != values
+    twin.checkpoint.restore(path).assert_consumed()
+    assert twin.values() == values
+
+
+def without_manifest(path: str) -> bytes:
+    manifest = open_checkpoint(path).manifest_bytes
+    return Path(path).read_bytes().replace(manifest, b" " * len(manifest))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": False, "amsgrad": True}], ids=str)
+def test_training_through_50_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """Each file is that of a synchronous save at the same moment, whenever the background gets to it."""
+    program = Program(1, **settings)
+    reference = Checkpoint(model=program.model, average=program.average, optimizer=program.optimizer)
+    work, opened = Flight.work, threading.Event()
+
+    def held(flight: Flight) -> None:
+        assert opened.wait(PATIENCE)
+        work(flight)
+
+    monkeypatch.setattr(Flight, "work", held)
+    for number in range(50):
+        reference.step = program.checkpoint.step
+        expected = reference.save(tmp_path / "a" / "ckpt", options=SaveOptions(durable=False))
+        early = number % 3
+        opened.set() if early else opened.clear()
+        handle = program.checkpoint.save_async(tmp_path / "b" / "ckpt", options=OVERLAP)
+        if early == 2:
+            program.compute()  # meanwhile the background copies
+        assert early or not handle._flight.is_staged
+        program.train()
+        opened.set()
+        assert without_manifest(handle.result(PATIENCE)) == without_manifest(expected)
+
+
+def test_saves_do_not_change_training(tmp_path: Path) -> None:
+    left, right = Program(1), Program(1)
+    for program in (left, right):
+        torch.manual_seed(2)
+        for _ in range(10):
+            if program is left:
+                program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+            program.train()
+    assert left.values() == right.values()
+
+
+def test_the_step_waits_for_the_copy_and_helps(tmp_path: Path, gate: threading.Event) -> None:
+    program = Program(1)
+    before = program.values()
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    program.compute()
+    assert program.values() != before  # buffers have changed, and were copied at once
+    assert not handle._flight.is_staged
+    program.optimizer.step()  # the background does nothing at all
+    assert handle._flight.is_staged
+    gate.set()
+    assert_holds(handle.result(PATIENCE), before)
+
+
+def test_any_optimizer_waits(tmp_path: Path, gate: threading.Event) -> None:
+    program = Program(1)
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    other.step()
+    assert handle._flight.is_staged
+    gate.set()
+    handle.result(PATIENCE)
+
+
+def test_wait_staged_waits(tmp_path: Path, gate: threading.Event) -> None:
+    program = Program(1)
+    before = program.values()
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    handle.wait_staged()
+    with torch.no_grad():
+        for parameter in program.model.parameters():
+            parameter.zero_()
+    gate.set()
+    assert_holds(handle.result(PATIENCE), before)
+
+
+def test_several_overlapped_saves_in_flight(tmp_path: Path, gate: threading.Event) -> None:
+    program = Program(1)
+    options = SaveOptions(overlap=True, max_in_flight=3)
+    states, handles = [], []
+    for _ in range(3):
+        states.append(program.values())
+        handles.append(program.checkpoint.save_async(tmp_path / "ckpt", options=options))
+        program.train()
+    gate.set()
+    for state, handle in zip(states, handles, strict=True):
+        assert_holds(handle.result(PATIENCE), state)
+
+
+# ---- what is found out -------------------------------------------------------------------------------------------
+
+
+def change_parameter(program: Program) -> str:
+    with torch.no_grad():
+        program.model[3].bias.add_(1)
+    return "model/3/bias"
+
+
+def change_slot(program: Program) -> str:
+    program.optimizer.state[program.model[0].weight]["exp_avg"].mul_(2)
+    return "optimizer/.slots/model/0/weight/exp_avg"
+
+
+@pytest.mark.parametrize("change", [change_parameter, change_slot])
+def test_a_change_before_the_copy_fails_the_save(tmp_path: Path, gate: threading.Event, change: Any) -> None:
+    program = Program(1)
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    key = change(program)
+    gate.set()
+    expected = rf"step 'write'.*\n.*RuntimeError: changed before the save had copied it: {key}\. With overlap=True"
+    with pytest.raises(CollectiveError, match=expected):
+        handle.result(PATIENCE)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    values = program.values()
+    assert_holds(program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP).result(PATIENCE), values)
+
+
+def test_what_no_optimizer_owns_is_copied_at_once(tmp_path: Path, gate: threading.Event) -> None:
+    program = Program(1)
+    before = program.values()
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    program.average.weight.data.mul_(2)  # not even torch knows
+    with torch.no_grad():
+        program.average.bias.mul_(2)
+        program.model[1].running_mean.add_(1)
+    gate.set()
+    assert_holds(handle.result(PATIENCE), before)
+
+
+def test_a_parameter_in_a_sharded_variable_waits_for_the_step(tmp_path: Path, gate: threading.Event) -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([parameter], momentum=0.9)
+    checkpoint = Checkpoint(rows=ShardedVariable(parameter, (4,), (0,)), optimizer=optimizer)
+    handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    assert not handle._flight.is_staged
+    parameter.sum().backward()
+    optimizer.step()
+    gate.set()
+    twin = torch.zeros(4)
+    Checkpoint(rows=ShardedVariable(twin, (4,), (0,))).restore(handle.result(PATIENCE)).expect_partial()
+    assert twin.eq(1).all()
+
+
+def test_an_error_of_a_copy_does_not_reach_the_step(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = Program(1)
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+
+    def broken(*_: object) -> None:
+        raise OSError("memory is gone")
+
+    monkeypatch.setattr("distckpt.storage.snapshot.ctypes.memmove", broken)
+    program.train()
+    gate.set()
+    with pytest.raises(CollectiveError, match="memory is gone"):
+        handle.result(PATIENCE)
+
+
+# ---- the snapshot itself -----------------------------------------------------------------------------------------
+
+
+def test_threads_share_the_copies() -> None:
+    tensors = [torch.randn(9 << 20), torch.randn(300, 200).t(), torch.randn(3), torch.empty(0)]
+    jobs = [
+        WriteJob(f"t{n}", 0, tuple(tensor.shape), Box.whole(tuple(tensor.shape)), tensor, 0)
+        for n, tensor in enumerate(tensors)
+    ]
+    snapshot = Snapshot(jobs, [True] * len(jobs), Watch(), HostBuffers(), None)
+    assert not snapshot.is_complete
+    threads = [threading.Thread(target=snapshot.complete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert snapshot.is_complete
+    for job, tensor in zip(snapshot.jobs(), tensors, strict=True):
+        assert torch.equal(job.tensor, tensor)
+        assert not tensor.numel() or job.tensor.data_ptr() != tensor.data_ptr()
