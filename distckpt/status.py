@@ -231,14 +231,16 @@ class RestoreStatus:
     def _unexpected_line(self, key: str) -> str:
         waits_for = self._report.pending.get(key)
         state = f"pending: waits for {waits_for}" if waits_for else "missing in the program"
-        return f"{key} ({state}{_renamed('live', key, self._report.missing)})"
+        guess = _renamed("live", key, self._report.missing)
+        return f"{key} ({state}; {guess})" if guess else f"{key} ({state})"
 
     def _missing_line(self, key: str) -> str:
-        return f"{key} (missing in the file{_renamed('saved', key, self._report.unexpected)})"
+        guess = _renamed("saved", key, self._report.unexpected)
+        return f"{key} ({guess})" if guess else key
 
 
 def _renamed(kind: str, key: str, unmatched: Sequence[str]) -> str:
     """A guess at the name of a value on the other side, among those there without a counterpart."""
     same_ending = [other for other in unmatched if other.rpartition("/")[2] == key.rpartition("/")[2]]
     near = difflib.get_close_matches(key, (same_ending or unmatched)[:_MAX_COMPARED], n=1)
-    return f"; renamed? the {kind} {near[0]} has no counterpart either, see RestoreOptions(rename=...)" if near else ""
+    return f"renamed? the {kind} {near[0]} has no counterpart either, see RestoreOptions(rename=...)" if near else ""
