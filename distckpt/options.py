@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -39,6 +39,13 @@ def _require_str_mapping(name: str, value: object) -> None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: expected a mapping with str keys, or None. Got {value!r}.")
+
+
+def _require_strs(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}: expected a sequence of str, or None. Got {value!r}.")
 
 
 Options = TypeVar("Options", "SaveOptions", "RestoreOptions")
@@ -121,6 +128,9 @@ class RestoreOptions:
         on_mismatch: "error" raises when kind, shape or dtype differ, "skip" leaves such live values alone.
         cast: Convert between floating-point types, and between integer types, where saved and live dtype differ.
         rename: Saved key prefix to live key prefix, whole components; the longest match wins.
+        only: Saved key prefixes, whole components: just what is below them is restored, asserted and warned about. A
+            shared object is below every path that leads to it. The save counter is restored if it is named.
+        skip_slots: Leave the optimizers' state alone, and out of the assertions; their options are restored.
         per_rank: On another number of ranks: "keep" the live per-rank values that have no saved one, or "error".
         expect_partial: Give no warning about values that stay missing or pending.
         verify: Compare checksums while reading.
@@ -131,6 +141,8 @@ class RestoreOptions:
     on_mismatch: OnMismatch = "error"
     cast: bool = False
     rename: Mapping[str, str] | None = None
+    only: Sequence[str] | None = None
+    skip_slots: bool = False
     per_rank: PerRankPolicy = "keep"
     expect_partial: bool = False
     verify: bool = True
@@ -144,5 +156,6 @@ class RestoreOptions:
         _require_timeout(self.timeout)
         _require_choice("on_mismatch", self.on_mismatch, get_args(OnMismatch))
         _require_choice("per_rank", self.per_rank, get_args(PerRankPolicy))
-        _require_bools(self, ("strict", "cast", "expect_partial", "verify"))
+        _require_bools(self, ("strict", "cast", "skip_slots", "expect_partial", "verify"))
         _require_str_mapping("rename", self.rename)
+        _require_strs("only", self.only)

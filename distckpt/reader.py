@@ -20,7 +20,7 @@ from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.graph.adapters.registry import adapter_for, unwrap
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, TensorRead
-from distckpt.graph.binding import Binding
+from distckpt.graph.match import Binding
 from distckpt.graph.python_value import decode, resolve
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph, walk
@@ -287,7 +287,7 @@ class CheckpointReader:
         with_counter = self.save_counter is not None
         restoration = Restoration(self._source, given_or_default(options, RestoreOptions), with_counter=with_counter)
         graph = _walk(live, with_counter)
-        return _Plan(restoration, graph, *restoration.plan(graph, set()))
+        return _Plan(restoration, graph, *restoration.plan(graph))
 
     def __repr__(self) -> str:
         tensors, python_values = len(self._variables), len(self._manifest.python_state)

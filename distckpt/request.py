@@ -57,8 +57,10 @@ def _path_in_words(path: object) -> str:
 
 
 def _in_words(value: Any) -> str:
-    # Mappings compare by content, whatever the order in which they were made.
-    return repr(sorted(value.items())) if hasattr(value, "items") else repr(value)
+    # Mappings compare by content, whatever the order in which they were made, and sequences whatever their type.
+    if hasattr(value, "items"):
+        return repr(sorted(value.items()))
+    return repr(list(value)) if isinstance(value, list | tuple) else repr(value)
 
 
 def check_agreement(requests: Sequence[bytes]) -> None:

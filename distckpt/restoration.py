@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +13,12 @@ from distckpt.errors import RestoreMismatchError
 from distckpt.graph.adapters.optimizer import Group, Slot
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, assign
-from distckpt.graph.binding import Binding, Mismatch, bind, is_of_other_rank, missing_values
+from distckpt.graph.binding import bind, is_of_other_rank, missing_values
+from distckpt.graph.claims import Claims
+from distckpt.graph.match import Binding, Mismatch
 from distckpt.graph.python_value import decode, holds_nothing
 from distckpt.graph.rename import rename
+from distckpt.graph.selection import select
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
@@ -44,6 +48,11 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     warnings: list[str]
 
 
+#: Restores of this process that wait for something, whatever Checkpoint they are of.
+_waiting: weakref.WeakSet[Restoration] = weakref.WeakSet()
+_uids = itertools.count()
+
+
 class Restoration:
     """One restore on one rank.
 
@@ -51,10 +60,10 @@ class Restoration:
         source: The open file.
         options: How to restore.
         with_counter: The save counter is restored too.
-        keys: All saved keys, tensors first.
+        keys: The saved keys of what is to be restored, tensors first.
         hollow: Those of containers without any value inside.
-        pending: Saved key to (key of the parent, name it waits for).
-        quiet: The user expects that not everything matches.
+        pending: Saved key to (key of the parent, what of it it waits for, in words).
+        unmatched: Warnings for the first save, of what did not match; cleared when the user expects or asks that.
     """
 
     def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
@@ -62,29 +71,30 @@ class Restoration:
         self.source = source
         self.options = options
         self.with_counter = with_counter
-        self.keys = [variable.key for variable in manifest.variables] + list(manifest.python_state)
         self.hollow = frozenset(key for key, value in manifest.python_state.items() if _is_hollow(bytes(value)))
         self.pending: dict[str, tuple[str, str]] = {}
-        self.quiet = options.expect_partial
-        self._graph = rename(manifest.object_graph, options.rename or {})
+        self.unmatched: list[str] = []
+        graph, renames = manifest.object_graph, options.rename or {}
+        self._selection = select(
+            graph, rename(graph, renames), only=options.only, skip_slots=options.skip_slots, rename=renames
+        )
+        stored = (*(variable.key for variable in manifest.variables), *manifest.python_state)
+        self.keys = [key for key in stored if key in self._selection.keys]
+        self._uid = next(_uids)  # a newer restore has a higher one
+        self._outrun = Claims()
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
         self._dropped: set[str] = set()
+        self._superseded: dict[str, weakref.ref[Restoration]] = {}  # key to the newer restore that waits for it now
         self._awaited: set[str] = set()
         self._holders: dict[str, weakref.ref[object]] = {}
         self._skipped: dict[str, Mismatch] = {}
 
     # ---- deciding and doing ----
 
-    def plan(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> tuple[Binding, Assignment]:
-        """Match the live graph and decide what is still to restore. Local; changes nothing live.
-
-        Args:
-            live: A fresh walk.
-            claimed: (id of a live object, name of its value) that a newer restore owns; this one's are added.
-        """
-        binding = bind(self._graph, live, self.hollow)
-        self._leave_claimed(binding, claimed)
-        claimed.update(_claims(binding))
+    def plan(self, live: LiveGraph) -> tuple[Binding, Assignment]:
+        """Match the live graph, a fresh walk, and decide what is still to restore. Local; changes nothing live."""
+        binding = bind(self._selection, live, self.hollow)
+        self._leave_outrun(binding)
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
         manifest, cast = self.source.manifest, self.options.cast
         assignment = assign(binding, manifest, cast=cast, done=self._settled, skipped=self._skipped)
@@ -92,33 +102,39 @@ class Restoration:
         self._awaited = binding.awaited
         return binding, assignment
 
-    def give_way(self, newer: Restoration, live: LiveGraph, claimed: set[tuple[int, str]]) -> None:
-        """Drop the waiting values that a newer restore has taken, or waits for, too. Local.
+    def give_way(self, newer: Restoration, live: LiveGraph) -> None:
+        """Drop the waiting values that a newer restore of the same Checkpoint has taken, or waits for as well. Local.
 
         On a pipeline stage every restore waits for the layers of the other stages; only the newest has to.
 
         Args:
             newer: The newer restore.
             live: Its walk.
-            claimed: As for `plan`.
         """
-        self._leave_claimed(bind(self._graph, live, self.hollow), claimed)
+        self._leave_outrun(bind(self._selection, live, self.hollow))
         superseded = {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
-        self._dropped |= superseded
+        self._superseded.update(dict.fromkeys(superseded, weakref.ref(newer)))
         self._settled |= superseded
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
-    def _leave_claimed(self, binding: Binding, claimed: set[tuple[int, str]]) -> None:
-        """Take out of a binding, for good, what belongs to a newer restore."""
-        if not claimed:
+    def _leave_outrun(self, binding: Binding) -> None:
+        """Take out of a binding, for good, what a newer restore has taken."""
+        if not self._outrun:
             return
-        lost = {match.key for match in binding.matches if (id(match.node.obj), match.name) in claimed}
+        lost = {match.key for match in binding.matches if match.claim in self._outrun}
         self._settled |= lost
         binding.matches = [match for match in binding.matches if match.key not in lost]
         for new in binding.new_slots:
-            if new.claim in claimed:
+            if new.claim in self._outrun:
                 self._settled.update((new.pair, *new.keys))
-        binding.new_slots = [new for new in binding.new_slots if new.claim not in claimed]
+        binding.new_slots = [new for new in binding.new_slots if new.claim not in self._outrun]
+
+    def _outrun_older(self, binding: Binding) -> None:
+        """Tell all older restores that wait what this one has taken: newest call wins, per object."""
+        for older in _waiting:
+            if older._uid < self._uid:
+                older._outrun.add(match.claim for match in binding.matches)
+                older._outrun.add(new.claim for new in binding.new_slots)
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
         """Remember what an assignment restored, after it did."""
@@ -133,15 +149,26 @@ class Restoration:
         for mismatch in assignment.mismatches:
             self._skipped[mismatch.key] = mismatch
             self._settled.add(mismatch.key)
+        self._outrun_older(binding)
 
-    def catch_up(self, live: LiveGraph, claimed: set[tuple[int, str]]) -> int:
+    def wait(self) -> None:
+        """Hear from now on what newer restores take. Local."""
+        _waiting.add(self)
+
+    def finish(self) -> None:
+        """Wait for nothing any more, and close the file. Local."""
+        self.pending.clear()
+        _waiting.discard(self)
+        self.source.close()
+
+    def catch_up(self, live: LiveGraph) -> int:
         """Restore what waited and can be matched now; returns the number of values. Local.
 
         Raises:
             RestoreMismatchError: A value does not fit; nothing was changed.
         """
         before = self.pending, self._awaited
-        binding, assignment = self.plan(live, claimed)
+        binding, assignment = self.plan(live)
         if assignment.mismatches and self.options.on_mismatch == "error":
             self.pending, self._awaited = before  # for an object that fits
             raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
@@ -149,15 +176,13 @@ class Restoration:
             self.source.read(assignment.reads, verify=self.options.verify)
             assignment.apply()
         self.settle(binding, assignment)
-        if not self.pending:
-            self.source.close()
         return len(assignment.consumed)
 
     def give_up_met(self, live: LiveGraph) -> list[str]:
         """Give up pending values whose live counterpart exists by now; returns their keys. Local."""
         if not self.pending:
             return []
-        _, assignment = self.plan(live, set())
+        _, assignment = self.plan(live)
         met = sorted(assignment.consumed)
         self._dropped |= assignment.consumed
         self._settled |= assignment.consumed | assignment.emptied
@@ -172,11 +197,12 @@ class Restoration:
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """What this rank has to say after `plan`. Local."""
         taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
+        taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
             taken=bytes(key in taken for key in self.keys),
-            missing=missing_values(live, binding),
-            pending={key: f"{name!r} of {parent or 'the root'}" for key, (parent, name) in self.pending.items()},
+            missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
+            pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             warnings=binding.warnings,
@@ -197,16 +223,12 @@ class Restoration:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
 
 
+def _still_waits(restoration: Restoration | None, key: str) -> bool:
+    return restoration is not None and key in restoration.pending
+
+
 def _is_hollow(encoded: bytes) -> bool:
     return encoded.startswith(b"{") and holds_nothing(decode(encoded))
-
-
-def _claims(binding: Binding) -> Iterator[tuple[int, str]]:
-    """What a restore owns: values of live objects, and the state of pairs (optimizer, parameter)."""
-    for match in binding.matches:
-        yield id(match.node.obj), match.name
-    for new in binding.new_slots:
-        yield new.claim
 
 
 def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[ValueMismatch]) -> str:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
 
 
+#: Of so many restores at most the first save tells what stayed unmatched.
+_MAX_UNREPORTED = 8
+
+
 class Restorer:
     """The restores of one Checkpoint."""
 
@@ -35,7 +39,7 @@ class Restorer:
         self._coordinator = coordinator
         self._checkpoint = checkpoint
         self._active: list[Restoration] = []  # those that wait for something, newest first
-        self._unreported: list[tuple[Restoration, Report]] = []
+        self._unreported: dict[str, list[str]] = {}  # `Restoration.unmatched` by path
         self._applying = False
 
     # ---- the line ----
@@ -71,8 +75,7 @@ class Restorer:
         """Match, agree, read, assign. Collective over the communicator."""
         coordinator, source = self._coordinator, restoration.source
         with coordinator.step("match"):
-            claimed: set[tuple[int, str]] = set()
-            binding, assignment = restoration.plan(live, claimed)
+            binding, assignment = restoration.plan(live)
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
@@ -80,9 +83,6 @@ class Restorer:
         with coordinator.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
-            for older in self._active:
-                older.give_way(restoration, live, claimed)
-            self._forget_finished()
             self._wait_for_the_rest(restoration, live)
         with coordinator.step("report"):
             self._tell(restoration, report, binding.warnings)
@@ -138,32 +138,41 @@ class Restorer:
 
     def _tell(self, restoration: Restoration, report: Report, found: Sequence[str]) -> None:
         """Log one line, and warn on rank 0."""
-        self._unreported.append((restoration, report))
+        self._remember(restoration, report)
         if self._coordinator.rank == 0:
             log.info("%s from %s", report.summary(), restoration.source.path)
             warn([*found, *report.immediate_warnings(restoration.source.path)])
 
+    def _remember(self, restoration: Restoration, report: Report) -> None:
+        """Keep for the first save what stayed unmatched; of the last restores only, since an evaluation never saves."""
+        path = restoration.source.path
+        self._unreported.pop(path, None)
+        if not restoration.options.expect_partial:
+            restoration.unmatched = self._unreported[path] = report.partial_warnings(path)
+        for oldest in list(self._unreported)[:-_MAX_UNREPORTED]:
+            del self._unreported[oldest]
+
     # ---- what waits ----
 
     def _wait_for_the_rest(self, restoration: Restoration, live: LiveGraph) -> None:
-        if restoration.pending:
-            self._active.insert(0, restoration)
-            self._listen(live)
-        else:
-            restoration.source.close()
+        for older in self._active:
+            older.give_way(restoration, live)
+        self._active.insert(0, restoration)
+        restoration.wait()
+        self._forget_finished()
+        self._listen(live)
 
     def retry_pending(self) -> int:
         """Apply what waited and has a live counterpart now; returns the number of values. Local."""
         if not self._active or self._applying:
             return 0
         live = self._walk(with_counter=any(restoration.with_counter for restoration in self._active))
-        claimed: set[tuple[int, str]] = set()
         self._applying = True
         try:
-            applied = sum(restoration.catch_up(live, claimed) for restoration in self._active)
+            applied = sum(restoration.catch_up(live) for restoration in self._active)
         finally:
             self._applying = False
-        self._forget_finished()
+            self._forget_finished()
         self._listen(live)
         return applied
 
@@ -183,18 +192,13 @@ class Restorer:
     def _catch_up_and_report(self, restoration: Restoration) -> bytes:
         self.retry_pending()
         live = self._walk(with_counter=restoration.with_counter)
-        binding, assignment = restoration.plan(live, set())
+        binding, assignment = restoration.plan(live)
         assignment.consumed.clear()  # nothing is being restored now
         return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
 
     def before_save(self, live: LiveGraph) -> None:
         """Warn of what stayed unmatched, and give up pending values that this save makes moot. Local."""
-        messages = [
-            message
-            for restoration, report in self._unreported
-            if not restoration.quiet
-            for message in report.partial_warnings(restoration.source.path)
-        ]
+        messages = [message for unmatched in self._unreported.values() for message in unmatched]
         self._unreported.clear()
         for restoration in self._active:
             messages += [
@@ -208,46 +212,25 @@ class Restorer:
 
     def close(self, restoration: Restoration) -> None:
         """Give up what one restore still waits for. Local."""
-        restoration.pending.clear()
+        restoration.finish()
         self._forget_finished()
 
     def _forget(self, source: Source) -> None:
         """Leave nothing behind of a restore that failed."""
         self._active = [restoration for restoration in self._active if restoration.source is not source]
-        self._unreported = [entry for entry in self._unreported if entry[0].source is not source]
+        self._unreported.pop(source.path, None)
         source.close()
 
     def _forget_finished(self) -> None:
         for restoration in self._active:
             if not restoration.pending:
-                restoration.source.close()
+                restoration.finish()
         self._active = [restoration for restoration in self._active if restoration.pending]
 
     def _listen(self, live: LiveGraph) -> None:
         """Hear of new attributes on every trackable object, while something waits."""
-        hook = _AttributeHook(self)
         # With a root of its own a Checkpoint is no node, but may get attributes all the same.
         objects = [self._require_checkpoint(), *(node.obj for node in live.nodes)] if self._active else []
         for obj in objects:
             if isinstance(obj, Trackable):
-                listeners = tracking_of(obj).listeners
-                if hook not in listeners:
-                    listeners.append(hook)
-
-
-class _AttributeHook:
-    """Tells a Restorer of attributes, without keeping it alive."""
-
-    def __init__(self, restorer: Restorer) -> None:
-        self._restorer = weakref.ref(restorer)
-
-    def __call__(self, trackable: Trackable, name: str) -> None:
-        restorer = self._restorer()
-        if restorer is not None:
-            restorer.on_attribute(name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _AttributeHook) and self._restorer == other._restorer
-
-    def __hash__(self) -> int:
-        return hash(self._restorer)
+                tracking_of(obj).listeners[self] = None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
     from distckpt.restoration import Restoration
     from distckpt.restorer import Restorer
+
+
+T = TypeVar("T")
+
+#: Most keys that a message names.
+_MAX_SHOWN = 10
+#: Most keys that an unmatched one is compared with.
+_MAX_COMPARED = 2_000
 
 
 class ValueMismatch(NamedTuple):
@@ -87,7 +96,8 @@ class Report:
 
 def _some(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
-    return ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
+    more = f" and {len(ordered) - _MAX_SHOWN} more" if len(ordered) > _MAX_SHOWN else ""
+    return ", ".join(ordered[:_MAX_SHOWN]) + more
 
 
 class RestoreStatus:
@@ -133,16 +143,12 @@ class RestoreStatus:
             This status.
 
         Raises:
-            AssertionError: On all ranks, with up to 10 keys and what each waits for.
+            AssertionError: On all ranks, with up to 10 keys, what each waits for, and what it may be called now.
         """
         self._update("assert_consumed")
         self._require_live_matched()
         unexpected = [key for key in self._report.unexpected if key not in self._report.exempt]
-        self._require(
-            not unexpected,
-            "saved values that nothing in the program took",
-            [self._unexpected_line(key) for key in unexpected],
-        )
+        self._require_none(unexpected, "saved values that nothing in the program took", self._unexpected_line)
         return self
 
     def assert_existing_objects_matched(self) -> RestoreStatus:
@@ -168,11 +174,9 @@ class RestoreStatus:
             AssertionError: On all ranks.
         """
         self._update("assert_nontrivial_match")
-        self._require(
-            self._report.restored > 0,
-            "saved values, but nothing besides the save counter matched",
-            [self._unexpected_line(key) for key in self._report.unexpected],
-        )
+        if not self._report.restored:
+            what = "saved values, but nothing besides the save counter matched"
+            self._fail(self._report.unexpected, what, self._unexpected_line)
         return self
 
     def expect_partial(self) -> RestoreStatus:
@@ -182,7 +186,7 @@ class RestoreStatus:
             This status.
         """
         if self._restoration is not None:
-            self._restoration.quiet = True
+            self._restoration.unmatched.clear()
         return self
 
     def initialize_or_restore(self) -> RestoreStatus:
@@ -203,27 +207,40 @@ class RestoreStatus:
     def _update(self, assertion: str) -> None:
         if self._restoration is None:
             raise AssertionError(f"{assertion}: restore(None) restored nothing")
-        self._restoration.quiet = True
+        self._restoration.unmatched.clear()
         self._report = self._restorer.refresh(self._restoration)
 
     def _require_live_matched(self) -> None:
         report = self._report
-        self._require(not report.ambiguous, "ambiguous objects", list(report.ambiguous))
-        self._require(
-            not report.mismatched,
-            "live values that were skipped because the saved ones do not fit",
-            [f"{key}: saved {saved}, live {live}" for key, saved, live in report.mismatched],
-        )
+        self._require_none(report.ambiguous, "ambiguous objects", str)
+        what = "live values that were skipped because the saved ones do not fit"
+        self._require_none(report.mismatched, what, "{0.key}: saved {0.saved}, live {0.live}".format)
         missing = [key for key in report.missing if key not in report.exempt]
-        self._require(not missing, "live values that the checkpoint does not have", missing)
+        self._require_none(missing, "live values that the checkpoint does not have", self._missing_line)
 
-    def _require(self, condition: bool, what: str, lines: list[str]) -> None:
-        if condition:
-            return
-        shown = "".join(f"\n  {line}" for line in lines[:10])
-        more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise AssertionError(f"{self.path}: {len(lines)} {what}:{shown}{more}")
+    def _require_none(self, found: Sequence[T], what: str, line_of: Callable[[T], str]) -> None:
+        if found:
+            self._fail(found, what, line_of)
+
+    def _fail(self, found: Sequence[T], what: str, line_of: Callable[[T], str]) -> NoReturn:
+        """Raise with the total and a line for each of the first ones."""
+        shown = "".join(f"\n  {line_of(item)}" for item in found[:_MAX_SHOWN])
+        more = f"\n  ... and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
+        raise AssertionError(f"{self.path}: {len(found)} {what}:{shown}{more}")
 
     def _unexpected_line(self, key: str) -> str:
         waits_for = self._report.pending.get(key)
-        return f"{key} (pending: waits for {waits_for})" if waits_for else f"{key} (missing in the program)"
+        state = f"pending: waits for {waits_for}" if waits_for else "missing in the program"
+        guess = _renamed("live", key, self._report.missing)
+        return f"{key} ({state}; {guess})" if guess else f"{key} ({state})"
+
+    def _missing_line(self, key: str) -> str:
+        guess = _renamed("saved", key, self._report.unexpected)
+        return f"{key} ({guess})" if guess else key
+
+
+def _renamed(kind: str, key: str, unmatched: Sequence[str]) -> str:
+    """A guess at the name of a value on the other side, among those there without a counterpart."""
+    same_ending = [other for other in unmatched if other.rpartition("/")[2] == key.rpartition("/")[2]]
+    near = difflib.get_close_matches(key, (same_ending or unmatched)[:_MAX_COMPARED], n=1)
+    return f"renamed? the {kind} {near[0]} has no counterpart either, see RestoreOptions(rename=...)" if near else ""

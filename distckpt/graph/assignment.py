@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from distckpt.graph.adapters.optimizer import Slot, set_slots, steps_on_device
+from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
-from distckpt.graph.binding import Binding, Match, Mismatch, NewSlots, describe
+from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
@@ -94,7 +94,7 @@ class Assignment:
         for restore in self.nodes:
             restore.node.adapter.restore(restore.node.obj, restore.values)
         for slots in self.slots:
-            optimizer, parameter = slots.new.optimizer.obj, _parameter_of(slots.new.parameter)
+            optimizer, parameter = slots.new.optimizer.obj, parameter_of(slots.new.parameter)
             assert isinstance(optimizer, torch.optim.Optimizer)
             set_slots(optimizer, parameter, slots.values)
 
@@ -216,12 +216,26 @@ class _Builder:
         keys, pair = new.keys, new.pair
         if pair in self.done or (keys and self.done.issuperset(keys)):
             return  # training has gone on since: the state is live
-        if id(_parameter_of(new.parameter)) in self.unfit:
+        if id(parameter_of(new.parameter)) in self.unfit:
+            return
+        if self.is_resharded(new):
             return
         values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
         self.result.slots.append(SlotsRestore(new, values))
         self.result.consumed.update(keys)
         self.result.emptied.add(pair)
+
+    def is_resharded(self, new: NewSlots) -> bool:
+        """Whether the stored state is opaque and goes over other parameters than the live ones: then a mismatch."""
+        size = flat_size(new.optimizer.obj)
+        stored = [new.slots[name].get(OWN_VALUE, "") for name in FLAT_SLOTS if name in new.slots]
+        shapes = {self.manifest.variables[self.variables[key]].shape for key in stored if key in self.variables}
+        if size is None or shapes <= {(size,)}:
+            return False
+        shown = ", ".join(map(str, sorted(shapes)))
+        saved = f"LBFGS vectors of shape {shown} over all parameters, which cannot be resharded"
+        self.result.mismatches.append(Mismatch(new.pair, saved, f"parameters of {size} elements on this rank"))
+        return True
 
     def slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
         """The value of one new slot."""
@@ -235,7 +249,7 @@ class _Builder:
             return decode(bytes(self.manifest.python_state[key]))
         variable = self.manifest.variables[index]
         stored: torch.dtype = getattr(torch, variable.dtype)
-        parameter, like = _parameter_of(new.parameter), self.own_value(new.parameter)
+        parameter, like = parameter_of(new.parameter), self.own_value(new.parameter)
         follows = self.cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
         if name == "step" and variable.shape == () and id(parameter) not in self.steps_on_device(new.optimizer):
@@ -277,9 +291,3 @@ class _Builder:
 def _identity(obj: object) -> int:
     """An object by what an optimizer knows of it: the tensor inside a `ShardedVariable`."""
     return id(obj.tensor if isinstance(obj, ShardedVariable) else obj)
-
-
-def _parameter_of(node: LiveNode) -> torch.Tensor:
-    parameter = getattr(node.obj, "tensor", node.obj)
-    assert isinstance(parameter, torch.Tensor)
-    return parameter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -17,7 +17,9 @@ T = TypeVar("T", bound=object)
 
 
 class NoDependency:
-    """Wraps an attribute value of a `Trackable` that is not to be saved; the attribute holds `value` itself."""
+    """Wraps what is not to be saved: an attribute of a `Trackable`, which then holds `value` itself, or an element of a
+    list, tuple or dict, which stays wrapped.
+    """
 
     def __init__(self, value: object) -> None:
         """Local.
@@ -28,13 +30,20 @@ class NoDependency:
         self.value = value
 
 
+class Listener(Protocol):
+    """Who waits for attributes of a `Trackable`."""
+
+    def on_attribute(self, name: str) -> None:
+        """An attribute was set."""
+
+
 class Tracking:
     """What a `Trackable` knows about its edges beside the attributes themselves.
 
     Attributes:
         opted_out: Names of attributes set through `NoDependency`.
         explicit: Edges made by `track()`, by name.
-        listeners: Called with (object, name) after an attribute was set; restores wait here for names.
+        listeners: Told of every attribute that was set; restores wait here for names. Not kept alive.
     """
 
     __slots__ = ("explicit", "listeners", "opted_out")
@@ -42,7 +51,12 @@ class Tracking:
     def __init__(self) -> None:
         self.opted_out: set[str] = set()
         self.explicit: dict[str, object] = {}
-        self.listeners: list[Callable[[Trackable, str], None]] = []
+        self.listeners: weakref.WeakKeyDictionary[Listener, None] = weakref.WeakKeyDictionary()
+
+    def tell(self, name: str) -> None:
+        """An attribute was set."""
+        for listener in tuple(self.listeners):
+            listener.on_attribute(name)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Tracking:
         """A copy tracks its own children, and no restore waits on it."""
@@ -75,8 +89,7 @@ class Trackable:
             tracking.opted_out.discard(name)
         object.__setattr__(self, name, value)
         tracking.explicit.pop(name, None)
-        for listener in tuple(tracking.listeners):
-            listener(self, name)
+        tracking.tell(name)
 
     def __delattr__(self, name: str) -> None:
         tracking = tracking_of(self)
@@ -112,8 +125,7 @@ class Trackable:
             object.__setattr__(self, name, value)
         else:
             tracking.explicit[name] = value
-        for listener in tuple(tracking.listeners):
-            listener(self, name)
+        tracking.tell(name)
         return value
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeGuard
 
 import msgspec
 import torch
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin as _Uninitialised  # type: ignore[attr-defined]  # not in the stubs
 
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.placement import joined
@@ -116,7 +117,13 @@ Value = TensorValue | PythonValue
 
 def is_uninitialised(obj: object) -> TypeGuard[UninitializedParameter | UninitializedBuffer]:
     """Whether an object is a parameter or buffer of a lazy module, without a shape so far."""
-    return isinstance(obj, torch.Tensor) and is_lazy(obj)
+    return isinstance(obj, _Uninitialised)
+
+
+def is_meta(obj: object) -> bool:
+    """Whether an object is a tensor on the meta device, or a `ShardedVariable` of one: it has no memory so far."""
+    tensor = getattr(obj, "tensor", obj)
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta
 
 
 def replicated(

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.adapters.base import Adapter, Problem
 from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slot_names
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
@@ -111,19 +111,15 @@ def walk(root: object, adapter: Adapter, rank: int) -> LiveGraph:
 
 def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
     node = graph.nodes[node_id]
-    for part in _parts(graph, node, rank):
-        if type(part) is Edge:
-            _add_edge(graph, node, part)
-        elif type(part) is Problem:
-            key = join(node.key, part.name) if part.name else node.key or "the root"
-            graph.problems.append(f"{key}: {part.text}")
-        else:
-            _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
-
-
-def _parts(graph: LiveGraph, node: LiveNode, rank: int) -> Iterator[Part]:
     try:
-        yield from node.adapter.parts(node.obj, rank)
+        for part in node.adapter.parts(node.obj, rank):
+            if type(part) is Edge:
+                _add_edge(graph, node, part)
+            elif type(part) is Problem:
+                key = join(node.key, part.name) if part.name else node.key or "the root"
+                graph.problems.append(f"{key}: {part.text}")
+            else:
+                _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
     except UnsaveableError as error:
         node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")

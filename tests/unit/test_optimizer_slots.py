@@ -183,6 +183,27 @@ def test_lbfgs_whose_state_is_a_structure(stepped: bool, search: str | None, pat
 # ---- nothing disturbs the training -------------------------------------------------------------------------------
 
 
+def test_lbfgs_cannot_be_resharded(path: str) -> None:
+    """Its vectors go over all parameters of a rank, and say nothing of where in them a parameter is."""
+    model, half = _Model(1), _Model(2, "a")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    train(model, optimizer, range(2))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    fresh = torch.optim.LBFGS(half.parameters())
+    before = half.values()
+    live = Checkpoint(m=half, o=fresh)
+    with pytest.raises(RestoreMismatchError, match=r"o/\.slots/m/a: .*cannot be resharded.*of 12 elements"):
+        live.read(file, options=PARTIAL)
+    assert equal(half.values(), before)
+    with pytest.warns(CheckpointWarning, match="cannot be resharded"):
+        live.read(file, options=RestoreOptions(on_mismatch="skip", expect_partial=True))
+    assert not fresh.state
+    live.read(file, options=RestoreOptions(skip_slots=True, expect_partial=True))
+    assert torch.equal(half.a, model.a)
+    twin = _Model(3)
+    Checkpoint(m=twin, o=torch.optim.LBFGS(twin.parameters())).read(file).assert_consumed()
+
+
 def test_saves_and_restores_leave_the_training_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = _Model(1), _Model(1)
     optimizer = torch.optim.AdamW([{"params": [model.a]}, {"params": [model.b, model.c], "lr": 0.2}], lr=0.1)

@@ -54,8 +54,8 @@ def test_values_below_an_object_that_never_came_are_pending_on_it(path: str) -> 
         status.assert_consumed()
     assert str(caught.value) == (
         f"{path}.h5: 2 saved values that nothing in the program took:\n"
-        "  t/a/b/n (pending: waits for 'a' of t)\n"
-        "  t/a/b/x (pending: waits for 'a' of t)"
+        "  t/a/b/n (pending: waits for attribute 'a' of t)\n"
+        "  t/a/b/x (pending: waits for attribute 'a' of t)"
     )
 
 
@@ -138,15 +138,39 @@ def test_messages_name_ten_keys_and_count_the_rest(path: str) -> None:
     status = live.read(Checkpoint(n=1, y={f"k{i:02}": full(0) for i in range(15)}).write(path))
     with pytest.raises(AssertionError) as caught:
         status.assert_existing_objects_matched()
-    assert str(caught.value).startswith(f"{path}.h5: 12 live values that the checkpoint does not have:\n  x/k00\n")
-    assert str(caught.value).endswith("\n  x/k09\n  ... and 2 more")
+    first, *_, tenth, last = str(caught.value).splitlines()
+    assert first == f"{path}.h5: 12 live values that the checkpoint does not have:"
+    assert tenth.startswith("  x/k09 (renamed? the saved y/k09 has no counterpart")
+    assert last == "  ... and 2 more"
     live.x.clear()
     with pytest.raises(AssertionError) as caught:
         status.assert_consumed()
-    assert "15 saved values that nothing in the program took:\n  y/k00 (pending: waits for 'y' of the root)" in str(
-        caught.value
-    )
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}.h5: 15 saved values that nothing in the program took:"
+    assert lines[1] == "  y/k00 (pending: waits for attribute 'y' of the root)"
+    assert lines[10].startswith("  y/k09")
     assert str(caught.value).endswith("... and 5 more")
+
+
+def test_a_renamed_path_is_guessed(path: str) -> None:
+    """By its ending first; a value that has a counterpart is nobody's new name."""
+    names = ("fc1", "fc2", "norm")
+    file = Checkpoint(model=nn.ModuleDict({name: nn.Linear(1, 1) for name in names}), taken=full(1)).write(path)
+    live = Checkpoint(model=nn.ModuleDict({name: nn.Linear(1, 1) for name in ("fc1", "fc_2")}), taken=full(0))
+    status = live.read(file, options=PARTIAL)
+    with pytest.raises(AssertionError) as caught:
+        status.assert_existing_objects_matched()
+    how = "has no counterpart either, see RestoreOptions(rename=...))"
+    assert str(caught.value).splitlines()[1:] == [
+        f"  model/fc_2/bias (renamed? the saved model/fc2/bias {how}",
+        f"  model/fc_2/weight (renamed? the saved model/fc2/weight {how}",
+    ]
+    del live.model["fc_2"]
+    with pytest.raises(AssertionError) as caught:
+        status.assert_consumed()
+    assert str(caught.value).splitlines()[1] == "  model/fc2/bias (pending: waits for attribute 'fc2' of model)"
+    live.model["fc__2"] = nn.Linear(1, 1, bias=False)
+    live.read(file, options=RestoreOptions(rename={"model/fc2": "model/fc__2"}, expect_partial=True))
 
 
 def test_a_status_outlives_its_checkpoint(path: str) -> None:

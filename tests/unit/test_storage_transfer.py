@@ -20,7 +20,7 @@ from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, is_contiguous, pieces, runs
 from distckpt.storage import mpio, rawio, reading
 from distckpt.storage.reading import read
-from distckpt.storage.transfer import ReadJob, WriteJob
+from distckpt.storage.transfer import ReadJob, WriteJob, copy_bits
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import Tensors, bits, load, part, same_bits, save, twins
 
@@ -410,3 +410,15 @@ print(small, peak() - before)
     peak, peak_with_a_large_buffer = map(int, done.stdout.split())
     assert peak <= 64
     assert peak_with_a_large_buffer >= 150
+
+
+def test_memory_that_is_not_aligned_is_copied() -> None:
+    """A piece of a file begins anywhere in a buffer; torch itself crashes on complex128 there."""
+    for dtype in (torch.complex128, torch.float64, torch.complex64, torch.bfloat16):
+        for shift in range(1, 17):
+            buffer = torch.zeros(7 * dtype.itemsize + 16, dtype=torch.uint8)
+            memory = buffer.numpy()[shift : shift + 7 * dtype.itemsize]
+            memory[:] = range(7 * dtype.itemsize)
+            target = torch.zeros(7, dtype=dtype)
+            copy_bits(target, torch.frombuffer(memory, dtype=dtype))
+            assert target.view(torch.uint8).tolist() == list(range(7 * dtype.itemsize))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, Value
 from distckpt.layout.records import OWN_VALUE
 
@@ -73,6 +74,15 @@ class Adapter:
             What the live value is, for the error; None where nothing is in the way.
         """
         return None
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """By what two restores know that they want the same live value.
+
+        Args:
+            obj: The live object.
+            name: Attribute name.
+        """
+        return obj, name
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Put values back into a live object.

@@ -9,6 +9,7 @@ from typing import Any
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.registry import adapter_for, unwrap
 from distckpt.graph.python_value import decode, encode, is_python_value
+from distckpt.graph.trackable import NoDependency
 from distckpt.graph.values import Edge, PythonValue
 from distckpt.layout.keys import dict_key, edge_name, escape, unescape
 
@@ -56,7 +57,8 @@ class SequenceAdapter(Adapter):
         assert isinstance(obj, Iterable)
         names = getattr(obj, "_fields", None)
         for index, element in enumerate(obj):
-            yield part_of(names[index] if names else str(index), element)
+            if not isinstance(element, NoDependency):
+                yield part_of(names[index] if names else str(index), element)
 
     def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
         """An element of a tuple cannot be replaced: it must be equal, or a list or dict that can be filled anew."""
@@ -93,6 +95,8 @@ class MappingAdapter(Adapter):
         """Elements that are python values are values of the container, all others are edges."""
         assert isinstance(obj, dict)
         for key, element in obj.items():
+            if isinstance(element, NoDependency):
+                continue
             if type(key) is int or (type(key) is str and _is_utf8(key)):
                 yield part_of(edge_name(key), element)
             else:

@@ -14,6 +14,7 @@ import torch
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
 from distckpt.graph.adapters.stateful import flatten, unflatten
+from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import is_python_value
 from distckpt.graph.sharding import tensor_value
 from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
@@ -34,7 +35,8 @@ class Groups:
 class Group:
     """Stands for one parameter group as a node of the graph."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        self.optimizer = optimizer
         self.group = group
 
     @property
@@ -77,7 +79,7 @@ class GroupsAdapter(Adapter):
         """The groups."""
         assert isinstance(obj, Groups)
         for index, group in enumerate(obj.optimizer.param_groups):
-            yield Edge(str(index), Group(group))
+            yield Edge(str(index), Group(obj.optimizer, group))
 
 
 class GroupAdapter(Adapter):
@@ -104,6 +106,11 @@ class GroupAdapter(Adapter):
                 yield Problem(
                     escape(name), f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors."
                 )
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """An entry of the optimizer: the stand-in for the group lives as long as the walk."""
+        assert isinstance(obj, Group)
+        return obj.optimizer, f"group {id(obj.group)}: {name}"
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the options the live group has; a group's own extras keep their value."""
@@ -151,6 +158,16 @@ class SlotAdapter(Adapter):
         """A structure is restored as a whole: the file decides which tensors it has."""
         return _STRUCTURE in live and name != OWN_VALUE
 
+    def claim(self, obj: object, name: str) -> Claim:
+        """The whole state of the pair: its slots belong together."""
+        assert isinstance(obj, Slot)
+        return claim_of_pair(obj.optimizer, obj.parameter)
+
+
+def claim_of_pair(optimizer: object, parameter: object) -> Claim:
+    """The state that an optimizer has for a parameter."""
+    return parameter, f"slots of {id(optimizer)}"
+
 
 def stepped_by(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that has the state: of a `ZeroRedundancyOptimizer` the one for this rank's share of parameters.
@@ -184,6 +201,20 @@ def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> lis
     """Names of the live slots of a parameter; reading them creates nothing."""
     state: Mapping[torch.Tensor, Mapping[str, object]] = stepped_by(optimizer).state
     return list(state.get(parameter, {}))
+
+
+def flat_size(optimizer: object) -> int | None:
+    """Elements of the vectors that LBFGS has, each over all parameters of this rank; None for other optimizers.
+
+    Such state is opaque: it says nothing of where in it a parameter is, so that it cannot be resharded.
+    """
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return None
+    return sum(parameter.numel() for parameter in parameters_of(optimizer))
+
+
+#: Slots of LBFGS that are such vectors.
+FLAT_SLOTS = ("d", "prev_flat_grad")
 
 
 def steps_on_device(optimizer: object) -> frozenset[int]:

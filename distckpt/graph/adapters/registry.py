@@ -8,6 +8,7 @@ from typing import Any
 
 from distckpt.graph.adapters.base import Adapter
 from distckpt.graph.python_value import is_python_value
+from distckpt.graph.trackable import NoDependency
 
 #: Classes that only wrap a module, and where they keep it: (module, class) to attribute. By name, because importing
 #: torch._dynamo to test for OptimizedModule takes seconds.
@@ -112,6 +113,6 @@ def _is_node(obj: object) -> bool:
 
 
 def _any_checkpointable(elements: Iterable[object]) -> bool:
-    items = list(elements)
+    items = [element for element in elements if not isinstance(element, NoDependency)]
     # One trackable part makes the whole a node: its other parts are then reported instead of silently left out.
     return all(is_python_value(item) for item in items) or any(_is_node(item) for item in items)

@@ -9,6 +9,7 @@ import torch
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value, part_of
 from distckpt.graph.adapters.registry import is_checkpointable
+from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, Value, replicated
 from distckpt.layout.keys import escape
 
@@ -21,14 +22,18 @@ class RootAdapter(Adapter):
     Made anew for every walk; it is in no registry.
     """
 
-    def __init__(self, inner: Adapter, attached: Mapping[str, object], counter: torch.Tensor | None) -> None:
+    def __init__(
+        self, owner: object, inner: Adapter, attached: Mapping[str, object], counter: torch.Tensor | None
+    ) -> None:
         """Local.
 
         Args:
+            owner: The Checkpoint.
             inner: How the root object itself is saved.
             attached: Further children of node 0, by name.
             counter: 0-d int64 tensor that stands for the save counter; None for `write` and `read`.
         """
+        self.owner = owner
         self.inner = inner
         self.attached = attached
         self.counter = counter
@@ -66,8 +71,14 @@ class RootAdapter(Adapter):
 
     def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
         """What the root refuses."""
-        attached = name == COUNTER_KEY or any(escape(other) == name for other in self.attached)
-        return None if attached else self.inner.refusal(obj, name, encoded)
+        return None if self._is_attached(name) else self.inner.refusal(obj, name, encoded)
+
+    def _is_attached(self, name: str) -> bool:
+        return name == COUNTER_KEY or any(escape(other) == name for other in self.attached)
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """What is attached belongs to the Checkpoint: others may have the same root."""
+        return (self.owner, name) if self._is_attached(name) else self.inner.claim(obj, name)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Hand every value to whom it belongs."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Part
+from distckpt.graph.claims import Claim
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import TensorValue, is_uninitialised
@@ -48,6 +49,11 @@ class ShardedVariableAdapter(Adapter):
         assert isinstance(obj, ShardedVariable)
         local = tensor_value(obj.tensor)
         return (TensorValue(OWN_VALUE, local.tensor, obj.global_shape, obj.boxes),)
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """The block itself: it may be in another `ShardedVariable`, too."""
+        assert isinstance(obj, ShardedVariable)
+        return obj.tensor, name
 
 
 class ArrayAdapter(Adapter):

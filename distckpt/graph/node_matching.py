@@ -1,0 +1,117 @@
+"""Which stored node is which live object: TensorFlow's `restore` and `bind_object`.
+
+Matching walks edges breadth-first from the root, by parent and local name; it never compares keys or classes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from distckpt.graph.adapters.optimizer import Groups
+from distckpt.graph.match import WHOLE, Binding, Mismatch, describe, is_hollow, refused
+from distckpt.graph.selection import Selection
+from distckpt.graph.view import LiveNode
+from distckpt.layout.keys import escape
+from distckpt.layout.records import OWN_VALUE, Node
+
+
+class NodeMatcher:
+    """The nodes of one matching.
+
+    Attributes:
+        saved: The stored nodes.
+        live: The live ones.
+        partial: Stored nodes of which only a part is to be restored.
+        result: What is found.
+        live_of: Stored node to the live one that it is bound to.
+        saved_of: Live node to the first stored one that is bound to it.
+        groups: Pairs (stored, live) of optimizers' lists of parameter groups.
+    """
+
+    def __init__(self, selection: Selection, live: list[LiveNode]) -> None:
+        self.saved: list[Node] = selection.graph.nodes
+        self.live = live
+        self.partial = selection.partial
+        self.result = Binding()
+        self.live_of: dict[int, int] = {}
+        self.saved_of: dict[int, int] = {}
+        self.groups: list[tuple[int, int]] = []
+        self._queue: deque[tuple[int, int]] = deque()
+
+    def match(self) -> None:
+        """Breadth-first from the roots along edges of the same name."""
+        if not self.saved or not self.live:
+            return
+        self.bind_pair(0, 0)
+        while self._queue:
+            saved_id, live_id = self._queue.popleft()
+            if isinstance(self.live[live_id].obj, Groups):
+                self.groups.append((saved_id, live_id))
+                continue
+            node = self.live[live_id]
+            if self.saved[saved_id].children and node.problem:
+                self.result.mismatches.append(Mismatch(node.key, "an object with parts of its own", refused(node)))
+                continue
+            if self.saved[saved_id].children and OWN_VALUE in node.values:
+                found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
+                self.result.mismatches.append(found)
+                continue
+            if hasattr(node.adapter, "elements") and saved_id not in self.partial:
+                self._compare_lengths(self.saved[saved_id], node)
+            for child in self.saved[saved_id].children:
+                target = node.children.get(child.local_name)
+                if target is None:
+                    self._defer(child.node_id, live_id, child.local_name)
+                else:
+                    self.bind_pair(child.node_id, target)
+
+    def bind_pair(self, saved_id: int, live_id: int) -> None:
+        """Bind a stored node to a live one, unless it is bound to another."""
+        bound = self.live_of.get(saved_id)
+        if bound == live_id:
+            return
+        if bound is not None:
+            keys = (self.live[bound].key, self.live[live_id].key)
+            self.result.duplicates.append((self.any_key(saved_id), *keys))
+            return
+        self.live_of[saved_id] = live_id
+        self.saved_of.setdefault(live_id, saved_id)
+        self._queue.append((saved_id, live_id))
+
+    def _compare_lengths(self, saved: Node, node: LiveNode) -> None:
+        """Warn of a list, tuple or dict that has another number of elements than saved."""
+        before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
+        of_a_container = WHOLE.keys().isdisjoint(attribute.name for attribute in saved.attributes)
+        if before != now and of_a_container:
+            kind = type(node.obj).__qualname__
+            self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
+
+    def _defer(self, saved_id: int, live_id: int, name: str) -> None:
+        """The live parent has no child of that name: another kind of value has the name, or it may come later."""
+        node = self.live[live_id]
+        value = node.values.get(escape(name))
+        if value is not None and not is_hollow(value):
+            self.result.mismatches.append(
+                Mismatch(node.attribute_key(value.name), "an object or tensor", describe(value))
+            )
+            return
+        if not node.adapter.per_rank:  # what another rank saved for itself waits for nothing
+            self.result.awaited.add(name)
+            for key in self.keys_below(saved_id):
+                self.result.pending.setdefault(key, (node.key, f"attribute {name!r}"))
+
+    def keys_below(self, node_id: int) -> list[str]:
+        """Keys of a stored node's values and of its descendants', slots included."""
+        keys, seen, stack = [], {node_id}, [node_id]
+        while stack:
+            node = self.saved[stack.pop()]
+            keys += [attribute.checkpoint_key for attribute in node.attributes]
+            below = {child.node_id for child in node.children}
+            below.update(slot.slot_variable_node_id for slot in node.slot_variables)
+            stack += below - seen
+            seen |= below
+        return keys
+
+    def any_key(self, node_id: int) -> str:
+        """A name for a stored node in messages."""
+        return next(iter(self.keys_below(node_id)), f"node {node_id}")

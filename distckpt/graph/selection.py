@@ -1,0 +1,163 @@
+"""`RestoreOptions(only=..., skip_slots=...)`: the part of a stored graph that is to be restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from distckpt.layout.aliases import find_nodes
+from distckpt.layout.records import Node, ObjectGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What belongs to a restore.
+
+    Attributes:
+        graph: The stored graph without what does not belong to it; node ids stay.
+        keys: Checkpoint keys of the values that do.
+        partial: Node ids that do not belong to it whole, so that what they lack says nothing.
+        slots: Optimizer state belongs to it.
+        scopes: Key prefixes of the live values that belong to it; None for all.
+    """
+
+    graph: ObjectGraph
+    keys: frozenset[str]
+    partial: frozenset[int]
+    slots: bool
+    scopes: tuple[str, ...] | None
+
+    def covers(self, live_key: str) -> bool:
+        """Whether a live value belongs to the restore."""
+        return self.scopes is None or any(_is_below(live_key, scope) for scope in self.scopes)
+
+
+def select(
+    graph: ObjectGraph,
+    renamed: ObjectGraph,
+    *,
+    only: Iterable[str] | None,
+    skip_slots: bool,
+    rename: Mapping[str, str],
+) -> Selection:
+    """Take out of a stored graph what does not belong to a restore.
+
+    Args:
+        graph: The stored graph.
+        renamed: The same after `rename`.
+        only: Key prefixes of what belongs to it, whole components; None for everything.
+        skip_slots: Optimizer state does not.
+        rename: Saved to live prefix.
+
+    Raises:
+        ValueError: A prefix names nothing in the file.
+    """
+    if only is None and not skip_slots:
+        keys = frozenset(attribute.checkpoint_key for node in graph.nodes for attribute in node.attributes)
+        return Selection(renamed, keys, frozenset(), slots=True, scopes=None)
+    prefixes = None if only is None else tuple(prefix.strip("/") for prefix in only)
+    whole = frozenset(range(len(graph.nodes))) if prefixes is None else _whole_nodes(graph, prefixes)
+    keys = frozenset(_selected_keys(graph, whole, prefixes or ()))
+    if skip_slots:
+        keys -= {
+            attribute.checkpoint_key for slot in _slot_ids(graph.nodes) for attribute in graph.nodes[slot].attributes
+        }
+    return Selection(
+        graph=_pruned(renamed, keys, whole),
+        keys=keys,
+        partial=frozenset() if prefixes is None else frozenset(range(len(renamed.nodes))) - whole,
+        slots=not skip_slots,
+        scopes=None if prefixes is None else tuple(_live_scopes(prefixes, rename)),
+    )
+
+
+def _is_below(key: str, prefix: str) -> bool:
+    return not prefix or key == prefix or key.startswith(f"{prefix}/")
+
+
+def _slot_ids(nodes: Iterable[Node]) -> Iterator[int]:
+    return (slot.slot_variable_node_id for node in nodes for slot in node.slot_variables)
+
+
+def _whole_nodes(graph: ObjectGraph, prefixes: Sequence[str]) -> frozenset[int]:
+    """Nodes to which a path with one of the prefixes leads, the slots of such optimizers included."""
+    whole: set[int] = set()
+    for prefix in prefixes:
+        path = find_nodes(graph, prefix)
+        if path:
+            whole |= _below(graph, path[-1], ancestors=set(path[:-1]))
+        elif not any(_is_below(a.checkpoint_key, prefix) for node in graph.nodes for a in node.attributes):
+            raise ValueError(f"only: nothing in the checkpoint has the key or prefix {prefix!r}.")
+    return frozenset(whole)
+
+
+def _below(graph: ObjectGraph, node_id: int, ancestors: set[int]) -> set[int]:
+    """A node and what it leads to, but for those on the way to it: a child may know its parent."""
+    seen, stack = {node_id}, [node_id]
+    while stack:
+        node = graph.nodes[stack.pop()]
+        found = {child.node_id for child in node.children} | set(_slot_ids((node,)))
+        stack += found - seen - ancestors
+        seen |= found - ancestors
+    return seen
+
+
+def _selected_keys(graph: ObjectGraph, whole: frozenset[int], prefixes: Sequence[str]) -> Iterator[str]:
+    """Keys of the values of whole nodes, and those that a prefix names themselves."""
+    for node_id, node in enumerate(graph.nodes):
+        for attribute in node.attributes:
+            key = attribute.checkpoint_key
+            if node_id in whole or any(_is_below(key, prefix) for prefix in prefixes):
+                yield key
+
+
+def _pruned(graph: ObjectGraph, keys: frozenset[str], whole: frozenset[int]) -> ObjectGraph:
+    """The graph with the values of `keys`, and with the edges that lead to them or to what they refer to."""
+    needed = set(whole)
+    for node_id, node in enumerate(graph.nodes):
+        if any(attribute.checkpoint_key in keys for attribute in node.attributes):
+            needed |= {node_id, *(node.parameters or ())}
+    for node_id, node in enumerate(graph.nodes):
+        slots = [slot for slot in node.slot_variables if slot.slot_variable_node_id in needed]
+        if slots:
+            needed |= {node_id, *(slot.original_variable_node_id for slot in slots)}
+    leading = _leading_to(graph, needed)
+    return ObjectGraph([_pruned_node(graph, node, keys, leading) for node in graph.nodes])
+
+
+def _leading_to(graph: ObjectGraph, needed: set[int]) -> set[int]:
+    """Nodes from which edges lead to the needed ones, those included."""
+    parents: dict[int, list[int]] = {}
+    for node_id, node in enumerate(graph.nodes):
+        for child in node.children:
+            parents.setdefault(child.node_id, []).append(node_id)
+    found, stack = set(needed), list(needed)
+    while stack:
+        above = set(parents.get(stack.pop(), ())) - found
+        stack += above
+        found |= above
+    return found
+
+
+def _pruned_node(graph: ObjectGraph, node: Node, keys: frozenset[str], leading: set[int]) -> Node:
+    slots = [
+        slot
+        for slot in node.slot_variables
+        if any(attribute.checkpoint_key in keys for attribute in graph.nodes[slot.slot_variable_node_id].attributes)
+    ]
+    return msgspec.structs.replace(
+        node,
+        children=[child for child in node.children if child.node_id in leading],
+        attributes=[attribute for attribute in node.attributes if attribute.checkpoint_key in keys],
+        slot_variables=slots,
+    )
+
+
+def _live_scopes(prefixes: Sequence[str], rename: Mapping[str, str]) -> Iterator[str]:
+    """The live prefixes of the saved ones: where a rename moves one, and what it moves out of one."""
+    moves = sorted(((old.strip("/"), new.strip("/")) for old, new in rename.items()), key=lambda move: -len(move[0]))
+    for prefix in prefixes:
+        yield next((new + prefix[len(old) :] for old, new in moves if old and _is_below(prefix, old)), prefix)
+        yield from (new for old, new in moves if _is_below(old, prefix))
