@@ -12,6 +12,7 @@ from distckpt.errors import (
     RankTimeoutError,
     RestoreMismatchError,
 )
+from distckpt.follow import checkpoints_iterator
 from distckpt.graph.trackable import (
     NoDependency,
     PerRank,
@@ -21,7 +22,7 @@ from distckpt.graph.trackable import (
     Trackable,
 )
 from distckpt.handle import SaveHandle
-from distckpt.manager import CheckpointManager, checkpoints_iterator
+from distckpt.manager import CheckpointManager
 from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
 from distckpt.retention import CheckpointRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,8 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
-from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import SUFFIX
 
-#: Seconds between two looks at a directory.
-_POLL_INTERVAL = 1.0
 _SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."
 
 
@@ -403,47 +400,3 @@ def _as_number(checkpoint_number: int | None) -> int | None:
 
 
 # ---- watching a directory ----------------------------------------------------------------------------------------
-
-
-def checkpoints_iterator(
-    directory: str | os.PathLike[str],
-    *,
-    min_interval_secs: float = 0,
-    timeout: float | None = None,
-    timeout_fn: Callable[[], bool] | None = None,
-) -> Iterator[str]:
-    """Wait for checkpoints that another job makes, and give each in turn. One process; no MPI.
-
-    Gives the newest complete checkpoint each time it is another than the last one given, so those made while the
-    caller was busy with one are left out, but for the newest.
-
-    Args:
-        directory: Directory of the checkpoints; it need not exist yet.
-        min_interval_secs: Seconds from giving one checkpoint to looking for the next, at least.
-        timeout: Seconds to wait for a new checkpoint; None waits for ever.
-        timeout_fn: Called after each checkpoint and each time that the timeout has passed: True ends the iteration.
-            Without it, the timeout does.
-
-    Yields:
-        Paths, below `directory`.
-    """
-    last = None
-    while True:
-        path = _wait_for_other(directory, last, timeout)
-        if path is not None:
-            last, started = path, time.monotonic()
-            yield path
-            time.sleep(max(0.0, started + min_interval_secs - time.monotonic()))
-        if timeout_fn() if timeout_fn is not None else path is None:
-            return
-
-
-def _wait_for_other(directory: str | os.PathLike[str], last: str | None, timeout: float | None) -> str | None:
-    """The newest complete checkpoint when it is not `last`; None when the timeout has passed."""
-    deadline = float("inf") if timeout is None else time.monotonic() + timeout
-    while (path := latest_checkpoint(directory)) in {None, last}:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return None
-        time.sleep(min(_POLL_INTERVAL, left))
-    return path

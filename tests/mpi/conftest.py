@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+import distckpt.restorer
+from distckpt.source import Source
+
 _FAILURE = pytest.StashKey[str]()
 #: Seconds that a rank which failed waits for the others to end the same test.
 _PATIENCE = 30.0
@@ -185,3 +188,17 @@ def _forget_meshes() -> None:
 
     _clear_sharding_prop_cache()
     clear_redistribute_planner_cache()
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
+    """All files opened by restores of this test; they count what they read."""
+    opened: list[Source] = []
+    open_source = distckpt.restorer.open_source
+
+    def record(*args: Any) -> Source:
+        opened.append(open_source(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(distckpt.restorer, "open_source", record)
+    return opened

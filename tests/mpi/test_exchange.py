@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import distckpt.restorer
 from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
 from distckpt.coordination import shared_memory
 from distckpt.coordination.session import Session
@@ -23,20 +22,6 @@ pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
 
 SHAPE = (64, 4096)
 FULL = torch.arange(SHAPE[0] * SHAPE[1], dtype=torch.int32).reshape(SHAPE)
-
-
-@pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
-    """The files opened by restores of this test."""
-    opened: list[Source] = []
-    open_source = distckpt.restorer.open_source
-
-    def record(*args: Any) -> Source:
-        opened.append(open_source(*args))
-        return opened[-1]
-
-    monkeypatch.setattr(distckpt.restorer, "open_source", record)
-    return opened
 
 
 def saved(comm: Any, directory: Path) -> str:

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import distckpt.restorer
 from distckpt import Checkpoint, LayoutError, SaveOptions, ShardedVariable
 from distckpt.source import Source
 from distckpt.storage import mpio
@@ -137,20 +136,6 @@ class Program:
         """Bytes of all variables, and of the save counter."""
         sharded = sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in KINDS.values())
         return sharded + self.plain.nbytes + self.scalar.nbytes + 8
-
-
-@pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
-    """All files opened by restores of this test; they count what they read."""
-    opened: list[Source] = []
-    open_source = distckpt.restorer.open_source
-
-    def record(*args: Any) -> Source:
-        opened.append(open_source(*args))
-        return opened[-1]
-
-    monkeypatch.setattr(distckpt.restorer, "open_source", record)
-    return opened
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["same", "swapped"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import distckpt.follow
 import distckpt.keeper
 import distckpt.manager
 from distckpt import (
@@ -783,7 +784,7 @@ def test_a_bad_metric_is_refused_before_the_save(tmp_path: Path) -> None:
 
 @pytest.fixture
 def polling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distckpt.manager, "_POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(distckpt.follow, "_POLL_INTERVAL", 0.01)
 
 
 def test_the_iterator_ends_when_the_timeout_has_passed(tmp_path: Path) -> None:
