@@ -7,6 +7,7 @@ are written with `pwrite` on the descriptor that each rank keeps anyway. MPI-IO 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class ParallelFile:
         """Write contiguous pieces, each on its own: no other rank takes part."""
         with _Transfer(self._file, collective=False) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
-            for piece in pieces:
+            for piece in itertools.chain.from_iterable(source.batches(pieces)):
                 transfer.run(piece, source)
                 _finish(piece, writeback, progress)
 
@@ -91,10 +92,11 @@ class ParallelFile:
         failure: BaseException | None = None
         with _Transfer(self._file, collective=True) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
+            stream = itertools.chain.from_iterable(source.batches(pieces))
             # Whatever interrupts one transfer, a call that was not made is made up for without data.
             while transfer.calls < n_calls:
                 try:
-                    piece = pieces[transfer.calls] if failure is None and transfer.calls < len(pieces) else None
+                    piece = next(stream, None) if failure is None else None
                     transfer.run(piece, source)
                     if piece is not None:
                         _finish(piece, writeback, progress)

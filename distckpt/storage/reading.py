@@ -16,16 +16,8 @@ from distckpt.layout.box import Box, Shape, cut, first_element, is_contiguous, r
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, digest, require_checksum
 from distckpt.storage.hdf5 import open_readonly
-from distckpt.storage.transfer import (
-    Block,
-    Progress,
-    ReadJob,
-    Staging,
-    blocks_of,
-    copy_bits,
-    is_packed,
-    part_of,
-)
+from distckpt.storage.room import ALIGNMENT, Arrivals, Room
+from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, is_packed, part_of
 from distckpt.tensor_bytes import bytes_of
 
 #: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
@@ -36,6 +28,9 @@ _PAGE_NBYTES = 4096
 
 #: That many runs are read one by one even when they are close, so that a small box costs just its own bytes.
 _FEW_RUNS = 64
+
+#: Room for what is joined into one read, in bytes.
+_JOINED_NBYTES = STEP_NBYTES + rawio.MAX_VECTORS * ALIGNMENT
 
 #: Most runs that are listed at once.
 _RUNS_AT_ONCE = 8192
@@ -59,7 +54,7 @@ class _Waiting(NamedTuple):
 
     job: ReadJob
     data: memoryview
-    staged: torch.Tensor | None
+    room: Room | None
 
 
 def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress | None = None) -> ReadReport:
@@ -78,20 +73,21 @@ def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress |
         CorruptCheckpointError: A checksum is wrong, or the file is too short; names the variable. Tensors of jobs up
             to this one have been written.
     """
-    reader = _Reader(fd, verify, progress)
-    for job in jobs:
-        reader.read(job)
-    reader.flush()
+    with Arrivals() as arrivals:
+        reader = _Reader(fd, arrivals, verify, progress)
+        for job in jobs:
+            reader.read(job)
+        reader.flush()
     return reader.report
 
 
 class _Reader:
-    def __init__(self, fd: int, verify: bool, progress: Progress | None) -> None:
+    def __init__(self, fd: int, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
         self.report = ReadReport()
         self._fd = fd
         self._verify = verify
         self._progress = progress
-        self._staging = Staging()
+        self._arrivals = arrivals
         self._filler = _Filler(fd, self.report)
         self._waiting: list[_Waiting] = []
         self._start = 0
@@ -112,15 +108,15 @@ class _Reader:
     def _join(self, job: ReadJob, nbytes: int) -> None:
         offset = job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
         full = self._stop - self._start + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
-        if full or offset != self._stop or not self._staging.has_room(nbytes):
+        if full or offset != self._stop:
             self.flush()
         if not self._waiting:
             self._start = offset
         if is_packed(job.tensor):
             self._waiting.append(_Waiting(job, bytes_of(job.tensor), None))
         else:
-            staged = self._staging.take(job.tensor)
-            self._waiting.append(_Waiting(job, staged.data, staged.tensor))
+            room = self._arrivals.take(job.tensor)
+            self._waiting.append(_Waiting(job, room.data, room))
         self._stop = offset + nbytes
 
     def flush(self) -> None:
@@ -134,16 +130,16 @@ class _Reader:
             for waiting in self._waiting:
                 self._accept(waiting)
             self._waiting.clear()
-        self._staging.clear()
+        self._arrivals.make_room(_JOINED_NBYTES)
 
     def _accept(self, waiting: _Waiting) -> None:
         job = waiting.job
         if self._verify and job.expected is not None:
             _compare(job, digest(waiting.data), self.report)
-        if waiting.staged is None:
+        if waiting.room is None:
             _mark_changed(job.tensor)
         else:
-            copy_bits(job.tensor.detach(), waiting.staged)
+            self._arrivals.put(job.tensor.detach(), waiting.room)
         if self._progress is not None:
             self._progress(len(waiting.data))
 
@@ -166,12 +162,12 @@ class _Reader:
             _compare(job, hasher.intdigest(), self.report)
 
     def _fill_staged(self, job: ReadJob, block: Block, hasher: Any) -> None:
-        self._staging.clear()
+        self._arrivals.make_room(block.nbytes)
         part = part_of(job, block)
-        staged = self._staging.take(part)
-        self._fill(job, block, staged.data, hasher)
-        copy_bits(part, staged.tensor)
-        self._staging.clear()
+        room = self._arrivals.take(part)
+        self._fill(job, block, room.data, hasher)
+        self._arrivals.put(part, room)
+        self._arrivals.make_room(_JOINED_NBYTES)
 
     def _fill(self, job: ReadJob, block: Block, data: memoryview, hasher: Any) -> None:
         try:
@@ -321,13 +317,12 @@ def read_through_hdf5(
     from h5py import h5d
 
     report = ReadReport()
-    staging = Staging()
-    with open_readonly(path) as file:
+    with open_readonly(path) as file, Arrivals() as arrivals:
         for key, of_key in groupby(jobs, lambda job: job.key):
             try:
                 dataset = h5d.open(file, key.encode())
                 for job in of_key:
-                    _read_job_through_hdf5(dataset, job, staging, verify, report)
+                    _read_job_through_hdf5(dataset, job, arrivals, verify, report)
                     if progress is not None:
                         progress(job.tensor.numel() * job.tensor.element_size())
             except (OSError, KeyError) as error:
@@ -335,21 +330,21 @@ def read_through_hdf5(
     return report
 
 
-def _read_job_through_hdf5(dataset: Any, job: ReadJob, staging: Staging, verify: bool, report: ReadReport) -> None:
+def _read_job_through_hdf5(dataset: Any, job: ReadJob, arrivals: Arrivals, verify: bool, report: ReadReport) -> None:
     from h5py import h5s
 
     hasher = Hasher() if verify and job.expected is not None else None
     in_file, datatype = dataset.get_space(), dataset.get_type()
     for block in blocks_of(job.box, job.tensor.element_size()):
-        staging.clear()
+        arrivals.make_room(block.nbytes)
         part = part_of(job, block)
-        staged = staging.take(part)
+        room = arrivals.take(part)
         if block.box.shape:
             in_file.select_hyperslab(block.box.offset, block.box.shape)
-        dataset.read(h5s.create_simple((block.box.numel,)), in_file, np.frombuffer(staged.data, np.uint8), datatype)
+        dataset.read(h5s.create_simple((block.box.numel,)), in_file, np.frombuffer(room.data, np.uint8), datatype)
         if hasher is not None:
-            hasher.update(staged.data)
-        copy_bits(part, staged.tensor)
+            hasher.update(room.data)
+        arrivals.put(part, room)
         report.bytes_read += block.nbytes
     if hasher is not None:
         _compare(job, hasher.intdigest(), report)

@@ -10,16 +10,9 @@ import msgspec
 import torch
 
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
-from distckpt.tensor_bytes import bytes_of
 
 #: Called with the number of bytes that were just moved.
 Progress = Callable[[int], Any]
-
-#: Bytes of the one buffer for tensors whose memory is not the packed bytes of their piece.
-STAGING_NBYTES = 2 * MAX_PIECE_NBYTES
-
-#: Positions in the staging buffer are multiples of the largest element. In bytes.
-_STAGING_ALIGNMENT = 16
 
 #: An integer of each size: elements are moved as bits, whatever their dtype can compute.
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,7 +62,7 @@ class ReadJob(msgspec.Struct, frozen=True):
 
 
 class Block(NamedTuple):
-    """A piece of a write job, or a part of a read job that fits the staging buffer.
+    """A piece of a write job, or a part of a read job that fits the buffers it goes through.
 
     Attributes:
         box: Where it is in the dataset.
@@ -121,6 +114,9 @@ def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy elements of the same dtype bit for bit, between any strides and devices."""
+    if non_blocking and (source.is_conj() or source.is_neg()):
+        # On its GPU: for a target on the CPU torch would do it there, before the bytes have come.
+        source = source.resolve_conj().resolve_neg()
     raw = _RAW.get(source.element_size())
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
     if raw is not None and not lazy:
@@ -128,40 +124,3 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
     elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
         target, source = torch.view_as_real(target), torch.view_as_real(source)
     target.copy_(source, non_blocking=non_blocking)
-
-
-class Staged(NamedTuple):
-    """Room in the staging buffer.
-
-    Attributes:
-        tensor: The room as a contiguous tensor.
-        data: The same memory as bytes.
-    """
-
-    tensor: torch.Tensor
-    data: memoryview
-
-
-class Staging:
-    """One buffer, made when first needed, pinned where a GPU is in use; room in it is taken until `clear`."""
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-        self._used = 0
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether `take` can be called for this many bytes."""
-        return self._used + nbytes <= STAGING_NBYTES
-
-    def take(self, like: torch.Tensor) -> Staged:
-        """Room for the elements of `like`."""
-        if self._buffer is None:
-            self._buffer = torch.empty(STAGING_NBYTES, dtype=torch.uint8, pin_memory=like.is_cuda)
-        nbytes = like.numel() * like.element_size()
-        room = self._buffer.narrow(0, self._used, nbytes)
-        self._used += -(-nbytes // _STAGING_ALIGNMENT) * _STAGING_ALIGNMENT
-        return Staged(room.view(like.dtype).view(like.shape), bytes_of(room))
-
-    def clear(self) -> None:
-        """Take all room back; what was taken is not used any more."""
-        self._used = 0

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from distckpt.layout.box import cut, first_element, is_contiguous, run_axis, runs
 from distckpt.storage import rawio
 from distckpt.storage.checksum import ChecksumLog, digest
-from distckpt.storage.transfer import (
-    Block,
-    Progress,
-    Staging,
-    WriteJob,
-    blocks_of,
-    copy_bits,
-    is_packed,
-    part_of,
-)
+from distckpt.storage.device import Copy, DeviceCopies, Ticket, gpu_of
+from distckpt.storage.room import HOST_NBYTES, PINNED_NBYTES, Buffer, padded
+from distckpt.storage.transfer import Block, Progress, WriteJob, blocks_of, copy_bits, is_packed, part_of
 from distckpt.tensor_bytes import bytes_of
 
 #: Neighbours in the file are joined until a write has this many bytes.
@@ -54,8 +49,15 @@ def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
             yield Piece(job, block, job.checksum + number)
 
 
+class _OnTheWay(NamedTuple):
+    """Bytes that a GPU is sending: use them after waiting for the ticket."""
+
+    data: memoryview
+    ticket: Ticket
+
+
 class PieceBytes:
-    """Gives the packed bytes of pieces: the tensor's own memory where it is packed, else a staged copy.
+    """Gives the packed bytes of pieces: the tensor's own memory where it is packed, else a copy.
 
     Args:
         log: Takes the checksums of the pieces; None: they are not computed.
@@ -63,11 +65,48 @@ class PieceBytes:
 
     def __init__(self, log: ChecksumLog | None) -> None:
         self._log = log
-        self._staging = Staging()
+        self._staging = Buffer(HOST_NBYTES)
+        self._copies = DeviceCopies()
+        self._on_the_way: deque[_OnTheWay] = deque()
+
+    def batches(self, pieces: Iterable[Piece]) -> Iterator[Iterable[Piece]]:
+        """The pieces in order. What is on GPUs is copied in batches, each while the one before is hashed and written.
+
+        `get` is called for each piece of a batch, and the bytes are written, before the next batch is asked for.
+        """
+        stream = iter(pieces)
+        first: list[Piece] = []
+        yield _before_gpus(stream, first)
+        if first:
+            yield from self._batches_ahead(itertools.chain(first, stream))
+
+    def _batches_ahead(self, pieces: Iterable[Piece]) -> Iterator[Iterable[Piece]]:
+        buffers = itertools.cycle([Buffer(PINNED_NBYTES, pinned=True), Buffer(PINNED_NBYTES, pinned=True)])
+        ready: list[Piece] = []
+        for batch, buffer in zip(_fitting(pieces), buffers, strict=False):
+            self._start(batch, buffer)
+            if ready:
+                yield ready
+            ready = batch
+        yield ready
+
+    def _start(self, batch: Iterable[Piece], buffer: Buffer) -> None:
+        """Begin to copy what GPUs hold of a batch; what was in the buffer has been written."""
+        buffer.clear()
+        copies, rooms = [], []
+        for piece in batch:
+            gpu = gpu_of(piece.job.tensor)
+            if gpu is not None:
+                part = part_of(piece.job, piece.block)
+                room = buffer.take(part)
+                copies.append(Copy(gpu, room.tensor, part))
+                rooms.append(room.data)
+        ticket = self._copies.start(copies)
+        self._on_the_way.extend(_OnTheWay(data, ticket) for data in rooms)
 
     def needs_flush(self, piece: Piece) -> bool:
         """Whether bytes given so far must be written, and `flushed` called, before `get`."""
-        return not is_packed(piece.job.tensor) and not self._staging.has_room(piece.block.nbytes)
+        return not self._staging.has_room(piece.block.nbytes) and not is_packed(piece.job.tensor)
 
     def flushed(self) -> None:
         """All bytes given so far have been written."""
@@ -80,14 +119,40 @@ class PieceBytes:
             data = bytes_of(job.tensor)
             if block.nbytes < len(data):
                 data = data[block.start : block.start + block.nbytes]
-        else:
+        elif gpu_of(job.tensor) is None:
             part = part_of(job, block)
-            staged = self._staging.take(part)
-            copy_bits(staged.tensor, part)
-            data = staged.data
+            room = self._staging.take(part)
+            copy_bits(room.tensor, part)
+            data = room.data
+        else:
+            data, ticket = self._on_the_way.popleft()
+            ticket.wait()
         if self._log is not None:
             self._log.add(piece.checksum, digest(data))
         return data
+
+
+def _before_gpus(stream: Iterator[Piece], first: list[Piece]) -> Iterator[Piece]:
+    """The pieces up to the first one on a GPU, which goes into `first`."""
+    for piece in stream:
+        if not is_packed(piece.job.tensor) and gpu_of(piece.job.tensor) is not None:
+            first.append(piece)
+            return
+        yield piece
+
+
+def _fitting(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Batches of which all that GPUs hold fits into one buffer."""
+    batch: list[Piece] = []
+    used = 0
+    for piece in pieces:
+        nbytes = 0 if gpu_of(piece.job.tensor) is None else padded(piece.block.nbytes)
+        if used + nbytes > PINNED_NBYTES or len(batch) == rawio.MAX_VECTORS:
+            yield batch
+            batch, used = [], 0
+        batch.append(piece)
+        used += nbytes
+    yield batch
 
 
 class PieceWriter:
@@ -110,10 +175,17 @@ class PieceWriter:
         self._start = 0
         self._stop = 0
 
-    def write(self, piece: Piece) -> None:
-        """Write a piece, at the latest with the next `flush`; its tensor must not change until then."""
+    def write(self, pieces: Iterable[Piece]) -> None:
+        """Write pieces, whose tensors do not change meanwhile."""
+        for batch in self._bytes.batches(pieces):
+            for piece in batch:
+                self._write(piece)
+            self._flush()
+
+    def _write(self, piece: Piece) -> None:
+        """Write a piece, at the latest with the next `_flush`."""
         if self._bytes.needs_flush(piece):
-            self.flush()
+            self._flush()
         if piece.is_contiguous:
             self._join(piece)
         else:
@@ -123,14 +195,14 @@ class PieceWriter:
         offset = piece.file_offset
         full = self._stop - self._start >= _JOINED_NBYTES or len(self._buffers) == rawio.MAX_VECTORS
         if full or offset != self._stop:
-            self.flush()
+            self._flush()
         if not self._joined:
             self._start = offset
         self._joined.append(piece)
         self._buffers.append(self._bytes.get(piece))
         self._stop = offset + piece.block.nbytes
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write what has been joined."""
         if self._joined:
             nbytes = self._stop - self._start
@@ -197,7 +269,4 @@ def write_posix(
 
 def write_pieces(fd: int, pieces: Iterable[Piece], log: ChecksumLog | None, progress: Progress | None) -> None:
     """Write pieces with `pwrite`, noting checksums in `log`."""
-    writer = PieceWriter(fd, log, progress)
-    for piece in pieces:
-        writer.write(piece)
-    writer.flush()
+    PieceWriter(fd, log, progress).write(pieces)

@@ -1,0 +1,106 @@
+"""Copies between pinned host memory and GPUs, beside the work of the program and of this thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from distckpt.storage.transfer import copy_bits
+
+
+def gpu_of(tensor: torch.Tensor) -> torch.device | None:
+    """The GPU that holds a tensor; None for tensors whose copies `copy_bits` makes at once."""
+    return tensor.device if tensor.is_cuda else None
+
+
+def pinned_memory(nbytes: int) -> torch.Tensor:
+    """Memory that GPUs reach without a detour; torch keeps what is freed, and gives it out again.
+
+    It does so only when the copies that are under way there have ended.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+class Copy(NamedTuple):
+    """One copy, of elements of the same shape and dtype.
+
+    Attributes:
+        gpu: The device of one side; the other side is contiguous, in pinned memory.
+        target: Where to.
+        source: Where from.
+    """
+
+    gpu: torch.device
+    target: torch.Tensor
+    source: torch.Tensor
+
+
+class Event(Protocol):
+    """A mark in a stream."""
+
+    def synchronize(self) -> None:
+        """Wait until the stream has come to the mark."""
+
+
+class Ticket:
+    """What to wait for before the bytes of copies are used, or the memory that they come from is."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+
+    def wait(self) -> None:
+        """Wait until the copies have ended. May be called again."""
+        while self._events:
+            self._events[-1].synchronize()
+            self._events.pop()
+
+
+class SideStream:
+    """A stream of one GPU, beside that of the program.
+
+    Args:
+        gpu: The device.
+    """
+
+    def __init__(self, gpu: torch.device) -> None:
+        self._gpu = gpu
+        self._stream = torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+
+    def start(self, copies: Iterable[Copy]) -> Event:
+        """Begin copies, which see what the program has begun so far, in order; returns the mark after them."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
+        with torch.cuda.stream(self._stream):
+            for copy in copies:
+                copy_bits(copy.target, copy.source, non_blocking=True)
+        mark: Event = self._stream.record_event()
+        return mark
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+        self._stream.synchronize()
+
+
+class DeviceCopies:
+    """Copies from and to any number of GPUs, on one side stream each."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, SideStream] = {}
+
+    def start(self, copies: Iterable[Copy]) -> Ticket:
+        """Begin copies; their tensors stay as they are until the ticket was waited for."""
+        by_gpu: dict[torch.device, list[Copy]] = {}
+        for copy in copies:
+            by_gpu.setdefault(copy.gpu, []).append(copy)
+        return Ticket([self._stream_of(gpu).start(found) for gpu, found in by_gpu.items()])
+
+    def finish(self) -> None:
+        """Wait for all copies, also for those of a `start` that failed."""
+        for stream in self._streams.values():
+            stream.finish()
+
+    def _stream_of(self, gpu: torch.device) -> SideStream:
+        if gpu not in self._streams:
+            self._streams[gpu] = SideStream(gpu)
+        return self._streams[gpu]
