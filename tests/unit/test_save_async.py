@@ -388,3 +388,34 @@ def test_a_forked_process_does_not_wait_at_its_exit(tmp_path: Path, gate: Gate) 
     gate.opened.set()
     assert (ended, status) == (child, 0)
     assert handle.result(PATIENCE) == handle.path
+
+
+class Split:
+    """An object of the user's that saves its state in two parts."""
+
+    def __init__(self, fused: torch.Tensor) -> None:
+        self.fused = fused
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"left": self.fused[:2].clone(), "right": self.fused[2:].clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.fused = torch.cat([state["left"], state["right"]])
+
+
+def test_a_custom_value_is_saved_as_it_was_at_the_call(tmp_path: Path, gate: Gate) -> None:
+    live = Split(torch.arange(4.0))
+    handle = Checkpoint(s=live).save_async(tmp_path / "ckpt")
+    live.fused.fill_(9.0)
+    gate.opened.set()
+    twin = Split(torch.zeros(4))
+    Checkpoint(s=twin).restore(handle.result()).assert_consumed()
+    assert twin.fused.tolist() == [0, 1, 2, 3]
+
+
+def test_the_object_graph_is_that_of_a_synchronous_save(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(1, s=Split(torch.arange(4.0)))
+    saved = open_checkpoint(checkpoint.save(tmp_path / "ckpt")).manifest
+    later = open_checkpoint(checkpoint.save_async(tmp_path / "ckpt").result()).manifest
+    assert later.object_graph == saved.object_graph
+    assert [variable.key for variable in later.variables] == [variable.key for variable in saved.variables]
