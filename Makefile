@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-e2e test-slurm lint format typecheck bench clean
+.PHONY: help install demo test test-unit test-e2e test-slurm test-gpu lint format typecheck bench clean
 
 # Everything runs in .venv, made by .ci/install.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -35,6 +35,11 @@ test-e2e: install ## tests that start mpirun themselves: N to M ranks, kills, ex
 
 test-slurm: install ## launch/slurm.sbatch under a real Slurm, on two virtual nodes of this machine: 2 minutes
 	pytest tests/slurm
+
+test-gpu: install ## the tests of CUDA devices, one rank per device; without one they are skipped
+	pytest -m gpu tests/unit
+	mpirun -n $$(python -c 'import torch; print(max(1, torch.cuda.device_count()))') \
+		python -m pytest --with-mpi -m gpu tests/mpi
 
 lint: install ## ruff: rules and format; shellcheck, where it is installed
 	ruff check .
