@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from distckpt.bench.background import measure_background
+from distckpt.bench.builders import builders, names_without
+from distckpt.bench.raw import Raw
+from distckpt.bench.runner import Meter, Trial, agreed, extra_mib, seconds
+from distckpt.bench.samples import Samples, measure
+from distckpt.bench.setting import LAYOUTS, Bench
+from distckpt.bench.state import State, build_state, small_shapes
+from distckpt.bench.trials import FirstSaveTrial, RestoreTrial, SaveTrial, check_restore, delete
 
-from distckpt.bench.raw import Raw, supports_direct
-from distckpt.bench.runner import Meter, Trial, agreed, extra_mib, interleave, over_ranks, seconds
-from distckpt.bench.state import State, build_state, gpt_shapes, small_shapes
-from distckpt.bench.trials import Builder, FirstSaveTrial, RestoreTrial, SaveTrial, check_restore, delete
-
-COMPETITORS = ("distckpt", "raw", "dcp", "safetensors")
 OVERHEAD = "overhead"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What to measure, as the user asked.
-
-    Attributes:
-        nbytes: Bytes of the GPT-like state over all ranks.
-        hidden: Width of the GPT; None takes one that suits the size.
-        variables: Numbers of small variables for the case "overhead".
-        competitors: Some of `COMPETITORS`.
-        cases: Some of `CASES`.
-        rounds: Measured rounds of each case.
-    """
-
-    nbytes: int
-    hidden: int | None
-    variables: tuple[int, ...]
-    competitors: tuple[str, ...]
-    cases: tuple[str, ...]
-    rounds: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all cases share.
-
-    Attributes:
-        setup: What to measure.
-        mesh: One-dimensional mesh of all ranks.
-        directory: Where files are written.
-    """
-
-    setup: Setup
-    mesh: DeviceMesh
-    directory: Path
-
-    def gpt(self, dim: int) -> State:
-        """The GPT-like state, split along a dimension."""
-        return build_state(gpt_shapes(self.setup.nbytes, self.setup.hidden), self.mesh, dim=dim)
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Measured values of one competitor in one case.
-
-    Attributes:
-        case: Name of the case.
-        name: Name of the competitor.
-        unit: "s" or "MiB".
-        nbytes: Bytes of the state over all ranks.
-        values: One per round, of the rank with the largest.
-    """
-
-    case: str
-    name: str
-    unit: str
-    nbytes: int
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The middle of the values."""
-        return statistics.median(self.values)
+SaveOrRestore = TypeVar("SaveOrRestore", SaveTrial, RestoreTrial)
 
 
 def run_case(bench: Bench, case: str) -> list[Samples]:
@@ -98,26 +35,53 @@ def run_case(bench: Bench, case: str) -> list[Samples]:
 
 
 def _save(bench: Bench) -> list[Samples]:
-    return _save_case(bench, "save", bench.setup.competitors, seconds)
+    return _save_case(bench, "save", bench.gpt(bench.dim), bench.setup.competitors, seconds)
 
 
 def _restore(bench: Bench) -> list[Samples]:
-    return _restore_case(bench, "restore", 0, bench.setup.competitors, seconds)
+    return _restore_case(bench, "restore", bench.gpt(bench.dim), bench.setup.competitors, seconds)
 
 
 def _reshard(bench: Bench) -> list[Samples]:
-    return _restore_case(bench, "reshard", 1, _without(bench, "raw", "safetensors"), seconds)
+    """From the layout that the user chose into the other one."""
+    return _reshard_case(bench, "reshard", seconds)
 
 
 def _memory(bench: Bench) -> list[Samples]:
-    saved = _save_case(bench, "memory of save", _without(bench, "raw"), extra_mib)
-    restored = _restore_case(bench, "memory of restore", 0, _without(bench, "raw"), extra_mib)
-    resharded = _restore_case(bench, "memory of reshard", 1, _without(bench, "raw", "safetensors"), extra_mib)
-    return saved + restored + resharded
+    names = names_without(bench, "raw")
+    saved = _save_case(bench, "memory of save", bench.gpt(bench.dim), names, extra_mib)
+    restored = _restore_case(bench, "memory of restore", bench.gpt(bench.dim), names, extra_mib)
+    return saved + restored + _reshard_case(bench, "memory of reshard", extra_mib)
 
 
 def _overhead(bench: Bench) -> list[Samples]:
+    """First saves, and saves of an unchanged layout, against the mere writing of the same bytes."""
     return [samples for count in bench.setup.variables for samples in _overhead_case(bench, count)]
+
+
+def _repeat(bench: Bench) -> list[Samples]:
+    """First saves of the whole state, and saves of an unchanged layout."""
+    state = bench.gpt(bench.dim)
+    return measure(bench, "repeat", state, _first_and_later(bench, state), seconds)
+
+
+def _replicated(bench: Bench) -> list[Samples]:
+    """Every rank holds all of the state."""
+    saved = _save_case(bench, "replicated: save", bench.gpt(None), bench.setup.competitors, seconds)
+    return saved + _restore_case(bench, "replicated: restore", bench.gpt(None), bench.setup.competitors, seconds)
+
+
+def _columns(bench: Bench) -> list[Samples]:
+    """Column shards; and distckpt with row shards in the same rounds, to compare with."""
+    return _save_columns(bench) + _restore_columns(bench)
+
+
+def _small(bench: Bench) -> list[Samples]:
+    """Many variables of 1 KiB."""
+    state = build_state(small_shapes(bench.setup.small), bench.mesh, dim=0)
+    title = f"small, {bench.setup.small} variables"
+    saved = _save_case(bench, f"{title}: save", state, bench.setup.competitors, seconds)
+    return saved + _restore_case(bench, f"{title}: restore", state, bench.setup.competitors, seconds)
 
 
 CASES: Mapping[str, Callable[[Bench], list[Samples]]] = {
@@ -126,83 +90,102 @@ CASES: Mapping[str, Callable[[Bench], list[Samples]]] = {
     "reshard": _reshard,
     "memory": _memory,
     OVERHEAD: _overhead,
+    "async": partial(measure_background, overlap=False),
+    "overlap": partial(measure_background, overlap=True),
+    "replicated": _replicated,
+    "columns": _columns,
+    "small": _small,
+    "repeat": _repeat,
 }
 
 
-def _save_case(bench: Bench, case: str, names: Iterable[str], meter: Meter) -> list[Samples]:
-    state = bench.gpt(dim=0)
-    trials = [SaveTrial(build(state), bench.directory) for build in _builders(bench, names, saving=True)]
-    return _measure(bench, case, state, trials, meter)
+def _save_case(bench: Bench, case: str, state: State, names: Iterable[str], meter: Meter[Trial]) -> list[Samples]:
+    trials = [SaveTrial(build(state), bench.directory) for build in builders(bench, names, saving=True)]
+    return measure(bench, case, state, trials, meter, _unit(meter))
 
 
-def _restore_case(bench: Bench, case: str, dim: int, names: Iterable[str], meter: Meter) -> list[Samples]:
-    """Save row shards once with each competitor; restore into shards along dimension `dim`, and check at the end."""
-    paths = _saved(bench, names)
-    state = bench.gpt(dim)
-    trials = [
+def _restore_case(bench: Bench, case: str, state: State, names: Iterable[str], meter: Meter[Trial]) -> list[Samples]:
+    """Restore into the layout that was saved."""
+    paths = _saved(bench, state, names, bench.directory)
+    return _measure_restores(bench, case, state, _restore_trials(bench, state, paths), meter)
+
+
+def _reshard_case(bench: Bench, case: str, meter: Meter[Trial]) -> list[Samples]:
+    """Restore into the other layout than the one that was saved."""
+    paths = _saved(bench, bench.gpt(bench.dim), names_without(bench, "raw", "safetensors"), bench.directory)
+    state = bench.gpt(1 - bench.dim)
+    return _measure_restores(bench, case, state, _restore_trials(bench, state, paths), meter)
+
+
+def _saved(bench: Bench, state: State, names: Iterable[str], directory: Path) -> dict[str, Path]:
+    """Name of a competitor to the checkpoint it wrote. Collective over the process group."""
+    state.fill()
+    paths = {}
+    for name in names:
+        competitor = builders(bench, [name], saving=True)[0](state)
+        paths[name] = agreed(f"save with {name}", competitor.save, directory / name)
+    return paths
+
+
+def _restore_trials(bench: Bench, state: State, paths: Mapping[str, Path]) -> list[RestoreTrial]:
+    """Into other values than the saved ones, also in buffers that competitors make now."""
+    state.scramble()
+    return [
         RestoreTrial(build(state), path)
         for name, path in paths.items()
-        for build in _builders(bench, [name], saving=False)
+        for build in builders(bench, [name], saving=False)
     ]
-    samples = _measure(bench, case, state, trials, meter)
+
+
+def _measure_restores(
+    bench: Bench, case: str, state: State, trials: Sequence[RestoreTrial], meter: Meter[Trial]
+) -> list[Samples]:
+    """Measure, check what was restored, and delete the files."""
+    samples = measure(bench, case, state, trials, meter, _unit(meter))
     for trial in trials:
         agreed(f"{case}: {trial.name}", check_restore, trial)
-    for path in paths.values():
+    for path in dict.fromkeys(trial.path for trial in trials):
         delete(path)
     return samples
 
 
 def _overhead_case(bench: Bench, count: int) -> list[Samples]:
-    """First saves, and saves of an unchanged layout, against the mere writing of the same bytes."""
     state = build_state(small_shapes(count), bench.mesh, dim=0)
-    trials: list[Trial] = [SaveTrial(Raw(state, direct=False), bench.directory)]
-    for build in _builders(bench, _without(bench, "raw"), saving=True):
+    trials = [SaveTrial(Raw(state, direct=False), bench.directory), *_first_and_later(bench, state)]
+    return measure(bench, f"{OVERHEAD} of {count} variables", state, trials, seconds)
+
+
+def _first_and_later(bench: Bench, state: State) -> list[SaveTrial]:
+    trials: list[SaveTrial] = []
+    for build in builders(bench, names_without(bench, "raw"), saving=True):
         trials += [FirstSaveTrial(build, state, bench.directory), SaveTrial(build(state), bench.directory)]
-    return _measure(bench, f"{OVERHEAD} of {count} variables", state, trials, seconds)
+    return trials
 
 
-def _measure(bench: Bench, case: str, state: State, trials: Sequence[Trial], meter: Meter) -> list[Samples]:
-    """Times are taken after one round that does not count; memory from the first, which loads the libraries too."""
-    if meter is seconds:
-        interleave(trials, 1, meter)
-    unit = "s" if meter is seconds else "MiB"
-    values = interleave(trials, bench.setup.rounds, meter)
-    return [Samples(case, name, unit, state.nbytes, tuple(measured)) for name, measured in values.items()]
+def _save_columns(bench: Bench) -> list[Samples]:
+    columns, rows = (bench.gpt(LAYOUTS[layout]) for layout in ("columns", "rows"))
+    own = [name for name in bench.setup.competitors if name == "distckpt"]
+    trials = [
+        SaveTrial(build(columns), bench.directory) for build in builders(bench, bench.setup.competitors, saving=True)
+    ]
+    references = [SaveTrial(build(rows), bench.directory) for build in builders(bench, own, saving=True)]
+    return measure(bench, "columns: save", columns, [*trials, *_called_rows(references)], seconds)
 
 
-def _saved(bench: Bench, names: Iterable[str]) -> dict[str, Path]:
-    """Name of a competitor to the checkpoint it wrote. Collective over the process group."""
-    state = bench.gpt(dim=0)
-    state.fill()
-    paths = {}
-    for name in names:
-        competitor = _builders(bench, [name], saving=True)[0](state)
-        paths[name] = agreed(f"save with {name}", competitor.save, bench.directory / name)
-    return paths
+def _restore_columns(bench: Bench) -> list[Samples]:
+    columns, rows = (bench.gpt(LAYOUTS[layout]) for layout in ("columns", "rows"))
+    own = [name for name in bench.setup.competitors if name == "distckpt"]
+    trials = _restore_trials(bench, columns, _saved(bench, columns, bench.setup.competitors, bench.directory))
+    # distckpt numbers the files of each directory itself, and would begin again.
+    references = _restore_trials(bench, rows, _saved(bench, rows, own, bench.directory / "rows"))
+    return _measure_restores(bench, "columns: restore", columns, [*trials, *_called_rows(references)], seconds)
 
 
-def _without(bench: Bench, *names: str) -> tuple[str, ...]:
-    return tuple(name for name in bench.setup.competitors if name not in names)
+def _called_rows(trials: list[SaveOrRestore]) -> list[SaveOrRestore]:
+    for trial in trials:
+        trial.name = f"{trial.name}, rows"
+    return trials
 
 
-def _builders(bench: Bench, names: Iterable[str], *, saving: bool) -> list[Builder]:
-    """How to make the competitors of these names. Collective over the process group."""
-    return [build for name in names for build in _builders_of(bench, name, saving=saving)]
-
-
-def _builders_of(bench: Bench, name: str, *, saving: bool) -> list[Builder]:
-    """Competitors whose packages may be missing are imported only when asked for."""
-    if name == "raw":
-        direct = saving and over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
-        return [partial(Raw, direct=mode) for mode in ((False, True) if direct else (False,))]
-    if name == "dcp":
-        from distckpt.bench.dcp import Dcp
-
-        return [Dcp]
-    if name == "safetensors":
-        from distckpt.bench.safetensors import Safetensors
-
-        return [Safetensors]
-    from distckpt.bench.product import Distckpt
-
-    return [Distckpt] if saving else [partial(Distckpt, verify=False), Distckpt]
+def _unit(meter: Meter[Trial]) -> str:
+    return "MiB" if meter is extra_mib else "s"

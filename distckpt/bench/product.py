@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import distckpt
-from distckpt.bench.competitor import Competitor
-from distckpt.bench.state import State
+from distckpt.bench.competitor import BackgroundCompetitor, Competitor
+from distckpt.bench.state import SLOTS, State
 
 
 class Distckpt(Competitor):
@@ -30,3 +33,52 @@ class Distckpt(Competitor):
     def restore(self, path: Path) -> None:
         """Restore into the live tensors."""
         self._checkpoint.restore(path, options=self._options)
+
+
+class DistckptAsync(BackgroundCompetitor):
+    """One `Checkpoint`, saved with `save_async`."""
+
+    def __init__(self, state: State, *, overlap: bool) -> None:
+        """Make the Checkpoint. Local.
+
+        Args:
+            state: What is saved: weights and their Adam slots, with `overlap`.
+            overlap: Return before the state is copied; the next optimizer step waits for that.
+        """
+        super().__init__("distckpt", state)
+        self._options = distckpt.SaveOptions(overlap=overlap)
+        tracked = _as_training_has_it(state) if overlap else {"state": state.tensors}
+        self._checkpoint = distckpt.Checkpoint(**tracked)
+
+    def start(self, stem: Path) -> DistckptPending:
+        """Save with one prefix for all saves."""
+        return DistckptPending(self._checkpoint.save_async(stem.parent / "distckpt", options=self._options))
+
+
+class DistckptPending:
+    """A save that goes on."""
+
+    def __init__(self, handle: distckpt.SaveHandle) -> None:
+        self._handle = handle
+
+    def wait_staged(self) -> None:
+        """Wait as the optimizer step does. Local."""
+        self._handle.wait_staged()
+
+    def is_done(self) -> bool:
+        """Whether it has ended. Collective where MPI has no threads."""
+        return self._handle.done()
+
+    def result(self) -> Path:
+        """Wait for the commit."""
+        return Path(self._handle.result())
+
+
+def _as_training_has_it(state: State) -> dict[str, Any]:
+    """The same tensors as parameters and an optimizer's slots, which are all that a save copies later."""
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in state.tensors.items() if not name.endswith(SLOTS)}
+    optimizer = torch.optim.Adam(weights.values())
+    for name, weight in weights.items():
+        slots = {slot: state.tensors[f"{name}.{slot}"] for slot in SLOTS}
+        optimizer.state[weight] = {"step": torch.tensor(1.0), **slots}
+    return {"weights": weights, "optimizer": optimizer}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from distckpt.bench.competitor import Competitor
 from distckpt.bench.runner import gather
 from distckpt.bench.state import State
 
+#: Place in the file, and what is read or written there.
+_Step = tuple[int, memoryview]
+
 _STEP = 16 << 20
 _BLOCK = 4096
 _SYNC_FILE_RANGE_WRITE = 2
@@ -22,7 +26,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Raw(Competitor):
-    """Each rank's bytes, in one page-aligned buffer, written to and read from its part of one file."""
+    """Each rank's bytes, in one page-aligned buffer, written to and read from its part of one file.
+
+    Of a state that all ranks hold, each writes a part and reads everything.
+    """
 
     def __init__(self, state: State, *, direct: bool) -> None:
         """Fill the buffer with the state. Collective over the process group.
@@ -35,9 +42,11 @@ class Raw(Competitor):
         self._direct = direct
         # O_DIRECT takes whole blocks, of memory that starts at a block.
         nbytes = -(-state.local_nbytes // _BLOCK) * _BLOCK
-        self._start = sum(gather(nbytes)[: dist.get_rank()])
+        start = 0 if state.is_replicated else sum(gather(nbytes)[: dist.get_rank()])
         self._buffer = mmap.mmap(-1, max(nbytes, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._steps = [memoryview(self._buffer)[at : min(at + _STEP, nbytes)] for at in range(0, nbytes, _STEP)]
+        memory = memoryview(self._buffer)
+        self._steps = [(start + at, memory[at : min(at + _STEP, nbytes)]) for at in range(0, nbytes, _STEP)]
+        self._own = _part(self._steps) if state.is_replicated else self._steps
         self._exchange(to_state=False)
 
     def save(self, stem: Path) -> Path:
@@ -56,7 +65,7 @@ class Raw(Competitor):
         """Read this rank's bytes back into the buffer."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            for at, view in zip(self._places(), self._steps, strict=True):
+            for at, view in self._steps:
                 _require(os.preadv(descriptor, [view], at), view)
         finally:
             os.close(descriptor)
@@ -65,14 +74,11 @@ class Raw(Competitor):
         """Copy what the buffer has into the state, to be checked there. Local."""
         self._exchange(to_state=True)
 
-    def _places(self) -> range:
-        return range(self._start, self._start + len(self._steps) * _STEP, _STEP)
-
     def _write(self, descriptor: int) -> None:
-        nbytes = sum(map(len, self._steps))
+        nbytes = sum(len(view) for _, view in self._own)
         if nbytes:
-            os.posix_fallocate(descriptor, self._start, nbytes)
-        for at, view in zip(self._places(), self._steps, strict=True):
+            os.posix_fallocate(descriptor, self._own[0][0], nbytes)
+        for at, view in self._own:
             _require(os.pwritev(descriptor, [view], at), view)
             if not self._direct:
                 start_write_back(descriptor, at, len(view))
@@ -114,6 +120,12 @@ def flush_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _part(steps: Sequence[_Step]) -> Sequence[_Step]:
+    """This rank's neighbouring steps, of those that all ranks have."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return steps[len(steps) * rank // size : len(steps) * (rank + 1) // size]
 
 
 def _require(moved: int, view: memoryview) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from distckpt.bench.cases import OVERHEAD, Samples, Setup
+from distckpt.bench.cases import OVERHEAD
+from distckpt.bench.samples import Samples
+from distckpt.bench.setting import Setup
 from distckpt.cluster.file_system import existing_parent, file_system_type
 
 _PACKAGES = ("distckpt", "torch", "numpy", "h5py", "mpi4py", "safetensors")
@@ -27,7 +29,7 @@ class Row:
     Attributes:
         case: Name of the case.
         name: Name of the competitor.
-        unit: Of the values: "s" or "MiB".
+        unit: Of the values: "s", "s lost" or "MiB".
         nbytes: Bytes of the state over all ranks.
         median: The middle value.
         minimum: The smallest value.
@@ -111,7 +113,7 @@ def _row(samples: Samples, case: Sequence[Samples]) -> Row:
         values=samples.values,
         gigabytes_per_second=samples.nbytes / samples.median / 1e9 if timed else None,
         of_raw=raw / samples.median if raw is not None else None,
-        against_distckpt=samples.median / own if own else None,
+        against_distckpt=samples.median / own if own is not None and own > 0 else None,
         beyond_raw=samples.median - raw if raw is not None and samples.case.startswith(OVERHEAD) else None,
     )
 
@@ -131,7 +133,7 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     unit = rows[0].unit
-    digits = 4 if unit == "s" else 1
+    digits = 1 if unit == "MiB" else 4
     return {
         f"median {unit}": [_number(row.median, digits) for row in rows],
         "min": [_number(row.minimum, digits) for row in rows],

@@ -38,16 +38,17 @@ class Trial(Protocol):
         """What must be done after, unmeasured."""
 
 
-Meter = Callable[[Trial], float]
+TrialT = TypeVar("TrialT", bound=Trial)
+Meter = Callable[[TrialT], float]
 
 
-def interleave(trials: Sequence[Trial], rounds: int, meter: Meter) -> dict[str, list[float]]:
+def interleave(trials: Sequence[TrialT], rounds: int, meter: Meter[TrialT]) -> dict[str, list[float]]:
     """Measure every trial once per round, in alternating order. Collective over the process group.
 
     Args:
         trials: What to measure; their names differ.
         rounds: How often.
-        meter: What to measure of a run: `seconds` or `extra_mib`.
+        meter: What to measure of a run, such as `seconds` or `extra_mib`.
 
     Returns:
         Name of a trial to its measured values, one per round, the same on all ranks.

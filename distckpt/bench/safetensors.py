@@ -15,15 +15,20 @@ from distckpt.bench.state import State
 
 
 class Safetensors(Competitor):
-    """One file per rank in one directory per checkpoint. Restores onto the same ranks and shards only."""
+    """One file per rank in one directory per checkpoint. Restores onto the same ranks and shards only.
+
+    Of a state that all ranks hold, rank 0 writes the only file.
+    """
 
     def __init__(self, state: State) -> None:
         super().__init__("safetensors", state)
 
     def save(self, stem: Path) -> Path:
         """Write this rank's shards and flush file and directory."""
+        if self._writer() != dist.get_rank():
+            return stem
         stem.mkdir(exist_ok=True)
-        path = _file(stem)
+        path = self._file(stem)
         save_file(dict(zip(self.state.tensors, self.state.shards(), strict=True)), path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -35,10 +40,13 @@ class Safetensors(Competitor):
 
     def restore(self, path: Path) -> None:
         """Copy every stored shard into the live one."""
-        with safe_open(_file(path), framework="pt") as file:
+        with safe_open(self._file(path), framework="pt") as file:
             for name, shard in zip(self.state.tensors, self.state.shards(), strict=True):
                 shard.copy_(file.get_tensor(name))
 
+    def _file(self, directory: Path) -> Path:
+        return directory / f"rank-{self._writer()}.safetensors"
 
-def _file(directory: Path) -> Path:
-    return directory / f"rank-{dist.get_rank()}.safetensors"
+    def _writer(self) -> int:
+        """The rank that writes what this one reads."""
+        return 0 if self.state.is_replicated else dist.get_rank()

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from distckpt.bench.cases import Bench, Samples, Setup, run_case
+from distckpt.bench.cases import run_case
 from distckpt.bench.runner import agreed, gather
+from distckpt.bench.samples import Samples
+from distckpt.bench.setting import Bench, Setup
 from distckpt.cluster.process_group import init_process_group
 
 _SPARE = 64 << 20

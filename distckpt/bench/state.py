@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Shapes = dict[str, tuple[int, ...]]
 
-_SLOTS = ("exp_avg", "exp_avg_sq")
+#: Names of the optimizer slots of each weight, and last parts of the names of their variables.
+SLOTS = ("exp_avg", "exp_avg_sq")
+
 _ITEMSIZE = 4
 _HIDDEN_SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
 _SALT = 0x1E3779B1
@@ -20,7 +23,7 @@ _SALT = 0x1E3779B1
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Variables of which each rank holds one shard.
+    """Variables of which each rank holds one shard, or all.
 
     Attributes:
         tensors: Name to DTensor, the same names on all ranks.
@@ -29,8 +32,13 @@ class State:
     tensors: dict[str, DTensor]
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether each rank holds all of every variable."""
+        return any(tensor.placements[0].is_replicate() for tensor in self.tensors.values())
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all shards of all ranks."""
+        """Bytes of all variables, each counted once."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * _ITEMSIZE
 
     @property
@@ -75,12 +83,12 @@ def gpt_shapes(nbytes: int, hidden: int | None = None) -> Shapes:
     Returns:
         Name to global shape; weights first, then one slot after the other.
     """
-    weights = nbytes // _ITEMSIZE // (1 + len(_SLOTS))
+    weights = nbytes // _ITEMSIZE // (1 + len(SLOTS))
     width = hidden or min(_HIDDEN_SIZES, key=lambda size: abs(weights / _block_elements(size) - 12.5))
     layers = max(1, int(0.97 * weights / _block_elements(width)))
     rows = max(2, round((weights - layers * _block_elements(width)) / width) - 2)
     shapes = _gpt_weights(width, layers, rows)
-    return shapes | {f"{name}.{slot}": shape for slot in _SLOTS for name, shape in shapes.items()}
+    return shapes | {f"{name}.{slot}": shape for slot in SLOTS for name, shape in shapes.items()}
 
 
 def small_shapes(count: int) -> Shapes:
@@ -88,18 +96,20 @@ def small_shapes(count: int) -> Shapes:
     return {f"layers.{index}.bias": (256,) for index in range(count)}
 
 
-def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int) -> State:
+def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int | None) -> State:
     """A state with the elements of `State.scramble`. Local.
 
     Args:
         shapes: Name to global shape.
         mesh: One-dimensional mesh of all ranks.
         dim: The dimension that is split over the ranks; variables with fewer dimensions are split along dimension 0.
+            None gives every rank all of them.
 
     Returns:
         The state.
     """
-    state = State({name: _empty(shape, mesh, dim if dim < len(shape) else 0) for name, shape in shapes.items()})
+    make = _replicated if dim is None else functools.partial(_sharded, dim=dim)
+    state = State({name: make(shape, mesh) for name, shape in shapes.items()})
     state.scramble()
     return state
 
@@ -125,7 +135,12 @@ def _block(hidden: int) -> Shapes:
     return shapes | {"mlp.c_proj.weight": (hidden, 4 * hidden), "mlp.c_proj.bias": (hidden,)}
 
 
-def _empty(shape: tuple[int, ...], mesh: DeviceMesh, dim: int) -> DTensor:
+def _replicated(shape: tuple[int, ...], mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(torch.empty(shape, dtype=torch.float32), mesh, [Replicate()], run_check=False)
+
+
+def _sharded(shape: tuple[int, ...], mesh: DeviceMesh, dim: int) -> DTensor:
+    dim = dim if dim < len(shape) else 0
     rows = _rows(shape[dim], mesh)
     local = torch.empty((*shape[:dim], len(rows), *shape[dim + 1 :]), dtype=torch.float32)
     stride = torch.empty(shape, device="meta").stride()

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from distckpt.bench.competitor import Competitor
 from distckpt.bench.state import State
 
-Builder = Callable[[State], Competitor]
-
 _READ_STEP = 16 << 20
 _PAGE = mmap.PAGESIZE
 
@@ -57,7 +55,7 @@ class FirstSaveTrial(SaveTrial):
         name: How the report calls it.
     """
 
-    def __init__(self, build: Builder, state: State, directory: Path) -> None:
+    def __init__(self, build: Callable[[State], Competitor], state: State, directory: Path) -> None:
         super().__init__(build(state), directory)
         self.name = f"{self._competitor.name}, first save"
         self._build = build

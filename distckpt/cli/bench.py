@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,40 +14,52 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from distckpt.bench.cases import Setup
     from distckpt.bench.session import Outcome
+    from distckpt.bench.setting import Setup
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _WIDTH = 110
+_PICTURES = (".png", ".svg", ".pdf")
+_CASES = "save, restore, reshard, memory, overhead, async, overlap, replicated, columns, small, repeat."
 
 
 def bench(
     directory: Annotated[Path, typer.Option("--dir", help="Directory on the file system to measure.")],
     size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
     against: Annotated[str, typer.Option(help="Rivals: raw, dcp, safetensors.")] = "raw,dcp",
-    cases: Annotated[str, typer.Option(help="save, restore, reshard, memory, overhead.")] = "save,restore,reshard",
+    cases: Annotated[str, typer.Option(help=_CASES)] = "save,restore,reshard",
+    layout: Annotated[str, typer.Option(help="How the state is split: rows or columns.")] = "rows",
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 5,
     variables: Annotated[str, typer.Option(help="Numbers of 1 KiB variables, for overhead.")] = "1000,10000",
+    small: Annotated[int, typer.Option(min=1, help="Number of 1 KiB variables, for small.")] = 20_000,
     hidden: Annotated[int | None, typer.Option(min=1, help="Width of the model; else one that suits the size.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Draw them into this file, a PNG, SVG or PDF.")
+    ] = None,
 ) -> None:
     """Measure durable saves and warm restores of a GPT-like state. Run it under mpirun."""
     # Torch takes seconds to import, and other commands have no use for it.
-    from distckpt.bench.cases import CASES, COMPETITORS, Setup
+    from distckpt.bench.builders import COMPETITORS
+    from distckpt.bench.cases import CASES
+    from distckpt.bench.setting import LAYOUTS, Setup
 
     setup = Setup(
         nbytes=parse_size(size),
         hidden=hidden,
+        layout=parse_choice("--layout", layout, tuple(LAYOUTS)),
         variables=tuple(parse_number(word) for word in variables.split(",")),
+        small=small,
         competitors=("distckpt", *parse_choices("--against", against, COMPETITORS[1:])),
         cases=parse_choices("--cases", cases, tuple(CASES)),
         rounds=rounds,
     )
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{json_path}: its directory does not exist.", param_hint="--json")
+    _require_directory("--json", json_path)
+    _require_directory("--plot", plot_path)
+    _require_plotting(plot_path)
     outcome = _measure(setup, directory)
     if outcome.rank == 0:
-        _report(outcome, setup, directory, json_path)
+        _report(outcome, setup, directory, json_path, plot_path)
 
 
 def parse_size(text: str) -> int:
@@ -106,6 +119,41 @@ def parse_choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str
     return words
 
 
+def parse_choice(option: str, text: str, choices: tuple[str, ...]) -> str:
+    """One of the choices.
+
+    Args:
+        option: Name of the option, for the error.
+        text: What the user gave.
+        choices: What may be chosen.
+
+    Returns:
+        What was chosen.
+
+    Raises:
+        typer.BadParameter: It is no choice.
+    """
+    if text not in choices:
+        raise typer.BadParameter(f"expected {' or '.join(choices)}. Got {text!r}.", param_hint=option)
+    return text
+
+
+def _require_directory(option: str, path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path}: its directory does not exist.", param_hint=option)
+
+
+def _require_plotting(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in _PICTURES:
+        raise typer.BadParameter(
+            f"expected a name that ends in {', '.join(_PICTURES)}. Got {path}.", param_hint="--plot"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("it needs matplotlib: pip install 'distckpt[report]'.", param_hint="--plot")
+
+
 def _measure(setup: Setup, directory: Path) -> Outcome:
     from distckpt.bench.session import run_session
     from distckpt.errors import CheckpointError
@@ -125,7 +173,7 @@ def _announce(case: str) -> None:
     typer.echo(f"measuring: {case}", err=True)
 
 
-def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None) -> None:
+def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None, plot_path: Path | None) -> None:
     from rich.console import Console
 
     from distckpt.bench.report import make_document, make_rows, make_tables
@@ -134,6 +182,10 @@ def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | N
     if json_path is not None:
         document = make_document(rows, setup, outcome.size, directory)
         json_path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if plot_path is not None:
+        from distckpt.bench.plot import plot_rows
+
+        plot_rows(rows, plot_path)
     # mpirun gives every rank a terminal of its own, which is not the user's: its colours and width mean nothing.
     console = Console(force_terminal=False, width=_WIDTH)
     for table in make_tables(rows):

@@ -33,6 +33,26 @@ def test_all_cases_are_measured_and_written(mpirun: Any, tmp_path: Path) -> None
     assert not list(files.iterdir())
 
 
+def test_saves_in_the_background_and_other_layouts_are_measured_and_drawn(mpirun: Any, tmp_path: Path) -> None:
+    cases = ["overlap", "replicated", "columns"]
+    report, picture = tmp_path / "report.json", tmp_path / "report.png"
+    options = ["--size", "64KiB", "--dir", tmp_path / "files", "--json", report]
+    options += ["--plot", picture] if importlib.util.find_spec("matplotlib") else []
+    done = mpirun(2, [*BENCH, *options, "--against", "raw,dcp", "--cases", ",".join(cases)], timeout=300)
+    assert done.returncode == 0, done.stdout
+    rows = json.loads(report.read_text())["results"]
+    measured = {(row["case"], row["name"]) for row in rows}
+    parts = [f"overlap: {part}" for part in ("stall", "until tensors may change", "until durable", "training lost")]
+    parts += [f"{case}: {part}" for case in ("replicated", "columns") for part in ("save", "restore")]
+    assert {(part, name) for part in parts for name in ("distckpt", "DCP")} <= measured
+    assert {("columns: save", "distckpt, rows"), ("columns: restore", "distckpt, rows")} <= measured
+    assert {("overlap: stall", "raw memcpy"), ("overlap: stall", "distckpt, first save")} <= measured
+    sizes = {row["case"]: row["nbytes"] for row in rows}
+    assert sizes["replicated: save"] == sizes["columns: save"]
+    assert picture.exists() == ("--plot" in options)
+    assert not list((tmp_path / "files").iterdir())
+
+
 def test_a_directory_that_cannot_be_made_is_one_error_on_all_ranks(mpirun: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = mpirun(2, [*BENCH, "--size", "1MiB", "--dir", tmp_path / "file"])

@@ -6,7 +6,9 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,27 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
 from typer.testing import CliRunner
 
-from distckpt.bench.cases import Bench, Samples, Setup, run_case
-from distckpt.bench.competitor import Competitor
-from distckpt.bench.dcp import Dcp
+from distckpt.bench.background import (
+    DurableTrial,
+    FirstStallTrial,
+    MemcpyTrial,
+    SlowdownTrial,
+    StallTrial,
+    seconds_lost,
+)
+from distckpt.bench.cases import CASES, run_case
+from distckpt.bench.competitor import BackgroundCompetitor, Competitor
+from distckpt.bench.dcp import Dcp, DcpAsync
 from distckpt.bench.raw import Raw, supports_direct
 from distckpt.bench.report import make_document, make_rows, make_tables
 from distckpt.bench.runner import agreed, extra_mib, interleave, seconds
+from distckpt.bench.samples import Samples
 from distckpt.bench.session import make_directory
-from distckpt.bench.state import build_state, gpt_shapes, small_shapes
+from distckpt.bench.setting import Bench, Setup
+from distckpt.bench.state import State, build_state, gpt_shapes, small_shapes
 from distckpt.bench.trials import FirstSaveTrial, RestoreTrial, SaveTrial, check_restore
 from distckpt.cli.bench import parse_choices, parse_number, parse_size
 from distckpt.cli.main import build
@@ -44,7 +57,9 @@ def a_setup(**changes: object) -> Setup:
     values = {
         "nbytes": MIB,
         "hidden": None,
+        "layout": "rows",
         "variables": (20,),
+        "small": 25,
         "competitors": ("raw", "dcp"),
         "cases": (),
         "rounds": 2,
@@ -114,13 +129,15 @@ def competitor_class(name: str) -> type[Competitor]:
     return importlib.import_module("distckpt.bench.safetensors").Safetensors  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("dim", [0, None])
 @pytest.mark.parametrize("name", ["raw", "raw O_DIRECT", "dcp", "safetensors"])
-def test_competitors_restore_what_they_saved(name: str, mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_competitors_restore_what_they_saved(name: str, dim: int | None, mesh: DeviceMesh, tmp_path: Path) -> None:
     if name == "safetensors":
         pytest.importorskip("safetensors")
     if name == "raw O_DIRECT" and not supports_direct(tmp_path):
         pytest.skip("this file system has no O_DIRECT")
-    saved, live = (build_state(gpt_shapes(MIB), mesh, dim=0) for _ in range(2))
+    saved, live = (build_state(gpt_shapes(MIB), mesh, dim=dim) for _ in range(2))
+    assert saved.is_replicated == (dim is None)
     saved.fill()
     if name.startswith("raw"):
         path = Raw(saved, direct=name != "raw").save(tmp_path / "saved")
@@ -211,15 +228,131 @@ def test_saves_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tm
     assert names == {"raw-1.raw", "raw-2.raw", "DCP,-first-save-1", "DCP,-first-save-2"}
 
 
-@pytest.mark.parametrize("case", ["save", "restore", "reshard", "memory", "overhead"])
+UNITS = {"memory": {"MiB"}, "async": {"s", "s lost"}, "overlap": {"s", "s lost"}}
+WITHOUT_RAW = {"reshard", "memory", "repeat"}
+PARTS = {
+    "overlap": {
+        "overlap: stall": {"raw memcpy", "DCP, first save", "DCP"},
+        "overlap: until tensors may change": {"DCP"},
+        "overlap: until durable": {"raw", "DCP, save", "DCP"},
+        "overlap: training lost": {"DCP"},
+    },
+    "repeat": {"repeat": {"DCP, first save", "DCP"}},
+    "small": {"small, 25 variables: save": {"raw", "DCP"}, "small, 25 variables: restore": {"raw", "DCP"}},
+    "replicated": {"replicated: save": {"raw", "DCP"}, "replicated: restore": {"raw", "DCP"}},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
 def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_path: Path) -> None:
-    results = run_case(Bench(a_setup(), mesh, tmp_path), case)
-    assert results
-    assert all(len(samples.values) == 2 for samples in results)
-    assert any(samples.name == "DCP" for samples in results)
-    assert any(samples.name == "raw" for samples in results) == (case in {"save", "restore", "overhead"})
-    assert {samples.unit for samples in results} == {"MiB" if case == "memory" else "s"}
+    results = run_case(Bench(a_setup(nbytes=2**16, rounds=1), mesh, tmp_path), case)
+    found: dict[str, set[str]] = {samples.case: set() for samples in results}
+    for samples in results:
+        assert len(samples.values) == 1
+        found[samples.case].add(samples.name)
+    assert all("DCP" in names for names in found.values())
+    assert any("raw" in names for names in found.values()) == (case not in WITHOUT_RAW)
+    if case in PARTS:
+        assert {part: names - {"raw O_DIRECT"} for part, names in found.items()} == PARTS[case]
+    assert {samples.unit for samples in results} == UNITS.get(case, {"s"})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layout", "saved", "restored"), [("rows", 0, 1), ("columns", 1, 0)])
+def test_the_layout_is_that_of_saves_and_a_reshard_goes_to_the_other(
+    layout: str, saved: int, restored: int, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dims: list[tuple[str, int]] = []
+    for name in ("save", "restore"):
+        monkeypatch.setattr(Dcp, name, recording(getattr(Dcp, name), name, dims))
+    run_case(Bench(a_setup(nbytes=2**16, layout=layout, competitors=("dcp",), rounds=1), mesh, tmp_path), "reshard")
+    assert set(dims) == {("save", saved), ("restore", restored)}
+
+
+def recording(method: Callable[[Dcp, Path], object], name: str, dims: list[tuple[str, int]]) -> object:
+    def record(self: Dcp, path: Path) -> object:
+        weight = self.state.tensors["wte.weight"]
+        dims.extend((name, placement.dim) for placement in weight.placements if isinstance(placement, Shard))
+        return method(self, path)
+
+    return record
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_dcp_in_the_background_saves_the_values_of_the_moment(overlap: bool, mesh: DeviceMesh, tmp_path: Path) -> None:
+    saved, live = (build_state(gpt_shapes(MIB), mesh, dim=0) for _ in range(2))
+    competitor = DcpAsync(saved, overlap=overlap)
+    for number in range(2):
+        saved.fill()
+        pending = competitor.start(tmp_path / str(number))
+        pending.wait_staged()
+        saved.scramble()
+        path = pending.result()
+        assert pending.is_done()
+        check_restore(RestoreTrial(Dcp(live), path))
+
+
+class Sleeper(BackgroundCompetitor):
+    """Saves nothing; what it starts is done when it was asked a few times, each of which takes 50 ms."""
+
+    def __init__(self, state: State, asked: int) -> None:
+        super().__init__("sleeper", state)
+        self.asked = asked
+
+    def start(self, stem: Path) -> Sleeper:
+        stem.touch()
+        self.stem, self.left, self.waited = stem, self.asked, 0
+        return self
+
+    def wait_staged(self) -> None:
+        self.waited += 1
+
+    def is_done(self) -> bool:
+        time.sleep(0.05)
+        self.left -= 1
+        return self.left <= 0
+
+    def result(self) -> Path:
+        return self.stem
+
+
+def test_training_goes_on_until_the_save_has_ended_and_what_it_lost_is_measured(
+    mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    sleeper = Sleeper(build_state(small_shapes(3), mesh, dim=0), asked=6)
+    samples = interleave([SlowdownTrial(sleeper, tmp_path)], 1, seconds_lost)
+    assert sleeper.left == 0
+    assert sleeper.waited == 6
+    assert 0.25 < samples["sleeper"][0] < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_stalls_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tmp_path: Path) -> None:
+    state = build_state(small_shapes(3), mesh, dim=0)
+    build = partial(DcpAsync, overlap=False)
+    trials = [StallTrial(build(state), tmp_path), FirstStallTrial(build, state, tmp_path)]
+    trials.append(DurableTrial(build(state), tmp_path))
+    names = set()
+    for _ in range(2):
+        for trial in trials:
+            before = state.tensors["layers.0.bias"].to_local().clone()
+            trial.prepare()
+            assert not torch.equal(before, state.tensors["layers.0.bias"].to_local())
+            trial.run()
+            names.update(path.name for path in tmp_path.iterdir())
+            trial.clean()
+            assert not list(tmp_path.iterdir())
+    assert {"DCP-1", "DCP-2"} <= names
+
+
+def test_the_limit_of_a_copy_copies_everything(mesh: DeviceMesh) -> None:
+    state = build_state(small_shapes(3), mesh, dim=0)
+    trial = MemcpyTrial(state)
+    for _ in range(2):
+        trial.prepare()
+    assert not any(map(torch.equal, trial.copies, state.shards()))
+    trial.run()
+    assert all(map(torch.equal, trial.copies, state.shards()))
 
 
 @pytest.mark.usefixtures("mesh")
@@ -234,7 +367,10 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path) -> 
     ("options", "message"),
     [
         (["--against", "tar"], "expected some of raw, dcp, safetensors. Got 'tar'"),
-        (["--cases", "sleep"], "expected some of save, restore, reshard, memory, overhead. Got 'sleep'"),
+        (["--cases", "sleep"], f"expected some of {', '.join(CASES)}. Got 'sleep'"),
+        (["--layout", "diagonal"], "expected rows or columns. Got 'diagonal'"),
+        (["--plot", "no/such/directory/file.png"], "no/such/directory/file.png: its directory does not exist"),
+        (["--plot", "file.xls"], "expected a name that ends in .png, .svg, .pdf. Got file.xls"),
         (["--size", "big"], "expected a size such as 64MiB or 1GiB. Got 'big'"),
         (["--json", "no/such/directory/file.json"], "no/such/directory/file.json: its directory does not exist"),
     ],
@@ -255,11 +391,13 @@ RESULTS = [
     Samples("overhead of 5 variables", "raw", "s", 5120, (0.001,)),
     Samples("memory of save", "distckpt", "MiB", 10**9, (8.0, 0.0, 0.0)),
     Samples("memory of save", "DCP", "MiB", 10**9, (2.0, 3.0, 4.0)),
+    Samples("async: training lost", "distckpt", "s lost", 10**9, (-0.01,)),
+    Samples("async: training lost", "DCP", "s lost", 10**9, (0.3,)),
 ]
 
 
 def test_ratios_are_between_medians_and_to_the_best_raw() -> None:
-    own, raw, direct, dcp, small, _, memory, _ = make_rows(RESULTS)
+    own, raw, direct, dcp, small, _, memory, _, lost, lost_by_dcp = make_rows(RESULTS)
     assert (own.median, own.minimum, own.maximum) == (0.5, 0.4, 0.6)
     assert (own.of_raw, raw.of_raw, direct.of_raw) == (pytest.approx(0.8), pytest.approx(0.5), 1.0)
     assert (own.against_distckpt, dcp.against_distckpt) == (1.0, 2.0)
@@ -267,18 +405,34 @@ def test_ratios_are_between_medians_and_to_the_best_raw() -> None:
     assert own.beyond_raw is None
     assert small.beyond_raw == pytest.approx(0.003)
     assert (memory.of_raw, memory.gigabytes_per_second, memory.against_distckpt) == (None, None, None)
+    assert (lost.median, lost.gigabytes_per_second, lost_by_dcp.against_distckpt) == (-0.01, None, None)
 
 
 def test_the_tables_show_what_means_something() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     for table in make_tables(make_rows(RESULTS)):
         console.print(table)
-    save, overhead, memory = console.export_text().split(" rounds")[1:]
+    save, overhead, memory, lost = console.export_text().split(" rounds")[1:]
     assert "of raw limit" in save
     assert "beyond raw" not in save
     assert "beyond raw" in overhead
     assert "GB/s" not in memory
     assert "median MiB" in memory
+    assert "median s lost" in lost
+    assert "-0.0100" in lost
+    assert "GB/s" not in lost
+
+
+def test_the_plot_has_a_bar_for_each_row_and_a_panel_for_each_case(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("distckpt.bench.plot")
+    plot.plot_rows(make_rows(RESULTS), tmp_path / "out.svg")
+    text = (tmp_path / "out.svg").read_text()
+    for samples in RESULTS:
+        assert f"<!-- {samples.name} -->" in text
+        assert f"<!-- {samples.case} -->" in text
+    plot.plot_rows(make_rows(RESULTS[:1]), tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_document_is_plain_json(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Saves in the background: what training waits for, when the checkpoint is durable, and how much slower training is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distckpt.bench.builders import background_builders, builders, names_without
+from distckpt.bench.competitor import BackgroundCompetitor, Pending
+from distckpt.bench.runner import Trial, agreed, over_ranks, seconds
+from distckpt.bench.samples import Samples, measure
+from distckpt.bench.setting import Bench
+from distckpt.bench.state import State
+from distckpt.bench.training import TrainingLoop
+from distckpt.bench.trials import SaveTrial, delete, make_resident
+
+
+def measure_background(bench: Bench, *, overlap: bool) -> list[Samples]:
+    """Measure saves in the background. Collective over the process group.
+
+    Args:
+        bench: What all cases share.
+        overlap: The competitors copy the state in the background, too.
+
+    Returns:
+        Of four cases: the stall of the first and of later saves, with `overlap` the time until tensors may change, the
+        time until the checkpoint is durable, and the time that a training loop loses meanwhile.
+    """
+    title = "overlap" if overlap else "async"
+    state, directory = bench.gpt(bench.dim), bench.directory
+    makers = background_builders(bench, overlap=overlap)
+    competitors = [make(state) for make in makers]
+    stalls: list[Trial] = [MemcpyTrial(state)] if "raw" in bench.setup.competitors else []
+    for make, competitor in zip(makers, competitors, strict=True):
+        stalls += [FirstStallTrial(make, state, directory), StallTrial(competitor, directory)]
+    samples = measure(bench, f"{title}: stall", state, stalls, seconds)
+    del stalls
+    if overlap:
+        safe = [SafeTrial(competitor, directory) for competitor in competitors]
+        samples += measure(bench, f"{title}: until tensors may change", state, safe, seconds)
+    durable = [*_whole_saves(bench, state), *(DurableTrial(competitor, directory) for competitor in competitors)]
+    samples += measure(bench, f"{title}: until durable", state, durable, seconds)
+    slowdown = [SlowdownTrial(competitor, directory) for competitor in competitors]
+    return samples + measure(bench, f"{title}: training lost", state, slowdown, seconds_lost, "s lost")
+
+
+def _whole_saves(bench: Bench, state: State) -> list[Trial]:
+    """Saves that training waits for, to compare with."""
+    trials: list[Trial] = []
+    for build in builders(bench, names_without(bench, "safetensors"), saving=True):
+        trial = SaveTrial(build(state), bench.directory)
+        trial.name = trial.name if trial.name.startswith("raw") else f"{trial.name}, save"
+        trials.append(trial)
+    return trials
+
+
+class MemcpyTrial:
+    """The limit of a copy that training waits for: this rank's shards into buffers that were used before.
+
+    Attributes:
+        name: How the report calls it.
+        copies: What it copied last, one for each shard.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.name = "raw memcpy"
+        self._state = state
+        self.copies = [torch.zeros_like(shard) for shard in state.shards()]
+
+    def prepare(self) -> None:
+        """Change the values as training would."""
+        self._state.advance()
+
+    def run(self) -> None:
+        """Copy, one variable after the other."""
+        for copy, shard in zip(self.copies, self._state.shards(), strict=True):
+            copy.copy_(shard)
+
+    def clean(self) -> None:
+        """Nothing is left behind."""
+
+
+class StallTrial:
+    """Start a save: what is measured is how long the training loop stands still.
+
+    Attributes:
+        name: How the report calls it.
+    """
+
+    def __init__(self, competitor: BackgroundCompetitor, directory: Path) -> None:
+        self.name = competitor.name
+        self._competitor = competitor
+        self._directory = directory
+        self._count = 0
+        self._pending: Pending
+
+    def prepare(self) -> None:
+        """Change the values as training would, and let the disk come to rest."""
+        self._count += 1
+        self._competitor.state.advance()
+        os.sync()
+        # The copy and the pages of the file.
+        make_resident(2 * self._competitor.state.local_nbytes)
+
+    def run(self) -> None:
+        """Start."""
+        stem = self._directory / f"{self.name.replace(' ', '-')}-{self._count}"
+        self._pending = self._competitor.start(stem)
+
+    def clean(self) -> None:
+        """Wait for the end, and delete what was saved."""
+        delete(self._pending.result())
+        del self._pending
+
+
+class FirstStallTrial(StallTrial):
+    """Start the first save of a new competitor each time, which has no buffers yet."""
+
+    def __init__(self, build: Callable[[State], BackgroundCompetitor], state: State, directory: Path) -> None:
+        super().__init__(build(state), directory)
+        self.name = f"{self._competitor.name}, first save"
+        self._build = build
+
+    def prepare(self) -> None:
+        """Begin anew."""
+        self._competitor = self._build(self._competitor.state)
+        super().prepare()
+
+
+class SafeTrial(StallTrial):
+    """Start a save, and wait until the tensors may change."""
+
+    def run(self) -> None:
+        """Start and wait."""
+        super().run()
+        self._pending.wait_staged()
+
+
+class DurableTrial(StallTrial):
+    """Start a save, and wait until it is durable, with nothing else to do."""
+
+    def run(self) -> None:
+        """Start and wait."""
+        super().run()
+        self._pending.result()
+
+
+class SlowdownTrial(StallTrial):
+    """Train while a save goes on.
+
+    Attributes:
+        lost: Seconds of the last run beyond those that its steps take while nothing is saved.
+    """
+
+    def __init__(self, competitor: BackgroundCompetitor, directory: Path) -> None:
+        super().__init__(competitor, directory)
+        self.lost = 0.0
+        self._loop = TrainingLoop()
+
+    def prepare(self) -> None:
+        """Measure the steps in quiet, too."""
+        super().prepare()
+        self._loop.calibrate()
+
+    def run(self) -> None:
+        """Start, and train until the checkpoint is durable."""
+        super().run()
+        self.lost = self._loop.train_during(self._pending)
+
+
+def seconds_lost(trial: SlowdownTrial) -> float:
+    """What the slowest rank's training lost while a save went on, in seconds. Collective over the process group."""
+    dist.barrier()
+    agreed(trial.name, trial.run)
+    return over_ranks(trial.lost, dist.ReduceOp.MAX)

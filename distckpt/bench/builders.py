@@ -1,0 +1,77 @@
+"""How the competitors of a run are made. Packages that may be missing are imported only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch.distributed as dist
+
+from distckpt.bench.competitor import BackgroundCompetitor, Competitor
+from distckpt.bench.raw import Raw, supports_direct
+from distckpt.bench.runner import over_ranks
+from distckpt.bench.setting import Bench
+from distckpt.bench.state import State
+
+Builder = Callable[[State], Competitor]
+BackgroundBuilder = Callable[[State], BackgroundCompetitor]
+
+COMPETITORS = ("distckpt", "raw", "dcp", "safetensors")
+
+
+def names_without(bench: Bench, *names: str) -> tuple[str, ...]:
+    """The competitors that the user asked for, but these."""
+    return tuple(name for name in bench.setup.competitors if name not in names)
+
+
+def builders(bench: Bench, names: Iterable[str], *, saving: bool) -> list[Builder]:
+    """How to make the competitors of these names. Collective over the process group.
+
+    Args:
+        bench: What all cases share.
+        names: Some of `COMPETITORS`.
+        saving: They save; else they restore.
+
+    Returns:
+        At least one builder per name, in their order.
+    """
+    return [build for name in names for build in _builders_of(bench, name, saving=saving)]
+
+
+def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilder]:
+    """How to make those of the asked competitors that save in the background. Local.
+
+    Args:
+        bench: What all cases share.
+        overlap: They copy the state in the background, too.
+
+    Returns:
+        One builder per competitor.
+    """
+    found: list[BackgroundBuilder] = []
+    if "distckpt" in bench.setup.competitors:
+        from distckpt.bench.product import DistckptAsync
+
+        found.append(partial(DistckptAsync, overlap=overlap))
+    if "dcp" in bench.setup.competitors:
+        from distckpt.bench.dcp import DcpAsync
+
+        found.append(partial(DcpAsync, overlap=overlap))
+    return found
+
+
+def _builders_of(bench: Bench, name: str, *, saving: bool) -> list[Builder]:
+    if name == "raw":
+        direct = saving and over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
+        return [partial(Raw, direct=mode) for mode in ((False, True) if direct else (False,))]
+    if name == "dcp":
+        from distckpt.bench.dcp import Dcp
+
+        return [Dcp]
+    if name == "safetensors":
+        from distckpt.bench.safetensors import Safetensors
+
+        return [Safetensors]
+    from distckpt.bench.product import Distckpt
+
+    return [Distckpt] if saving else [partial(Distckpt, verify=False), Distckpt]

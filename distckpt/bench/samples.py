@@ -1,0 +1,59 @@
+"""Measured values, and how rounds of trials become them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distckpt.bench.runner import Meter, TrialT, extra_mib, interleave
+from distckpt.bench.setting import Bench
+from distckpt.bench.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Measured values of one competitor in one case.
+
+    Attributes:
+        case: Name of the case.
+        name: Name of the competitor.
+        unit: "s", "s lost" or "MiB".
+        nbytes: Bytes of the state over all ranks.
+        values: One per round, of the rank with the largest.
+    """
+
+    case: str
+    name: str
+    unit: str
+    nbytes: int
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle of the values."""
+        return statistics.median(self.values)
+
+
+def measure(
+    bench: Bench, case: str, state: State, trials: Sequence[TrialT], meter: Meter[TrialT], unit: str = "s"
+) -> list[Samples]:
+    """Measure trials in interleaved rounds. Collective over the process group.
+
+    Times are taken after one round that does not count; memory from the first, which loads the libraries too.
+
+    Args:
+        bench: What all cases share.
+        case: Name of the case.
+        state: What the trials save or restore, or another one of the same size.
+        trials: What to measure; their names differ.
+        meter: What to measure of a run.
+        unit: Of what the meter returns.
+
+    Returns:
+        One for each trial, the same on all ranks.
+    """
+    if meter is not extra_mib:
+        interleave(trials, 1, meter)
+    values = interleave(trials, bench.setup.rounds, meter)
+    return [Samples(case, name, unit, state.nbytes, tuple(measured)) for name, measured in values.items()]

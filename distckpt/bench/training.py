@@ -1,0 +1,57 @@
+"""A training loop to be slowed down: a small model whose ranks wait for each other in every step."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from distckpt.bench.competitor import Pending
+from distckpt.bench.runner import over_ranks
+
+_WIDTH = 256
+_QUIET_STEPS = 20
+
+
+class TrainingLoop:
+    """Forward, backward and optimizer step of two layers, and one collective, as of the gradients, per step."""
+
+    def __init__(self) -> None:
+        layers = torch.nn.Linear(_WIDTH, _WIDTH), torch.nn.ReLU(), torch.nn.Linear(_WIDTH, _WIDTH)
+        self._model = torch.nn.Sequential(*layers)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        self._batch = torch.ones(_WIDTH, _WIDTH)
+        self._quiet = 0.0
+
+    def calibrate(self) -> None:
+        """Measure the time of a step while nothing is saved. Collective over the process group."""
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(_QUIET_STEPS):
+            self._step(None)
+        self._quiet = (time.perf_counter() - start) / _QUIET_STEPS
+
+    def train_during(self, pending: Pending) -> float:
+        """Train until a save has ended on all ranks. Collective over the process group.
+
+        Args:
+            pending: The save. The optimizer waits until the tensors may change.
+
+        Returns:
+            Seconds beyond those that the same number of steps takes while nothing is saved.
+        """
+        start = time.perf_counter()
+        steps = 1
+        while not self._step(pending):
+            steps += 1
+        return time.perf_counter() - start - steps * self._quiet
+
+    def _step(self, pending: Pending | None) -> bool:
+        """Train one step; returns whether the save has ended on all ranks."""
+        self._model(self._batch).square().mean().backward()
+        if pending is not None:
+            pending.wait_staged()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return over_ranks(pending is None or pending.is_done(), dist.ReduceOp.MIN) > 0
