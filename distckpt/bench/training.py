@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 
 import torch
@@ -11,7 +13,8 @@ from distckpt.bench.competitor import Pending
 from distckpt.bench.runner import over_ranks
 
 _WIDTH = 256
-_QUIET_STEPS = 20
+_WARM_STEPS = 10
+_QUIET_STEPS = 50
 
 
 class TrainingLoop:
@@ -26,11 +29,13 @@ class TrainingLoop:
 
     def calibrate(self) -> None:
         """Measure the time of a step while nothing is saved. Collective over the process group."""
-        dist.barrier()
-        start = time.perf_counter()
+        for _ in range(_WARM_STEPS):
+            self._step(None)
+        times = [time.perf_counter()]
         for _ in range(_QUIET_STEPS):
             self._step(None)
-        self._quiet = (time.perf_counter() - start) / _QUIET_STEPS
+            times.append(time.perf_counter())
+        self._quiet = statistics.median(after - before for before, after in itertools.pairwise(times))
 
     def train_during(self, pending: Pending) -> float:
         """Train until a save has ended on all ranks. Collective over the process group.
