@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distckpt.cli.bench_plan import plan
+
 if TYPE_CHECKING:
     from distckpt.bench.cases import Setup
     from distckpt.bench.session import Outcome
@@ -20,8 +22,16 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1
 _WIDTH = 110
 
 
-def bench(
-    directory: Annotated[Path, typer.Option("--dir", help="Directory on the file system to measure.")],
+bench = typer.Typer(invoke_without_command=True)
+bench.command("plan")(plan)
+
+
+@bench.callback()
+def measure(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Directory on the file system to measure.", show_default="required")
+    ] = None,
     size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
     against: Annotated[str, typer.Option(help="Rivals: raw, dcp, safetensors.")] = "raw,dcp",
     cases: Annotated[str, typer.Option(help="save, restore, reshard, memory, overhead.")] = "save,restore,reshard",
@@ -31,6 +41,10 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
     """Measure durable saves and warm restores of a GPT-like state. Run it under mpirun."""
+    if context.invoked_subcommand is not None:
+        return
+    if directory is None:
+        raise typer.BadParameter("expected a directory on the file system to measure. Got none.", param_hint="--dir")
     # Torch takes seconds to import, and other commands have no use for it.
     from distckpt.bench.cases import CASES, COMPETITORS, Setup
 
