@@ -63,6 +63,7 @@ def test_an_unchanged_save_exchanges_four_messages_per_rank() -> None:
     arrive = encode(Message(Kind.ARRIVE, 1, 0, digest=1, balance=1), 16)
     others = [encode(Message(kind, 1, 0), 16) for kind in (Kind.GO, Kind.CONFIRM, Kind.START)]
     assert simulation.session.nbytes == 15 * sum(map(len, [arrive, *others]))
+    assert simulation.session.nbytes <= 15 * 64
 
 
 @pytest.mark.parametrize("wrong", ["layout", "replica"])
