@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _PATH = "runs/simulated/ckpt"
 #: Positions of datasets in the file are multiples of this, as HDF5 aligns large ones.
-_ALIGNMENT = 64 << 10
+_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
