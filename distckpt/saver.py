@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
 import torch
 
@@ -22,19 +21,17 @@ from distckpt.graph.view import Capture, LiveGraph, capture
 from distckpt.in_flight import InFlight
 from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off
-from distckpt.layout.merge import merge
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import log, warn
 from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
 from distckpt.overlap import deferral_of, protect
-from distckpt.request import Attempt, Request, check_agreement, encode_metadata
+from distckpt.request import Attempt, Request, encode_metadata
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob, sub_tensor
+from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
 from distckpt.writer import write_shards
-
-_WORD = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +184,7 @@ class Saver:
         agreed = self._agreed.get(_family(operation))
         unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
         shared = (request.digest ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
-        balance = _balance(captured.value.layout, agreed) if agreed and unchanged else 0
+        balance = balance_of(captured.value.layout, agreed.weights) if agreed and unchanged else 0
         same = coordinator.arrive(operation, shared, balance, options.timeout)
         if same and unchanged and agreed is not None:
             return agreed
@@ -196,11 +193,11 @@ class Saver:
             if captured.error is not None:
                 raise captured.error
             layout = captured.value.layout
-            message = msgspec.msgpack.encode((request.encode(), layout))
+            message = encode_message(request.encode(), layout)
         reply = coordinator.merge("layout", message, lambda messages: self._merge(operation, messages, options))
         with coordinator.step("plan"):
-            plan = msgspec.msgpack.decode(reply, type=SavePlan)
-            weights = np.array([weight % _WORD for weight in plan.weights], np.uint64)
+            plan = decode_reply(reply)
+            weights = weights_of(plan)
             keys = captured.value.tensor_keys(plan.keys)
             boxes = [Box(item.offset, item.shape) for item in plan.items]
             agreed = _Agreed(plan, layout, options.replicas, weights, keys, boxes)
@@ -210,12 +207,10 @@ class Saver:
 
     def _merge(self, operation: str, messages: Sequence[bytes], options: SaveOptions) -> list[bytes]:
         """Merge the layouts of all ranks. Rank 0 only."""
-        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, LocalLayout]) for message in messages]
-        check_agreement([request for request, _ in decoded])
-        merged = merge([layout for _, layout in decoded], trust_lowest=options.replicas == "first")
+        merged = merge_messages(messages, trust_lowest=options.replicas == "first")
         self._output(operation).adopt(merged)
         self.warn_once(*merged.warnings)
-        return [msgspec.msgpack.encode(plan) for plan in merged.plans]
+        return encode_replies(merged)
 
     def _output(self, operation: str) -> Output:
         family = _family(operation)
@@ -272,11 +267,6 @@ def _unchanged(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bo
         return True
     new, old = np.frombuffer(layout.fingerprints, np.uint64), np.frombuffer(agreed.layout.fingerprints, np.uint64)
     return bool((new[agreed.plan.watched] == old[agreed.plan.watched]).all())
-
-
-def _balance(layout: LocalLayout, agreed: _Agreed) -> int:
-    """This rank's part of a sum that is 0 modulo 2**64 when all replicas agree."""
-    return int((np.frombuffer(layout.fingerprints, np.uint64) * agreed.weights).sum(dtype=np.uint64))
 
 
 def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob]:

@@ -32,7 +32,7 @@ from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
 from distckpt.storage.units import UnitReader
 
 
-class _Found(msgspec.Struct, frozen=True):
+class Found(msgspec.Struct, frozen=True):
     """What rank 0 knows of a file that it has opened and checked; see `storage.hdf5.Opened`."""
 
     path: str
@@ -42,7 +42,8 @@ class _Found(msgspec.Struct, frozen=True):
     checksums: bytes | None
 
     @classmethod
-    def of(cls, opened: Opened) -> _Found:
+    def of(cls, opened: Opened) -> Found:
+        """What rank 0 sends. Rank 0 only."""
         checksums = None if opened.checksums is None else opened.checksums.tobytes()
         return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), checksums)
 
@@ -199,11 +200,11 @@ def open_source(coordinator: Coordinator, path: str) -> Source:
     """
     own: list[Opened] = []
 
-    def look() -> _Found:
+    def look() -> Found:
         own.append(open_checkpoint(resolve(path)))
-        return _Found.of(own[0])
+        return Found.of(own[0])
 
-    found = coordinator.on_root("open", look, _Found)
+    found = coordinator.on_root("open", look, Found)
     source = None
     try:
         with coordinator.step("open the file on every rank"):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import torch
 import torch.distributed as dist
 
+from distckpt.bench.memory import peak_nbytes
 from distckpt.errors import CollectiveError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-_libc = ctypes.CDLL(None)
 
 
 class Trial(Protocol):
@@ -72,7 +68,7 @@ def seconds(trial: Trial) -> float:
 def extra_mib(trial: Trial) -> float:
     """Peak resident memory during the run beyond that before it, in MiB, of the rank with the most. Collective."""
     dist.barrier()
-    return over_ranks(agreed(trial.name, _peak, trial), dist.ReduceOp.MAX) / 2**20
+    return over_ranks(agreed(trial.name, peak_nbytes, trial.run), dist.ReduceOp.MAX) / 2**20
 
 
 def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -118,19 +114,3 @@ def _clock(trial: Trial) -> float:
     start = time.perf_counter()
     trial.run()
     return time.perf_counter() - start
-
-
-def _peak(trial: Trial) -> float:
-    """Bytes. Memory that was freed but not given back to the system is given back first, as it would hide the peak."""
-    _libc.malloc_trim(0)
-    before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    trial.run()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    if match is None:
-        raise OSError(f"/proc/self/status: expected a line {field}. Got none.")
-    return int(match[1]) * 1024

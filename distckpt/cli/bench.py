@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distckpt.cli.bench_plan import plan
+
 if TYPE_CHECKING:
     from distckpt.bench.session import Outcome
     from distckpt.bench.setting import Setup
@@ -23,8 +25,16 @@ _PICTURES = (".png", ".svg", ".pdf")
 _CASES = "save, restore, reshard, memory, overhead, async, overlap, replicated, columns, small, repeat."
 
 
-def bench(
-    directory: Annotated[Path, typer.Option("--dir", help="Directory on the file system to measure.")],
+bench = typer.Typer(invoke_without_command=True)
+bench.command("plan")(plan)
+
+
+@bench.callback()
+def measure(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Directory on the file system to measure.", show_default="required")
+    ] = None,
     size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
     against: Annotated[str, typer.Option(help="Rivals: raw, dcp, safetensors.")] = "raw,dcp",
     cases: Annotated[str, typer.Option(help=_CASES)] = "save,restore,reshard",
@@ -39,6 +49,10 @@ def bench(
     ] = None,
 ) -> None:
     """Measure durable saves and warm restores of a GPT-like state. Run it under mpirun."""
+    if context.invoked_subcommand is not None:
+        return
+    if directory is None:
+        raise typer.BadParameter("expected a directory on the file system to measure. Got none.", param_hint="--dir")
     # Torch takes seconds to import, and other commands have no use for it.
     from distckpt.bench.builders import COMPETITORS
     from distckpt.bench.cases import CASES

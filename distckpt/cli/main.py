@@ -10,7 +10,7 @@ import typer
 
 from distckpt.errors import CheckpointError
 
-#: Each is the function of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
+#: Each is the function, or the commands, of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
 COMMANDS = ("ls", "show", "verify", "doctor", "bench")
 
 
@@ -26,7 +26,11 @@ def build(commands: Iterable[str]) -> typer.Typer:
     # A callback keeps the name of a command on the command line even where there is one command only.
     app.callback()(distckpt)
     for name in commands:
-        app.command(name)(getattr(importlib.import_module(f"distckpt.cli.{name}"), name))
+        command = getattr(importlib.import_module(f"distckpt.cli.{name}"), name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     return app
 
 

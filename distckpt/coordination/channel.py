@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 
-# kind, flag, call, generation, digest, balance; the absent ranks follow as one bit per rank.
-_HEADER = struct.Struct("<BBQQQQ")
+# Kind, with the flag as its highest bit, call, generation; with ARRIVE, digest and balance follow, and with ABORT the
+# absent ranks as one bit per rank. Short, for every rank exchanges four of these with root at each call.
+_HEADER = struct.Struct("<BII")
+_BROUGHT = struct.Struct("<QQ")
+_FLAG = 0x80
 #: MPI progresses and then misses what it has just received, so a single empty probe does not prove an empty inbox.
 _EMPTY_PROBES = 3
 
@@ -105,7 +108,7 @@ class Channel:
         self._comm = comm
         self._tag = tag
         self._any, self._byte, self._status = MPI.ANY_SOURCE, MPI.BYTE, MPI.Status()
-        self._inbox = bytearray(_HEADER.size + (self.size + 7) // 8)
+        self._inbox = bytearray(_HEADER.size + max(_BROUGHT.size, (self.size + 7) // 8))
         self._under_way: list[MPI.Request] = []
 
     def send(self, destination: int, message: Message) -> None:
@@ -175,7 +178,9 @@ class Channel:
 def encode(message: Message, size: int) -> bytes:
     """Pack a message of a communicator with `size` ranks."""
     kind, call, generation, flag, digest, balance, absent, _ = message
-    header = _HEADER.pack(kind, flag, call, generation, digest, balance)
+    header = _HEADER.pack(kind | (_FLAG if flag else 0), call, generation)
+    if kind is Kind.ARRIVE:
+        return header + _BROUGHT.pack(digest, balance)
     if not absent:
         return header
     missing = np.zeros(size, dtype=np.bool_)
@@ -185,9 +190,13 @@ def encode(message: Message, size: int) -> bytes:
 
 def decode(inbox: Buffer, nbytes: int, source: int, size: int) -> Message:
     """Unpack the message of `nbytes` bytes that rank `source` has sent."""
-    kind, flag, call, generation, digest, balance = _HEADER.unpack_from(inbox)
+    coded, call, generation = _HEADER.unpack_from(inbox)
+    kind, flag = _KINDS[coded & ~_FLAG], bool(coded & _FLAG)
+    if kind is Kind.ARRIVE:
+        digest, balance = _BROUGHT.unpack_from(inbox, _HEADER.size)
+        return Message(kind, call, generation, flag, digest, balance, source=source)
     absent: tuple[int, ...] = ()
     if nbytes > _HEADER.size:
         bits = np.frombuffer(inbox, dtype=np.uint8, count=nbytes - _HEADER.size, offset=_HEADER.size)
         absent = tuple(np.flatnonzero(np.unpackbits(bits, count=size)).tolist())
-    return Message(_KINDS[kind], call, generation, bool(flag), digest, balance, absent, source)
+    return Message(kind, call, generation, flag, absent=absent, source=source)

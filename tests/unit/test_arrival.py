@@ -93,9 +93,11 @@ def root() -> Rank:
 
 @pytest.mark.parametrize("absent", [(), (0,), (3, 8), tuple(range(1, 1000, 3))])
 def test_messages_survive_the_wire(absent: tuple[int, ...]) -> None:
-    message = Message(Kind.ABORT, 2**64 - 1, 2**63, True, 2**64 - 1, 1, absent, source=5)
-    packed = encode(message, 1000)
-    assert decode(packed + b"rest of an earlier message", len(packed), 5, 1000) == message
+    abort = Message(Kind.ABORT, 2**32 - 1, 2**31, True, absent=absent, source=5)
+    arrive = Message(Kind.ARRIVE, 1, 2, False, 2**64 - 1, 2**63, source=5)
+    for message in (abort, arrive):
+        packed = encode(message, 1000)
+        assert decode(packed + b"rest of an earlier message", len(packed), 5, 1000) == message
 
 
 # ---- member ------------------------------------------------------------------------------------------------------

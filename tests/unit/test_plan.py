@@ -250,3 +250,9 @@ def test_shards_that_tile_have_no_problems(boxes: list[Box]) -> None:
 def test_bands_that_do_not_tile_are_found(boxes: list[Box]) -> None:
     shards = [Shard(rank, *box) for rank, box in enumerate(boxes)]
     assert validate_shards(Variable("w", "float32", (5, 4), 0, shards)) != []
+
+
+def test_checksums_of_hostile_ranks_take_no_memory() -> None:
+    shards = [Shard(rank, (i,), (1,)) for i, rank in enumerate([1 << 62, -5, 1 << 62, 0])]
+    index = index_checksums([Variable("x", "float32", (4,), -1, shards)])
+    assert index.firsts == [[2, 0, 3, 1]]

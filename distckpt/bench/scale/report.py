@@ -1,0 +1,81 @@
+"""What simulations found, as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from distckpt.bench.scale.simulation import Cost
+
+_GIB, _MIB, _KIB = 2**30, 2**20, 2**10
+
+
+def make_table(costs: Sequence[Cost]) -> Table:
+    """A row per number of ranks.
+
+    Args:
+        costs: Of one layout and number of variables, at least one.
+    """
+    title = f"{costs[0].layout}, {costs[0].variables} variables"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    for column in _columns(costs[0]):
+        table.add_column(column, justify="right")
+    for cost in costs:
+        table.add_row(*_columns(cost).values())
+    return table
+
+
+def _columns(cost: Cost) -> dict[str, str]:
+    """Heading to cell. Every byte count is per rank, but for the memory of rank 0."""
+    return {
+        "ranks": f"{cost.ranks}",
+        "shards": f"{cost.shards}",
+        "first save\nmerge, plan s": f"{cost.merge_seconds:.2f}",
+        "rank 0\nGiB": f"{cost.merge_nbytes / _GIB:.2f}",
+        "out\nKiB": f"{cost.sent_nbytes / _KIB:.1f}",
+        "in\nKiB": f"{cost.received_nbytes / _KIB:.1f}",
+        "unchanged\nbytes": f"{cost.unchanged_nbytes:.0f}",
+        "rank 0\ns": f"{cost.unchanged_seconds:.4f}",
+        "restore on\nranks": f"{cost.restore_ranks}",
+        "manifest\nMiB": f"{cost.manifest_nbytes / _MIB:.2f}",
+        "in\nMiB": f"{cost.broadcast_nbytes / _MIB:.2f}",
+        "rank 0\ncheck s": f"{cost.open_seconds:.2f}",
+        "a rank\nplan s": f"{cost.plan_seconds:.2f}",
+        "a rank\nMiB": f"{cost.plan_nbytes / _MIB:.0f}",
+    }
+
+
+def plot(costs: Sequence[Cost], path: Path) -> None:
+    """Draw the growth of times and bytes with the ranks.
+
+    Args:
+        costs: Of one layout and number of variables.
+        path: File to write; its suffix says in which format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    ranks = [cost.ranks for cost in costs]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    times, sizes = figure.subplots(1, 2)
+    times.plot(ranks, [cost.merge_seconds for cost in costs], "o-", label="first save: merge and plan, rank 0")
+    times.plot(ranks, [cost.unchanged_seconds for cost in costs], "o-", label="unchanged save: arrival, rank 0")
+    times.plot(ranks, [cost.open_seconds for cost in costs], "o-", label="restore: check, rank 0")
+    times.plot(ranks, [cost.plan_seconds for cost in costs], "o-", label="restore: plan, each rank")
+    times.set_ylabel("seconds")
+    sizes.plot(ranks, [cost.merge_nbytes for cost in costs], "o-", label="first save: memory of rank 0")
+    sizes.plot(ranks, [cost.sent_nbytes for cost in costs], "o-", label="first save: sent per rank")
+    sizes.plot(ranks, [cost.unchanged_nbytes for cost in costs], "o-", label="unchanged save: per rank")
+    sizes.plot(ranks, [cost.broadcast_nbytes for cost in costs], "o-", label="restore: received per rank")
+    sizes.set_ylabel("bytes")
+    for axes in (times, sizes):
+        axes.set(xscale="log", yscale="log", xlabel="ranks")
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.suptitle(f"{costs[0].layout}, {costs[0].variables} variables")
+    figure.savefig(path)

@@ -1,0 +1,264 @@
+"""A first save, an unchanged save and a restore of a virtual job: the real code of rank 0, and of single ranks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+from distckpt.bench.memory import peak_nbytes
+from distckpt.bench.scale.ranks import VirtualRanks, VirtualSession
+from distckpt.bench.scale.virtual import Job, Stage, layouts_of
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.layout.box import Box
+from distckpt.layout.checksum_index import index_checksums
+from distckpt.layout.collector import collector_off
+from distckpt.layout.merge import Merged
+from distckpt.layout.plan import read_items
+from distckpt.layout.records import CHECKSUM_ALGORITHM, FORMAT, FORMAT_VERSION, Manifest, Variable
+from distckpt.options import SaveOptions
+from distckpt.request import Request
+from distckpt.source import Found
+from distckpt.storage import manifest as manifests
+from distckpt.storage.hdf5 import Opened
+from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
+
+T = TypeVar("T")
+
+_PATH = "runs/simulated/ckpt"
+#: Positions of datasets in the file are multiples of this, as HDF5 aligns large ones.
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one job size costs. Bytes per rank are means over the ranks but 0.
+
+    Attributes:
+        ranks: Number of ranks that save.
+        variables: Number of tensors over all ranks.
+        layout: One of `LAYOUTS`.
+        shards: Boxes in the file, over all variables.
+        merge_seconds: First save: rank 0 decodes, merges, plans and encodes.
+        merge_nbytes: First save: memory of rank 0 beyond what it has before.
+        sent_nbytes: First save: bytes that a rank sends.
+        received_nbytes: First save: bytes that a rank receives.
+        unchanged_nbytes: Unchanged save: bytes that travel between a rank and rank 0, both ways.
+        unchanged_seconds: Unchanged save: rank 0's time in the arrival protocol, without the network's.
+        restore_ranks: Number of ranks that restore.
+        manifest_nbytes: Restore: the manifest.
+        broadcast_nbytes: Restore: what each rank receives when the file is opened.
+        open_seconds: Restore: rank 0 decodes and checks the manifest.
+        plan_seconds: Restore: one rank decodes the manifest and plans its reads; the slowest of a few ranks.
+        plan_nbytes: Restore: memory of one rank for that.
+    """
+
+    ranks: int
+    variables: int
+    layout: str
+    shards: int
+    merge_seconds: float
+    merge_nbytes: int
+    sent_nbytes: float
+    received_nbytes: float
+    unchanged_nbytes: float
+    unchanged_seconds: float
+    restore_ranks: int
+    manifest_nbytes: int
+    broadcast_nbytes: int
+    open_seconds: float
+    plan_seconds: float
+    plan_nbytes: int
+
+
+class Simulation:
+    """Rank 0 of a virtual job.
+
+    Attributes:
+        job: The job.
+        ranks: The other ranks.
+        session: Where they arrive.
+        request: The call that all of them make.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.ranks = VirtualRanks(job.ranks)
+        self.session = VirtualSession(self.ranks)
+        self._coordinator = Coordinator.over(self.session)
+        self.request = Request.of("save", _PATH, SaveOptions(), save_counter=0, checkpoint_number=None)
+
+    def messages(self) -> Iterator[bytes]:
+        """What the ranks send in a first save, in rank order."""
+        request = self.request.encode()
+        return (encode_message(request, layout) for layout in layouts_of(self.job))
+
+    def first_save(self) -> Merged:
+        """Merge and plan; afterwards `ranks.replies` has what each rank was told."""
+        merged: list[Merged] = []
+
+        def merge(messages: Sequence[bytes]) -> list[bytes]:
+            merged.append(merge_messages(messages, trust_lowest=False))
+            return encode_replies(merged[0])
+
+        self.ranks.messages = self.messages
+        with collector_off():
+            self._coordinator.merge("layout", next(self.messages()), merge)
+        return merged[0]
+
+    def prepare_unchanged_save(self) -> None:
+        """What each rank does on its own before it arrives: compare its layout with the agreed one."""
+        brought = self.session.brought = []
+        for layout, reply in zip(layouts_of(self.job), self.ranks.replies, strict=True):
+            plan = decode_reply(bytes(reply))
+            brought.append((self.request.digest ^ plan.plan_id, balance_of(layout, weights_of(plan))))
+
+    def unchanged_save(self) -> bool:
+        """Arrive; returns whether the ranks agreed."""
+        return self.session.meets()
+
+
+def manifest_of(merged: Merged, ranks: int) -> Manifest:
+    """The manifest of a file with a merged layout."""
+    sizes = manifests.sizes_of(merged.variables)
+    offsets = np.cumsum([0, *(-(-sizes // _ALIGNMENT) * _ALIGNMENT)]).tolist()
+    variables = [
+        msgspec.structs.replace(variable, offset=offset)
+        for variable, offset in zip(merged.variables, offsets, strict=False)
+    ]
+    return Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        save_id="0" * 32,
+        save_counter=1,
+        world_size=ranks,
+        time=time.time(),
+        host="simulated",
+        transport="posix",
+        versions={},
+        checksums=CHECKSUM_ALGORITHM,
+        metadata=None,
+        object_graph=merged.object_graph,
+        variables=variables,
+        python_state={key: msgspec.Raw(value) for key, value in merged.python_state.items()},
+        file_nbytes=offsets[-1],
+    )
+
+
+def open_manifest(encoded: bytes) -> Opened:
+    """What rank 0 does with the manifest of a file that it opens for a restore."""
+    manifest = manifests.decode(encoded)
+    offsets = np.array([variable.offset for variable in manifest.variables], np.int64)
+    problems = manifests.problems(manifest)
+    problems += manifests.extent_problems(manifest.variables, offsets, manifest.file_nbytes)
+    if problems:
+        raise ValueError(f"expected a manifest that fits its file. Got {problems[:3]}.")
+    index = index_checksums(manifest.variables)
+    checksums = np.zeros(index.total, np.uint64)
+    return Opened(_PATH, manifest, encoded, offsets, index, checksums, manifest.file_nbytes)
+
+
+def plan_reads(found: bytes, keys: Sequence[str], boxes: Sequence[Sequence[Box]]) -> int:
+    """What one rank does with what it hears of the file: decode it, and find out what to read.
+
+    Args:
+        found: The broadcast.
+        keys: Of the tensors that the rank holds.
+        boxes: What it holds of each.
+
+    Returns:
+        The number of boxes to read.
+    """
+    opened = msgspec.msgpack.decode(found, type=Found).on_this_rank()
+    variables: dict[str, tuple[Variable, Sequence[int]]] = {
+        variable.key: (variable, firsts)
+        for variable, firsts in zip(opened.manifest.variables, opened.index.firsts, strict=True)
+    }
+    return sum(len(read_items(*variables[key], box)) for key, own in zip(keys, boxes, strict=True) for box in own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured(Generic[T]):
+    """What a function returned, its time in seconds, and the memory in bytes that it needed at its peak."""
+
+    value: T
+    seconds: float
+    nbytes: int
+
+
+def _measure(run: Callable[[], T]) -> _Measured[T]:
+    values: list[T] = []
+    seconds: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        values.append(run())
+        seconds.append(time.perf_counter() - start)
+
+    with collector_off():
+        nbytes = peak_nbytes(timed)
+    return _Measured(values[0], seconds[0], nbytes)
+
+
+def simulate(job: Job) -> Cost:
+    """Save, save again, restore on half of the ranks. In a process that has done more, memory means little.
+
+    Raises:
+        ValueError: The ranks do not agree about an unchanged layout, or the manifest is wrong: a bug.
+    """
+    simulation = Simulation(job)
+    ranks, others = simulation.ranks, max(1, job.ranks - 1)
+    first = _measure(simulation.first_save)
+    sent, received = ranks.sent / others, ranks.received / others
+    simulation.prepare_unchanged_save()
+    ranks.replies = []
+    unchanged = _measure(simulation.unchanged_save)
+    if not unchanged.value:
+        raise ValueError("an unchanged save: expected ranks that agree. Got some that do not.")
+    restore = _simulate_restore(first.value, job)
+    return Cost(
+        ranks=job.ranks,
+        variables=len(first.value.variables),
+        layout=job.layout,
+        shards=sum(len(variable.shards) for variable in first.value.variables),
+        merge_seconds=first.seconds - ranks.seconds,
+        merge_nbytes=first.nbytes,
+        sent_nbytes=sent,
+        received_nbytes=received,
+        unchanged_nbytes=simulation.session.nbytes / others,
+        unchanged_seconds=unchanged.seconds,
+        restore_ranks=restore.ranks,
+        manifest_nbytes=restore.manifest_nbytes,
+        broadcast_nbytes=restore.broadcast_nbytes,
+        open_seconds=restore.opening.seconds,
+        plan_seconds=max(planning.seconds for planning in restore.plannings),
+        plan_nbytes=max(planning.nbytes for planning in restore.plannings),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Restore:
+    ranks: int
+    manifest_nbytes: int
+    broadcast_nbytes: int
+    opening: _Measured[Opened]
+    plannings: list[_Measured[int]]
+
+
+def _simulate_restore(merged: Merged, saved: Job) -> _Restore:
+    encoded = manifests.encode(manifest_of(merged, saved.ranks))
+    opening = _measure(lambda: open_manifest(encoded))
+    found = msgspec.msgpack.encode(Found.of(opening.value))
+    job = replace(saved, ranks=max(1, saved.ranks // 2))
+    plannings = []
+    for stage in {0, job.stages - 1}:
+        holder = Stage(job, stage)
+        for rank in {holder.ranks[0], holder.ranks[-1]}:
+            boxes = holder.boxes(rank)
+            plannings.append(_measure(functools.partial(plan_reads, found, holder.keys, boxes)))
+    return _Restore(job.ranks, len(encoded), len(found), opening, plannings)

@@ -1,0 +1,148 @@
+"""`distckpt bench plan`: virtual ranks are merged as real ones are, and every byte is one of a real message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from distckpt.bench.scale.simulation import Simulation, manifest_of, open_manifest, plan_reads, simulate
+from distckpt.bench.scale.virtual import LAYOUTS, Job, Stage, layouts_of
+from distckpt.cli.main import build
+from distckpt.coordination.channel import Kind, Message, encode
+from distckpt.layout.box import Box
+from distckpt.layout.merge import merge
+from distckpt.layout.plan import validate_shards
+from distckpt.layout.records import SavePlan
+from distckpt.source import Found
+from distckpt.storage import manifest as manifests
+from distckpt.wire import balance_of, decode_reply, encode_message, weights_of
+
+VARIABLES = 47  # one full cycle of parameters, and a remainder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_virtual_ranks_merge_as_real_ones(layout: str, ranks: int) -> None:
+    job = Job(ranks, VARIABLES, layout)
+    simulation = Simulation(job)
+    merged = simulation.first_save()
+    expected = merge(list(layouts_of(job)))
+    assert merged.variables == expected.variables
+    assert merged.object_graph == expected.object_graph
+    assert len(merged.variables) == VARIABLES
+    assert not [problem for variable in merged.variables for problem in validate_shards(variable)]
+    replies = [bytes(reply) for reply in simulation.ranks.replies]
+    assert replies == [msgspec.msgpack.encode(plan) for plan in expected.plans]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_are_those_of_the_real_messages(layout: str) -> None:
+    job = Job(16, VARIABLES, layout)
+    simulation = Simulation(job)
+    simulation.first_save()
+    request = simulation.request.encode()
+    messages = [encode_message(request, holding) for holding in layouts_of(job)]
+    replies = simulation.ranks.replies
+    others = job.ranks - 1
+    # Beside the messages: their lengths, one failure flag for the buffers at both ends, and the lengths of the replies.
+    framing = simulation.ranks.sent - sum(map(len, messages[1:]))
+    assert framing == others * (8 + 1 + 1)
+    assert simulation.ranks.received > sum(len(reply) for reply in replies[1:]) + 2 * 8 * job.ranks * others
+
+
+def test_an_unchanged_save_exchanges_four_messages_per_rank() -> None:
+    simulation = Simulation(Job(16, VARIABLES, "fsdp"))
+    simulation.first_save()
+    simulation.prepare_unchanged_save()
+    assert simulation.unchanged_save()
+    arrive = encode(Message(Kind.ARRIVE, 1, 0, digest=1, balance=1), 16)
+    others = [encode(Message(kind, 1, 0), 16) for kind in (Kind.GO, Kind.CONFIRM, Kind.START)]
+    assert simulation.session.nbytes == 15 * sum(map(len, [arrive, *others]))
+    assert simulation.session.nbytes <= 15 * 64
+
+
+@pytest.mark.parametrize("wrong", ["layout", "replica"])
+def test_an_unchanged_save_finds_what_changed_on_one_rank(wrong: str) -> None:
+    simulation = Simulation(Job(16, VARIABLES, "hsdp"))
+    simulation.first_save()
+    simulation.prepare_unchanged_save()
+    shared, balance = simulation.session.brought[3]
+    simulation.session.brought[3] = (shared ^ 1, balance) if wrong == "layout" else (shared, balance + 1)
+    assert not simulation.session.meets()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_are_those_of_the_merge(layout: str) -> None:
+    job = Job(16, VARIABLES, layout)
+    merged = merge(list(layouts_of(job)))
+    for number in range(job.stages):
+        stage = Stage(job, number)
+        plan: SavePlan = merged.plans[stage.ranks[-1]]
+        assert plan.keys == ["step", *stage.keys]
+
+
+def test_ranks_of_the_restore_find_all_they_hold() -> None:
+    job = Job(16, VARIABLES, "tp")
+    opened = open_manifest(manifests.encode(manifest_of(merge(list(layouts_of(job))), job.ranks)))
+    found = msgspec.msgpack.encode(Found.of(opened))
+    stage = Stage(Job(8, VARIABLES, "tp"), 0)
+    variables = {variable.key: variable for variable in opened.manifest.variables}
+    (key, boxes) = stage.keys[1], stage.boxes(3)[1]  # a column-parallel weight
+    touched = [s for s in variables[key].shards if Box(s.offset, s.shape).intersect(boxes[0])]
+    assert plan_reads(found, [key], [boxes]) >= len(touched) >= 2
+    assert plan_reads(found, stage.keys, stage.boxes(3)) >= len(stage.keys)
+
+
+def test_balances_of_virtual_ranks_add_up() -> None:
+    job = Job(16, VARIABLES, "hsdp")
+    simulation = Simulation(job)
+    simulation.first_save()
+    plans = [decode_reply(bytes(reply)) for reply in simulation.ranks.replies]
+    balances = [balance_of(held, weights_of(plan)) for held, plan in zip(layouts_of(job), plans, strict=True)]
+    assert any(balances)
+    assert sum(balances) % 2**64 == 0
+
+
+def test_costs() -> None:
+    cost = simulate(Job(16, VARIABLES, "fsdp"))
+    assert (cost.ranks, cost.restore_ranks, cost.variables) == (16, 8, VARIABLES)
+    assert cost.broadcast_nbytes > cost.manifest_nbytes > 0
+    assert cost.shards > VARIABLES
+
+
+def test_the_command_prints_a_row_per_size(tmp_path: Path) -> None:
+    report, picture = tmp_path / "report.json", tmp_path / "growth.png"
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    options = ["--ranks", "64", "--variables", "40", "--growth", "--json", str(report)]
+    result = CliRunner().invoke(
+        build(["bench"]), ["bench", "plan", *options, *(["--plot", str(picture)] if drawn else [])]
+    )
+    assert result.exit_code == 0, result.output
+    assert [row["ranks"] for row in json.loads(report.read_text())] == [16, 64]
+    assert picture.exists() == drawn
+    assert "unchanged" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--layout", "ddp"], "expected one of fsdp, hsdp, tp, pp"),
+        (["--json", "/no/such/place/x.json"], "its directory does not exist"),
+        (["--ranks", "1"], "greater than or equal to 2"),
+    ],
+)
+def test_bad_options(options: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(build(["bench"]), ["bench", "plan", *options])
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", "").split())
+
+
+def test_bench_alone_still_needs_a_directory() -> None:
+    result = CliRunner().invoke(build(["bench"]), ["bench", "--size", "1MiB"])
+    assert result.exit_code == 2
+    assert "--dir" in result.output
