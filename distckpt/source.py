@@ -132,6 +132,10 @@ class Source:
 
     # ---- together with the other ranks of the node ----
 
+    def is_one_range(self, index: int) -> bool:
+        """Whether a variable is one range of bytes in the file; another program may have chunked it."""
+        return self._offsets[index] >= 0
+
     def in_file(self, index: int) -> InFile:
         """Where a variable is."""
         variable = self.manifest.variables[index]

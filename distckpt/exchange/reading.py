@@ -12,7 +12,7 @@ from distckpt.coordination.coordinator import Coordinator
 from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, run_rounds
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
-from distckpt.layout.exchange import Wanted, bands, hull, hulls_that_meet, is_worth_exchanging, plan_rounds
+from distckpt.layout.exchange import Span, Wanted, bands, hull, hulls_that_meet, is_worth_exchanging, plan_rounds
 from distckpt.source import Source
 from distckpt.storage.transfer import Progress, copy_bits
 from distckpt.storage.units import Held, shared_parts
@@ -53,8 +53,13 @@ def read_together(
 
 def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead]) -> _Reading | None:
     """What to read together, agreed by the node; None if nothing."""
-    own = agreed(node, lambda: {read.variable: read for read in reads if _can_be_exchanged(source, read)})
-    hulls = agreed(node, lambda: _hulls(source, own))
+    own: dict[int, TensorRead] = {}
+
+    def find_hulls() -> np.ndarray:
+        own.update((read.variable, read) for read in reads if _can_be_exchanged(source, read))
+        return _hulls(source, own)
+
+    hulls = agreed(node, find_hulls)
     gathered = node.gather_all("hulls", hulls.tobytes())
     meeting = agreed(node, lambda: _meeting(gathered, hulls.shape))
     if not meeting:
@@ -65,16 +70,18 @@ def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead]) -> _Re
 
 def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
     """Whether the bytes are one range of the file, and can be copied into the tensor as they are."""
-    return read.cast is None and source.in_file(read.variable).offset >= 0 and not read.target.tensor.is_inference()
+    return read.cast is None and source.is_one_range(read.variable) and not read.target.tensor.is_inference()
 
 
 def _hulls(source: Source, reads: Mapping[int, TensorRead]) -> np.ndarray:
     hulls = np.zeros((len(source.manifest.variables), 2), np.int64)
-    for index, read in reads.items():
-        spans = [hull(block.box, read.target.global_shape) for block in read.target.blocks()]
-        if spans:
-            hulls[index] = min(span.start for span in spans), max(span.stop for span in spans)
+    hulls[list(reads)] = [_hull(read) for read in reads.values()] or np.empty((0, 2))
     return hulls
+
+
+def _hull(read: TensorRead) -> Span:
+    spans = [hull(block.box, read.target.global_shape) for block in read.target.blocks()] or [Span(0, 0)]
+    return spans[0] if len(spans) == 1 else Span(min(spans).start, max(span.stop for span in spans))
 
 
 def _meeting(gathered: Sequence[bytes], shape: tuple[int, ...]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,38 @@ class ChecksumIndex:
     total: int
 
 
+#: From this many shards of a variable on, NumPy is faster than a loop over them.
+_MANY_SHARDS = 64
+
+
 def index_checksums(variables: Sequence[Variable]) -> ChecksumIndex:
     """Find the place of every checksum; writers and readers find the same."""
+    many = any(len(variable.shards) >= _MANY_SHARDS for variable in variables)
+    return _index_many(variables) if many else _index_few(variables)
+
+
+def _index_few(variables: Sequence[Variable]) -> ChecksumIndex:
+    per_rank: dict[int, int] = {}
+    before = []  # for each shard, the pieces of its rank in the shards before it
+    for variable in variables:
+        itemsize = dtype_info(variable.dtype).itemsize
+        of_variable = []
+        for shard in variable.shards:
+            so_far = per_rank.get(shard.rank, 0)
+            of_variable.append(so_far)
+            per_rank[shard.rank] = so_far + piece_count(shard.shape, itemsize)
+        before.append(of_variable)
+    ranks = sorted(per_rank)
+    *starts, total = accumulate((per_rank[rank] for rank in ranks), initial=0)
+    start_of = dict(zip(ranks, starts, strict=True))
+    firsts = [
+        [start_of[shard.rank] + so_far for shard, so_far in zip(variable.shards, of_variable, strict=True)]
+        for variable, of_variable in zip(variables, before, strict=True)
+    ]
+    return ChecksumIndex(firsts, total)
+
+
+def _index_many(variables: Sequence[Variable]) -> ChecksumIndex:
     tilings = _Tilings(variables)
     tiles = [tilings.of(variable) for variable in variables]
     per_rank = np.zeros(tilings.n_ranks, np.int64)

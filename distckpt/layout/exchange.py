@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distckpt.layout.box import Box, Shape, first_element, pieces, run_axis
+from distckpt.layout.box import Box, Shape, pieces, run_axis
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.records import Variable
 from distckpt.layout.tiling import find_overlap
@@ -91,11 +91,13 @@ Unit = list[Range]
 
 def hull(box: Box, shape: Shape) -> Span:
     """From the first to behind the last element of a box in row-major order; (0, 0) for an empty one."""
-    if box.numel == 0:
-        return Span(0, 0)
-    start = first_element(box, shape)
-    last = first_element(Box(tuple(a + n - 1 for a, n in zip(*box, strict=True)), box.shape), shape)
-    return Span(start, last + 1)
+    first = last = 0
+    for size, offset, extent in zip(shape, box.offset, box.shape, strict=True):
+        if extent == 0:
+            return Span(0, 0)
+        first = first * size + offset
+        last = last * size + offset + extent - 1
+    return Span(first, last + 1)
 
 
 def hulls_that_meet(hulls: _Ints) -> list[int]:

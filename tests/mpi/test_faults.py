@@ -28,6 +28,7 @@ import distckpt.restoration
 import distckpt.restorer
 import distckpt.saver
 import distckpt.source
+import distckpt.wire
 import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import coordinator
@@ -220,7 +221,7 @@ SAVE_FAULTS = [
     Fault("capture", distckpt.checkpoint, "walk", EVERY),
     Fault("capture", Meter, "state_dict", EVERY),
     Fault("capture", distckpt.saver, "capture", EVERY),
-    Fault("layout", distckpt.saver, "merge", ROOT, layouts=NEW),
+    Fault("layout", distckpt.wire, "merge", ROOT, layouts=NEW),
     Fault("layout", distckpt.output.Output, "adopt", ROOT, layouts=NEW),
     Fault("plan", distckpt.saver, "_Agreed", EVERY, layouts=NEW),
     Fault("create", distckpt.output.Output, "update_values", ROOT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.layout import box as box_module
+from distckpt.layout import checksum_index
 from distckpt.layout.box import Box, Shape, pieces
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.plan import read_items, validate_shards
@@ -141,15 +143,17 @@ def test_checksums_stand_by_rank_then_by_variable() -> None:
     assert index_checksums([]).total == 0
 
 
-@given(st.data())
-def test_every_piece_has_a_checksum_of_its_own_beside_those_of_its_rank(data: st.DataObject) -> None:
+@pytest.mark.parametrize("many", [0, 64], ids=["many shards", "few shards"])
+@given(data=st.data())
+def test_every_piece_has_a_checksum_of_its_own_beside_those_of_its_rank(many: int, data: st.DataObject) -> None:
     ranks = st.integers(0, 5)
     shapes = st.sampled_from([(1,), (1 << 21,), (3 << 21,), (2, (1 << 21) + 1)])
     variables = [
         Variable("w", "float32", (9,), 0, [Shard(data.draw(ranks), (0,) * len(shape), shape) for shape in chosen])
         for chosen in data.draw(st.lists(st.lists(shapes, max_size=4), max_size=5))
     ]
-    index = index_checksums(variables)
+    with mock.patch.object(checksum_index, "_MANY_SHARDS", many):
+        index = index_checksums(variables)
     owners = {}
     for stored, firsts in zip(variables, index.firsts, strict=True):
         for shard, first in zip(stored.shards, firsts, strict=True):
