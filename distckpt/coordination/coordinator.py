@@ -172,13 +172,13 @@ class Coordinator:
             finally:
                 own = None  # else the exception and this frame keep each other, and all they hold, alive
 
-    def any_failed(self, failed: bool) -> bool:
-        """Whether a rank says that it failed. One reduction of a flag; raises nothing.
+    def any_set(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. One reduction; raises nothing.
 
-        For ranks that agree on stopping, and raise what failed in a later agreement of more ranks than these.
+        Also for ranks that agree on stopping, and raise what failed in a later agreement of more ranks than these.
         """
         with INTERRUPTS.held():
-            return self._connect("agree").any_set(failed)
+            return self._connect("agree").any_set(flag)
 
     # ---- work on rank 0 ------------------------------------------------------------------------------------------
 

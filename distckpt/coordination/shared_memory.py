@@ -40,27 +40,25 @@ class SharedMemory:
         self._window.Free()
 
 
-def _bytes_of(window: Any, rank: int) -> memoryview:
-    return memoryview(window.Shared_query(rank)[0]).cast("B")
-
-
 def allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
     """Shared memory of `nbytes` for every rank of a node. Collective over the node.
 
     Returns:
         The memory, or None on all ranks where there is none to be had.
     """
-    window = _allocate(comm, nbytes)
-    if collectives.any_set(window is None):
-        return None
-    assert window is not None, "no rank failed"
-    return SharedMemory(window, collectives)
+    memory = _allocate(comm, collectives, nbytes)
+    # What some ranks have got is left to the end of the job: to free it, all ranks must.
+    return None if collectives.any_set(memory is None) else memory
 
 
-def _allocate(comm: Any, nbytes: int) -> MPI.Win | None:
+def _allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
     from mpi4py import MPI
 
     try:
-        return MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
-    except MPI.Exception:  # the same on all ranks, as far as MPI libraries go
+        return SharedMemory(MPI.Win.Allocate_shared(nbytes, 1, comm=comm), collectives)
+    except (MPI.Exception, MemoryError):
         return None
+
+
+def _bytes_of(window: Any, rank: int) -> memoryview:
+    return memoryview(window.Shared_query(rank)[0]).cast("B")

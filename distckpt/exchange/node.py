@@ -40,7 +40,7 @@ def agreed(node: Coordinator, work: Callable[[], T]) -> T:
         FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
     """
     attempt = Attempt.of(work)
-    if node.any_failed(attempt.error is not None):
+    if node.any_set(attempt.error is not None):
         attempt.require()
         raise FailedElsewhere
     return attempt.value
@@ -76,7 +76,7 @@ def run_rounds(
         failure = _run(memory, rounds, before, after)
     finally:
         memory.free()
-    if node.any_failed(failure is not None):
+    if node.any_set(failure is not None):
         raise failure or FailedElsewhere
     return True
 

@@ -42,8 +42,8 @@ def read_together(
     if node.size == 1:
         return list(reads)
     try:
-        reading = _plan(node, source, reads)
-        done = reading is not None and reading.run(verify, progress)
+        reading = _plan(node, source, reads, verify)
+        done = reading is not None and reading.run(progress)
     except FailedElsewhere:
         return []
     if not done or reading is None:
@@ -51,21 +51,20 @@ def read_together(
     return [read for read in reads if read.variable not in reading.boxes or reading.own.get(read.variable) is not read]
 
 
-def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead]) -> _Reading | None:
+def _plan(node: Coordinator, source: Source, reads: Sequence[TensorRead], verify: bool) -> _Reading | None:
     """What to read together, agreed by the node; None if nothing."""
     own: dict[int, TensorRead] = {}
 
-    def find_hulls() -> np.ndarray:
+    def find_hulls() -> bytes:
         own.update((read.variable, read) for read in reads if _can_be_exchanged(source, read))
-        return _hulls(source, own)
+        return _hulls(source, own).tobytes()
 
-    hulls = agreed(node, find_hulls)
-    gathered = node.gather_all("hulls", hulls.tobytes())
-    meeting = agreed(node, lambda: _meeting(gathered, hulls.shape))
+    gathered = node.gather_all("hulls", agreed(node, find_hulls))
+    meeting = agreed(node, lambda: _meeting(gathered))
     if not meeting:
         return None
     boxes = node.gather_all("boxes", agreed(node, lambda: _encode_boxes(meeting, own)))
-    return agreed(node, lambda: _Reading(node, source, own, boxes))
+    return agreed(node, lambda: _Reading(node, source, own, boxes, verify))
 
 
 def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
@@ -84,9 +83,9 @@ def _hull(read: TensorRead) -> Span:
     return spans[0] if len(spans) == 1 else Span(min(spans).start, max(span.stop for span in spans))
 
 
-def _meeting(gathered: Sequence[bytes], shape: tuple[int, ...]) -> list[int]:
+def _meeting(gathered: Sequence[bytes]) -> list[int]:
     """The variables of which ranks hold elements among those of others, given the hulls of all ranks."""
-    return hulls_that_meet(np.stack([np.frombuffer(data, np.int64).reshape(shape) for data in gathered]))
+    return hulls_that_meet(np.stack([np.frombuffer(data, np.int64).reshape(-1, 2) for data in gathered]))
 
 
 def _encode_boxes(variables: Sequence[int], reads: Mapping[int, TensorRead]) -> bytes:
@@ -103,7 +102,12 @@ class _Reading:
     """
 
     def __init__(
-        self, node: Coordinator, source: Source, own: dict[int, TensorRead], gathered: Sequence[bytes]
+        self,
+        node: Coordinator,
+        source: Source,
+        own: dict[int, TensorRead],
+        gathered: Sequence[bytes],
+        verify: bool,
     ) -> None:
         self.own = own
         self._node = node
@@ -119,21 +123,22 @@ class _Reading:
             if is_worth_exchanging(found, files[index].shape, files[index].itemsize)
         }
         self._files = {index: files[index] for index in self.boxes}
-        self._pieces = {index: source.pieces(index) for index in self.boxes}
+        pieces = {index: source.pieces(index) for index in self.boxes}
+        self._reader = source.unit_reader(pieces, verify=verify)
         self._held = {
             index: [Held(*block) for block in own[index].target.blocks()] for index in self.boxes if index in own
         }
         self._rounds = plan_rounds(
             self._files,
-            {index: bands([piece.span for piece in pieces]) for index, pieces in self._pieces.items()},
+            {index: bands([piece.span for piece in found]) for index, found in pieces.items()},
             {index: Wanted(found, files[index].shape) for index, found in self.boxes.items()},
             node.size,
             UNIT_NBYTES,
         )
 
-    def run(self, verify: bool, progress: Progress | None) -> bool:
+    def run(self, progress: Progress | None) -> bool:
         """Read and hand on; False where there is no shared memory. Collective over the node."""
-        reader, rank = self._source.unit_reader(self._pieces, verify=verify), self._node.rank
+        reader, rank = self._reader, self._node.rank
         done = run_rounds(
             self._node,
             self._rounds,

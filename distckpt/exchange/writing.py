@@ -43,7 +43,7 @@ def write_together(node: Coordinator, fd: int, jobs: Sequence[WriteJob], log: Ch
         return list(jobs)
     try:
         narrow = agreed(node, lambda: [job for job in jobs if _is_narrow(job)])
-        if not node.any_failed(bool(narrow)):  # no rank has any
+        if not node.any_set(bool(narrow)):  # no rank has any
             return list(jobs)
         boxes = node.gather_all("boxes", agreed(node, lambda: _encode_boxes(narrow)))
         writing = agreed(node, lambda: _Writing(node, narrow, boxes))

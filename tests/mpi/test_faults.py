@@ -372,6 +372,7 @@ RESTORE_FAULTS = [
     Fault("read", distckpt.exchange.reading, "_meeting", EVERY),
     Fault("read", distckpt.exchange.reading, "_encode_boxes", EVERY),
     Fault("read", distckpt.exchange.reading, "plan_rounds", EVERY),
+    Fault("read", distckpt.source.Source, "unit_reader", EVERY),
     Fault("read", units.UnitReader, "read", EVERY),
     Fault("read", distckpt.exchange.reading, "shared_parts", EVERY),
     Fault("read", distckpt.source, "read_jobs", EVERY),
