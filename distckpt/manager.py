@@ -95,7 +95,7 @@ class CheckpointManager:
         """
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(f"checkpoint: expected a distckpt.Checkpoint. Got a {type(checkpoint).__qualname__}.")
-        if checkpoint_interval is not None and checkpoint_interval != "auto" and step_counter is None:
+        if isinstance(checkpoint_interval, int) and step_counter is None:
             raise ValueError("checkpoint_interval: expected a step_counter with it. Got none.")
         policy = Policy(
             max_to_keep=max_to_keep,
@@ -379,6 +379,8 @@ def _schedule(
 ) -> Schedule | AutoSchedule:
     if steps == "auto":
         return AutoSchedule(mtbf, times, Schedule(None, seconds))
+    if isinstance(steps, str):
+        raise ValueError(f'checkpoint_interval: expected a number > 0, "auto" or None. Got {steps!r}.')
     if mtbf is not None:
         raise ValueError(f'mtbf: expected checkpoint_interval="auto" with it. Got {steps!r}.')
     return Schedule(steps, seconds)

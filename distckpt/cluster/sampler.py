@@ -64,11 +64,13 @@ class ElasticSampler(Sampler[list[int]]):
             size: Number of data-parallel groups; goes with `rank`.
 
         Raises:
-            TypeError: `comm` is no communicator.
+            TypeError: `dataset` has no length, or `comm` is no communicator.
             ValueError: An option has a bad value.
         """
         if (rank is None) != (size is None):
             raise ValueError(f"rank, size: expected both or none. Got {rank} and {size}.")
+        if not isinstance(dataset, Sized):
+            raise TypeError(f"dataset: expected something with a length. Got {dataset!r:.100}.")
         coordinator = Coordinator(comm)
         self._rank = coordinator.rank if rank is None else rank
         self._size = coordinator.size if size is None else size

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distckpt.layout.keys import child_key, join, unescape
 from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
+
+#: Most keys that an unknown one is compared with: that many take a second.
+_MAX_COMPARED = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,22 @@ def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
     return ObjectGraph([editor.node(node_id) for node_id in range(len(editor.children))])
 
 
+def names_nothing(option: str, prefix: str, nodes: Sequence[Node]) -> ValueError:
+    """The error of an option whose key prefix names nothing in a checkpoint; says what is there instead.
+
+    Args:
+        option: Name of the option.
+        prefix: The key prefix.
+        nodes: The stored graph.
+    """
+    depth = prefix.count("/") + 1
+    keys = (attribute.checkpoint_key for node in nodes for attribute in node.attributes)
+    there = sorted({"/".join(key.split("/")[:depth]) for key in keys})
+    near = difflib.get_close_matches(prefix, there[:_MAX_COMPARED], n=5)
+    hint = f"Similar: {', '.join(near)}." if near else f"There is: {', '.join(there[:10])}."
+    return ValueError(f"{option}: nothing in the checkpoint has the key or prefix {prefix!r}. {hint}")
+
+
 class _Editor:
     """A stored graph whose edges can be moved."""
 
@@ -66,7 +86,7 @@ class _Editor:
                 if child not in seen:
                     seen.add(child)
                     queue.append((child, child_path))
-        raise ValueError(f"rename: nothing in the checkpoint has the key or prefix {key!r}.")
+        raise names_nothing("rename", key, self.nodes)
 
     def put(self, key: str, taken: _Taken) -> None:
         """Attach a part under a new key; nodes on the way are made where they are missing."""

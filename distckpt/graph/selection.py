@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from distckpt.graph.rename import names_nothing
 from distckpt.layout.aliases import find_nodes
 from distckpt.layout.records import Node, ObjectGraph
 
@@ -89,7 +90,7 @@ def _whole_nodes(graph: ObjectGraph, prefixes: Sequence[str]) -> frozenset[int]:
         if path:
             whole |= _below(graph, path[-1], ancestors=set(path[:-1]))
         elif not any(_is_below(a.checkpoint_key, prefix) for node in graph.nodes for a in node.attributes):
-            raise ValueError(f"only: nothing in the checkpoint has the key or prefix {prefix!r}.")
+            raise names_nothing("only", prefix, graph.nodes)
     return frozenset(whole)
 
 

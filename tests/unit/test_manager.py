@@ -373,6 +373,7 @@ def test_the_guard_takes_the_save_time_of_a_manager(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"checkpoint_interval": "auto"}, "mtbf: expected a number of seconds > 0. Got None"),
+        ({"checkpoint_interval": "automatic", "mtbf": 100}, "checkpoint_interval: expected a number > 0"),
         ({"checkpoint_interval": "auto", "mtbf": -1}, "mtbf: expected a number of seconds > 0. Got -1"),
         ({"mtbf": 100}, 'mtbf: expected checkpoint_interval="auto" with it. Got None'),
         ({"checkpoint_interval": "often", "step_counter": "step"}, "checkpoint_interval: expected a number > 0"),

@@ -161,3 +161,8 @@ def test_another_dataset_is_refused(path: str) -> None:
 def test_bad_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ElasticSampler(range(10), 8, **options)  # type: ignore[arg-type]
+
+
+def test_a_dataset_without_a_length() -> None:
+    with pytest.raises(TypeError, match=r"dataset: expected something with a length\. Got 10"):
+        ElasticSampler(10, 2, rank=0, size=1)  # type: ignore[arg-type]

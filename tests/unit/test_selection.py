@@ -202,6 +202,15 @@ def test_a_prefix_that_names_nothing(name: str, path: str, open_files: Callable[
     assert file not in open_files()
 
 
+def test_the_error_of_a_prefix_says_what_is_there(path: str) -> None:
+    file = program(2).write(path)
+    for option in ({"only": ["modle"]}, {"rename": {"modle": "net"}}):
+        with pytest.raises(ValueError, match=r"'modle'\. Similar: model"):
+            program(3).read(file, options=RestoreOptions(**option))
+    with pytest.raises(ValueError, match=r"'zzz'\. There is: .*model.*optimizer"):
+        program(3).read(file, options=RestoreOptions(only=["zzz"]))
+
+
 # ---- optimizers without their state ------------------------------------------------------------------------------
 
 
