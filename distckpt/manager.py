@@ -95,7 +95,7 @@ class CheckpointManager:
         """
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(f"checkpoint: expected a distckpt.Checkpoint. Got a {type(checkpoint).__qualname__}.")
-        if isinstance(checkpoint_interval, int) and step_counter is None:
+        if checkpoint_interval is not None and not isinstance(checkpoint_interval, str) and step_counter is None:
             raise ValueError("checkpoint_interval: expected a step_counter with it. Got none.")
         policy = Policy(
             max_to_keep=max_to_keep,
