@@ -226,9 +226,12 @@ class PreemptionGuard:
 
     def _read_clock(self) -> None:
         """Find the deadline, once all ranks are here: the scheduler may take its time. Collective."""
-        if self._deadline is None:
-            self._deadline = self._coordinator.on_root("find the end of the job", find_deadline, float | None)  # type: ignore[arg-type]  # msgspec takes unions
+        self._deadline = self._coordinator.on_root("find the end of the job", self._find_deadline, float | None)  # type: ignore[arg-type]  # msgspec takes unions
         self._clock_read = True
+
+    def _find_deadline(self) -> float | None:
+        """Rank 0 only: whether others were given a deadline, too, does not matter."""
+        return find_deadline() if self._deadline is None else self._deadline
 
 
 def _together(reasons: list[str]) -> str:

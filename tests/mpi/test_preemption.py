@@ -71,6 +71,15 @@ def test_only_the_clock_of_rank_0_counts(comm: Any, agree: Callable[..., None]) 
         agree("s left of the job, 60 s needed for a step and a save on rank 0" in guard.reason, guard.reason)
 
 
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_deadline_given_on_some_ranks_keeps_the_ranks_together(
+    comm: Any, agree: Callable[..., None], given: int
+) -> None:
+    deadline = time.time() + 10_000 if comm.rank == given else None
+    with PreemptionGuard(comm, deadline=deadline, margin=60, timeout=2) as guard:
+        agree([guard.should_stop() for _ in range(3)] == [False] * 3)
+
+
 def test_a_deadline_of_the_environment_that_is_none_is_the_same_error_on_all(
     comm: Any, agree: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
