@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from distckpt.coordination.background import background_of
+from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created
 from distckpt.errors import LayoutError
@@ -120,7 +120,7 @@ class Saver:
             try:
                 background = background_of(coordinator)
                 created = self._create(output, target, replace(options, transport="posix"), agreed, captured)
-                snapshot = self._stage(created, agreed, captured, options)
+                snapshot = self._stage(background, created, agreed, captured, options)
             except BaseException:
                 output.abandon()
                 raise
@@ -131,11 +131,14 @@ class Saver:
             background.submit(flight)
             return flight
 
-    def _stage(self, created: Created, agreed: _Agreed, captured: Capture, options: SaveOptions) -> Snapshot:
+    def _stage(
+        self, background: Background, created: Created, agreed: _Agreed, captured: Capture, options: SaveOptions
+    ) -> Snapshot:
         """Copy what this rank writes. Collective."""
         made: list[Snapshot] = []
         try:
             with self._coordinator.step("stage"):
+                background.require_running()
                 jobs = _jobs(created, agreed, captured)
                 deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
                 items = agreed.plan.items

@@ -29,6 +29,7 @@ from distckpt.coordination.collectives import SingleRank
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.polled import PolledCollectives
 from distckpt.coordination.session import Alone, Session, Spoken
+from distckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -87,6 +88,7 @@ class Background:
         self._duplicate: MPI.Intracomm | None = None
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._tasks: list[Task] = []
+        self._finished = False
         self._thread = threading.Thread(target=self._run, name="distckpt-background", daemon=True)
 
     def start(self) -> None:
@@ -110,6 +112,18 @@ class Background:
         self._coordinator = Coordinator.over(Spoken(self._collectives))
         self.speaks = True
 
+    def require_running(self) -> None:
+        """Check that the thread still takes tasks. Local.
+
+        Raises:
+            CheckpointError: The program exits, or this is a forked process.
+        """
+        if self._finished or not self._thread.is_alive():
+            raise CheckpointError(
+                "the thread in the background has ended: the program exits, or this process was forked after a save in "
+                "the background. Call save(), which needs no thread."
+            )
+
     def submit(self, task: Task) -> None:
         """Take a task. Local; raises nothing, for the other ranks take theirs."""
         self._tasks.append(task)
@@ -130,6 +144,7 @@ class Background:
         collective, as `Task.complete`.
         """
         start = time.monotonic()
+        self._finished = True
         for task in tuple(self._tasks):
             task.complete(max(0.0, start + task.timeout - time.monotonic()))
             task.report()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
 
 PATIENCE = 30.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Gate:
@@ -388,6 +391,28 @@ def test_a_forked_process_does_not_wait_at_its_exit(tmp_path: Path, gate: Gate) 
     gate.opened.set()
     assert (ended, status) == (child, 0)
     assert handle.result(PATIENCE) == handle.path
+
+
+AT_EXIT = """
+import atexit, sys, torch
+from distckpt import Checkpoint
+checkpoint, prefix = Checkpoint(a=torch.zeros(4)), sys.argv[1]
+def save_once_more():
+    try:
+        checkpoint.save_async(prefix).result(5)
+    except Exception as error:
+        print(error)
+    checkpoint.save(prefix)
+atexit.register(save_once_more)  # runs after the end of the thread
+checkpoint.save_async(prefix).result()
+"""
+
+
+def test_a_save_after_the_end_of_the_thread_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path / "ckpt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "the thread in the background has ended: the program exits" in done.stdout
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5", "ckpt-2.h5"]
 
 
 class Split:
