@@ -141,8 +141,9 @@ class Flight:
         return self._snapshot.is_complete
 
     def stage(self) -> None:
-        """Wait until this rank's tensors may change, and help with it. Local; any thread."""
-        self._snapshot.complete()
+        """Wait until this rank's tensors may change, and help with it; Ctrl-C comes after that. Local; any thread."""
+        with self._coordinator.uninterrupted():
+            self._snapshot.complete()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the end.

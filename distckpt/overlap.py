@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.graph.adapters.optimizer import Slot
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import TensorValue
@@ -90,10 +91,14 @@ class _Protector:
         self._incomplete = [*self._still_incomplete(), snapshot]
 
     def _before_step(self, *_: Any) -> None:
-        """Copy what is left. The thread in the background may be short of cores, so this one helps."""
+        """Copy what is left. The thread in the background may be short of cores, so this one helps.
+
+        Ctrl-C comes after that: the thread would wait for a part that was taken and not copied.
+        """
         if self._incomplete:
-            for snapshot in self._incomplete:
-                snapshot.complete()
+            with INTERRUPTS.held():
+                for snapshot in self._incomplete:
+                    snapshot.complete()
             self._incomplete = self._still_incomplete()
 
     def _still_incomplete(self) -> list[Snapshot]:

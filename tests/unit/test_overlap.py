@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
 from distckpt.flight import Flight
 from distckpt.layout.box import Box
 from distckpt.storage.hdf5 import open_checkpoint
-from distckpt.storage.snapshot import Snapshot, Watch
+from distckpt.storage.snapshot import Snapshot, Watch, _SharedWork
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob
 
@@ -238,6 +239,31 @@ def test_an_error_of_a_copy_does_not_reach_the_step(
     gate.set()
     with pytest.raises(CollectiveError, match="memory is gone"):
         handle.result(PATIENCE)
+
+
+@pytest.mark.parametrize("wait", ["step", "wait_staged"])
+def test_ctrl_c_while_the_program_helps_to_copy_stops_the_program_not_the_save(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    program = Program(1)
+    before = program.values()
+    handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    take = _SharedWork._take
+    taken: list[bool] = []
+
+    def interrupted(work: _SharedWork) -> Any:
+        part = take(work)
+        if not taken:
+            taken.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return part
+
+    monkeypatch.setattr(_SharedWork, "_take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (program.optimizer.step if wait == "step" else handle.wait_staged)()
+    assert handle._flight.is_staged
+    gate.set()
+    assert_holds(handle.result(PATIENCE), before)
 
 
 # ---- the snapshot itself -----------------------------------------------------------------------------------------
