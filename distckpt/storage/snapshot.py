@@ -85,10 +85,12 @@ class Snapshot:
         self._buffer: HostBuffer | None = buffers.take(self.nbytes, limit) if self.nbytes else None
         try:
             self._cuda = self._prepare_cuda()
-            for index, deferred in enumerate(later):
-                if not deferred:
-                    self._copy_now(index)
-            self._cuda.wait()
+            try:
+                for index, deferred in enumerate(later):
+                    if not deferred:
+                        self._copy_now(index)
+            finally:
+                self._cuda.wait()  # after a failure, too: the memory they copy into is given back
             self._later = _SharedWork(self._parts([index for index, deferred in enumerate(later) if deferred]), watch)
         except BaseException:
             self.release()

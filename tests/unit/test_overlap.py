@@ -269,6 +269,24 @@ def test_ctrl_c_while_the_program_helps_to_copy_stops_the_program_not_the_save(
 # ---- the snapshot itself -----------------------------------------------------------------------------------------
 
 
+def test_memory_is_given_back_after_the_copies_into_it_when_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    buffers = HostBuffers()
+    give_back = buffers.give_back
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("an earlier kernel has failed")
+
+    monkeypatch.setattr("distckpt.storage.snapshot.copy_bits", broken)
+    monkeypatch.setattr("distckpt.storage.snapshot._CudaCopies.wait", lambda _: order.append("wait"))
+    monkeypatch.setattr(HostBuffers, "give_back", lambda _, buffer: (order.append("give back"), give_back(buffer)))
+    tensor = torch.randn(3, 4).t()
+    job = WriteJob("t", 0, (4, 3), Box.whole((4, 3)), tensor, 0)
+    with pytest.raises(RuntimeError, match="an earlier kernel"):
+        Snapshot([job], [False], Watch(), buffers, None)
+    assert order == ["wait", "give back"]
+
+
 def test_threads_share_the_copies() -> None:
     tensors = [torch.randn(9 << 20), torch.randn(300, 200).t(), torch.randn(3), torch.empty(0)]
     jobs = [
