@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 import time
 from collections import deque
@@ -84,7 +85,7 @@ class PreemptionGuard:
         """
         self._coordinator = Coordinator(comm)
         self._manager = manager
-        self._deadline = deadline.timestamp() if isinstance(deadline, datetime) else deadline
+        self._deadline = None if deadline is None else _as_seconds(deadline)
         self._margin = None if margin is None else require_seconds("margin", margin)
         self._timeout = require_seconds("timeout", timeout)
         self._clock_read = False
@@ -232,6 +233,19 @@ class PreemptionGuard:
     def _find_deadline(self) -> float | None:
         """Rank 0 only: whether others were given a deadline, too, does not matter."""
         return find_deadline() if self._deadline is None else self._deadline
+
+
+def _as_seconds(deadline: object) -> float:
+    """A point in time as seconds since the epoch; infinity is never reached.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(deadline, datetime):
+        return deadline.timestamp()
+    if isinstance(deadline, int | float) and not isinstance(deadline, bool) and not math.isnan(deadline):
+        return float(deadline)
+    raise ValueError(f"deadline: expected seconds since the epoch, a datetime, or None. Got {deadline!r}.")
 
 
 def _together(reasons: list[str]) -> str:

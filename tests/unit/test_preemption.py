@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distckpt.cluster import EXIT_CODE, PreemptionGuard
@@ -120,6 +122,20 @@ def test_a_manager_that_cannot_say_is_an_error_of_all(make_guard: MakeGuard) -> 
 def test_bad_options(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}: expected a number of seconds > 0"):
         PreemptionGuard(**{option: -1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deadline", ["12:00", float("nan"), True])
+def test_a_deadline_that_is_no_time(deadline: Any) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with pytest.raises(ValueError, match="deadline: expected seconds since the epoch, a datetime, or None"):
+        PreemptionGuard(deadline=deadline)
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.parametrize("deadline", [math.inf, np.float64(4e9)])
+def test_a_deadline_that_is_far_away(make_guard: MakeGuard, deadline: float) -> None:
+    guard = make_guard(deadline=deadline)
+    assert [guard.should_stop(), guard.should_stop()] == [False, False]
 
 
 def test_a_signal_that_cannot_be_handled_changes_no_handler() -> None:
