@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _MIN_NBYTES = 256 << 20
 
@@ -13,18 +17,37 @@ _MIN_NBYTES = 256 << 20
 def progress_bar(rank: int, what: str, nbytes: int) -> Iterator[Callable[[int], None] | None]:
     """A function to call with the number of bytes that were just moved, or None where nobody watches.
 
+    It may stand around collective calls: whatever standard error is, this raises only what the body does.
+
     Args:
         rank: This process's rank.
         what: "save" or "restore".
         nbytes: Bytes that rank 0 will move; nothing is shown below 256 MiB.
     """
-    if rank != 0 or nbytes < _MIN_NBYTES or not sys.stderr.isatty():
+    progress = None
+    if rank == 0 and nbytes >= _MIN_NBYTES:
+        with suppress(Exception):  # closed, hung up, or replaced by something with less than a stream has
+            progress = _started(f"distckpt {what} (rank 0)", nbytes)
+    if progress is None:
         yield None
         return
+    [task] = progress.task_ids
+    try:
+        yield lambda moved: progress.advance(task, moved)
+    finally:
+        with suppress(Exception):
+            progress.stop()
+
+
+def _started(text: str, nbytes: int) -> Progress | None:
+    """A bar on the terminal, if standard error is one."""
+    if not sys.stderr.isatty():
+        return None
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"distckpt {what} (rank 0)", total=nbytes)
-        yield lambda moved: progress.advance(task, moved)
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    progress.add_task(text, total=nbytes)
+    progress.start()
+    return progress

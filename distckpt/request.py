@@ -25,7 +25,7 @@ class Request:
     """One collective call as this rank made it.
 
     Attributes:
-        operation: "save", "write", "restore" or "read".
+        operation: "save", "write", "restore", "read", or a method of the status.
         fields: Name to value in words: path, counter and every option.
     """
 

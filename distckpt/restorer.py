@@ -181,9 +181,9 @@ class Restorer:
         if any(restoration.waits_for(name) for restoration in self._active):
             self.retry_pending()
 
-    def refresh(self, restoration: Restoration) -> Report:
-        """Apply what can be applied, and report anew. Collective over the communicator."""
-        request = Request.of("assert", restoration.source.path, restoration.options)
+    def refresh(self, operation: str, restoration: Restoration) -> Report:
+        """Apply what can be applied, and report anew, for a method of the status. Collective over the communicator."""
+        request = Request.of(operation, restoration.source.path, restoration.options)
         with collector_off(), self._coordinator.uninterrupted():
             attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
             meet(self._coordinator, request, attempt.error, restoration.options.timeout)

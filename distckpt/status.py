@@ -196,7 +196,7 @@ class RestoreStatus:
             This status.
         """
         if self._restoration is not None:
-            self._report = self._restorer.refresh(self._restoration)
+            self._report = self._restorer.refresh("initialize_or_restore", self._restoration)
         return self
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class RestoreStatus:
         if self._restoration is None:
             raise AssertionError(f"{assertion}: restore(None) restored nothing")
         self._restoration.unmatched.clear()
-        self._report = self._restorer.refresh(self._restoration)
+        self._report = self._restorer.refresh(assertion, self._restoration)
 
     def _require_live_matched(self) -> None:
         report = self._report

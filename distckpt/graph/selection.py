@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def select(
         rename: Saved to live prefix.
 
     Raises:
-        ValueError: A prefix names nothing in the file.
+        ValueError: A prefix names nothing in the file, or a part of what an optimizer knows of a parameter.
     """
     if only is None and not skip_slots:
         keys = frozenset(attribute.checkpoint_key for node in graph.nodes for attribute in node.attributes)
@@ -61,6 +62,7 @@ def select(
     prefixes = None if only is None else tuple(prefix.strip("/") for prefix in only)
     whole = frozenset(range(len(graph.nodes))) if prefixes is None else _whole_nodes(graph, prefixes)
     keys = frozenset(_selected_keys(graph, whole, prefixes or ()))
+    _require_whole_pairs(graph, keys)
     if skip_slots:
         keys -= {
             attribute.checkpoint_key for slot in _slot_ids(graph.nodes) for attribute in graph.nodes[slot].attributes
@@ -112,6 +114,23 @@ def _selected_keys(graph: ObjectGraph, whole: frozenset[int], prefixes: Sequence
             key = attribute.checkpoint_key
             if node_id in whole or any(_is_below(key, prefix) for prefix in prefixes):
                 yield key
+
+
+def _require_whole_pairs(graph: ObjectGraph, keys: frozenset[str]) -> None:
+    """An optimizer with some of the slots of a parameter could not step."""
+    pairs: dict[tuple[int, int], list[str]] = {}
+    for node_id, node in enumerate(graph.nodes):
+        for slot in node.slot_variables:
+            attributes = graph.nodes[slot.slot_variable_node_id].attributes
+            pair = pairs.setdefault((node_id, slot.original_variable_node_id), [])
+            pair += [attribute.checkpoint_key for attribute in attributes]
+    for pair in pairs.values():
+        named = sorted(keys.intersection(pair))
+        if 0 < len(named) < len(pair):
+            raise ValueError(
+                f"only: expected all of an optimizer's state of a parameter, or none. Got {named[0]!r}. Pass "
+                f"{posixpath.commonpath(pair)!r}."
+            )
 
 
 def _pruned(graph: ObjectGraph, keys: frozenset[str], whole: frozenset[int]) -> ObjectGraph:

@@ -484,6 +484,17 @@ def test_checksums_come_and_go(three: Any, mpi_dir: Path, options: SaveOptions) 
         assert torch.equal(twin.x, checkpoint.x)
 
 
+def test_different_assertions_are_one_error(three: Any, mpi_dir: Path) -> None:
+    """Else one rank would raise for values that nobody took, and the others go on."""
+    path = Checkpoint(comm=three, a=torch.ones(2), b=1).write(mpi_dir / "ckpt", options=FAST)
+    status = Checkpoint(comm=three, a=torch.zeros(2)).read(path)
+    names = ["assert_consumed", "assert_existing_objects_matched", "initialize_or_restore"]
+    text = same_error(three, LayoutError, getattr(status, names[three.rank]))
+    assert "the ranks are in different calls" in text
+    assert all(name in text for name in names)
+    status.assert_existing_objects_matched()
+
+
 # ---- ranks that hold different things ----------------------------------------------------------------------------
 
 

@@ -202,6 +202,18 @@ def test_a_prefix_that_names_nothing(name: str, path: str, open_files: Callable[
     assert file not in open_files()
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["trained", "fresh"])
+def test_one_slot_of_several_is_refused(fresh: bool, path: str) -> None:
+    """With just some of them an optimizer could not step."""
+    file, live = program(2).write(path), program(3, steps=0 if fresh else 4)
+    before = snapshot(live)
+    slot = "optimizer/.slots/model/head/weight/exp_avg"
+    with pytest.raises(ValueError, match=rf"only: .*{slot}'.*Pass 'optimizer/.slots/model/head/weight'"):
+        live.read(file, options=RestoreOptions(only=[slot]))
+    assert changed(before, live) == set()
+    read(file, live, only=[slot, slot.replace("avg", "avg_sq"), slot.replace("exp_avg", "step")])
+
+
 def test_the_error_of_a_prefix_says_what_is_there(path: str) -> None:
     file = program(2).write(path)
     for option in ({"only": ["modle"]}, {"rename": {"modle": "net"}}):
