@@ -104,6 +104,7 @@ def cut(box: Box, max_numel: int) -> Iterator[Box]:
         yield from cut(_rows(box, axis, start, min(step, box.shape[axis] - start)), max_numel)
 
 
+@lru_cache(maxsize=1 << 14)
 def cut_count(shape: Shape, max_numel: int) -> int:
     """How many boxes `cut` makes of a box of `shape`."""
     numel = math.prod(shape)
@@ -127,7 +128,6 @@ def pieces(box: Box, itemsize: int) -> list[Box]:
     return [box] if 0 < box.numel <= max_numel else list(cut(box, max_numel))
 
 
-@lru_cache(maxsize=1 << 14)
 def piece_count(shape: Shape, itemsize: int) -> int:
     """How many pieces a shard of `shape` has; the number of its checksums."""
     return cut_count(shape, _max_piece_numel(itemsize))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from distckpt.layout.records import Manifest
 from distckpt.storage.hdf5 import open_checkpoint
+
+# The same examples in every run, and no limit on their time: a busy machine or a lucky draw fails nobody's change.
+# HYPOTHESIS_PROFILE=default looks further.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from distckpt.layout import box as box_module
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, cut, cut_count, flat_boxes, piece_count, pieces, runs
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -161,3 +162,11 @@ def test_pieces_are_counted_and_small(shape: Shape, itemsize: int) -> None:
 def test_eight_mebibytes_are_one_piece() -> None:
     assert piece_count((1024, 2048), 4) == 1
     assert piece_count((1024, 2049), 4) == 2
+
+
+def test_the_number_of_pieces_follows_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert piece_count((4, 3, 2), 4) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(box_module, "MAX_PIECE_NBYTES", 16 * 4)
+        assert piece_count((4, 3, 2), 4) == len(pieces(Box.whole((4, 3, 2)), 4)) == 2
+    assert piece_count((4, 3, 2), 4) == 1

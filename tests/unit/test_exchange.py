@@ -112,7 +112,6 @@ def rows(shape: Shape, parts: int) -> list[Box]:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 16 elements."""
     monkeypatch.setattr(box_module, "MAX_PIECE_NBYTES", 16 * ITEMSIZE)
-    box_module.piece_count.cache_clear()
 
 
 def stored(key: str, shape: Shape, boxes: list[Box]) -> Variable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
@@ -64,12 +63,9 @@ def restores(draw: st.DrawFn) -> tuple[Variable, Box]:
 
 
 @pytest.fixture(params=[4, 24, 1 << 20], ids=["1 element", "6 elements", "whole shards"])
-def piece_nbytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def piece_nbytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so small that shards of a few elements have several."""
     monkeypatch.setattr(box_module, "MAX_PIECE_NBYTES", request.param)
-    box_module.piece_count.cache_clear()
-    yield
-    box_module.piece_count.cache_clear()
 
 
 @pytest.mark.parametrize("few", [0, 16], ids=["many shards", "few shards"])
