@@ -20,7 +20,7 @@ from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.exchange import InFile, PieceSpan, piece_spans
-from distckpt.layout.plan import read_items
+from distckpt.layout.plan import ReadPlanner
 from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
@@ -80,6 +80,7 @@ class Source:
         self._offsets: list[int] = opened.offsets.tolist()
         self._checksums = opened.checksums
         self._firsts = opened.index.firsts
+        self._planner = ReadPlanner(manifest.variables, opened.index)
         self._index = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self._fd = fd
         self._closer = weakref.finalize(self, os.close, fd)
@@ -125,7 +126,7 @@ class Source:
     def _block_jobs(self, read: TensorRead, block: Block) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
         offset, checksums = self._offsets[read.variable], self._checksums
-        for box, checksum in read_items(variable, self._firsts[read.variable], block.box):
+        for box, checksum in self._planner.items(read.variable, block.box):
             expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
             part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
@@ -168,7 +169,7 @@ class Source:
         if (a.dtype, a.shape, _boxes(a)) != (b.dtype, b.shape, _boxes(b)):
             return False
         whole = Box.whole(a.shape)
-        pieces = [[item.checksum for item in read_items(a, self._firsts[i], whole)] for i in (first, second)]
+        pieces = [[item.checksum for item in self._planner.items(i, whole)] for i in (first, second)]
         return bool((self._checksums[pieces[0]] == self._checksums[pieces[1]]).all())
 
     def is_at_path(self) -> bool:

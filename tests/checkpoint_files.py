@@ -12,7 +12,7 @@ import torch
 
 from distckpt.layout.box import Box, cut
 from distckpt.layout.checksum_index import index_checksums
-from distckpt.layout.plan import read_items
+from distckpt.layout.plan import ReadPlanner
 from distckpt.layout.records import (
     CHECKSUM_ALGORITHM,
     FORMAT,
@@ -122,9 +122,9 @@ def read_jobs(opened: hdf5.Opened, targets: Tensors) -> list[ReadJob]:
     """Jobs that read whole variables."""
     jobs = []
     variables = opened.manifest.variables
-    firsts = index_checksums(variables).firsts
-    for variable, of_shards, offset in zip(variables, firsts, opened.offsets.tolist(), strict=True):
-        for item in read_items(variable, of_shards, Box.whole(variable.shape)):
+    planner = ReadPlanner(variables, opened.index)
+    for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):
+        for item in planner.items(number, Box.whole(variable.shape)):
             expected = None if opened.checksums is None else int(opened.checksums[item.checksum])
             target = part(targets[variable.key], item.box)
             jobs.append(ReadJob(variable.key, offset, variable.shape, item.box, target, expected))

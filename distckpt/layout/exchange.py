@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -129,7 +129,7 @@ def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
 # ---- who moves what when -----------------------------------------------------------------------------------------
 
 
-def piece_spans(variable: Variable, firsts: Sequence[int]) -> list[PieceSpan]:
+def piece_spans(variable: Variable, firsts: Iterable[int]) -> list[PieceSpan]:
     """The pieces of a stored variable, in the order of their first elements.
 
     Args:

@@ -14,7 +14,7 @@ import msgspec
 from distckpt.layout.box import Shape
 
 FORMAT = "distckpt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKSUM_ALGORITHM = "xxh3-64"
 
 #: Name of the attribute that is a node's own value; every other attribute name is the key suffix below the node.
@@ -202,7 +202,7 @@ class Shard(msgspec.Struct, frozen=True, array_like=True):
     shape: Shape
 
 
-class Variable(msgspec.Struct, frozen=True, omit_defaults=True):
+class Variable(msgspec.Struct, frozen=True):
     """A stored tensor.
 
     Attributes:
@@ -210,7 +210,7 @@ class Variable(msgspec.Struct, frozen=True, omit_defaults=True):
         dtype: torch dtype name.
         shape: Global shape.
         offset: Position of the first byte in the file; -1 when the dataset is empty.
-        shards: The boxes as written; they tile the global shape.
+        shards: The boxes as written; they tile the global shape. Variables that are cut alike may share the list.
         numpy: The saved object was a NumPy array.
     """
 
@@ -222,8 +222,8 @@ class Variable(msgspec.Struct, frozen=True, omit_defaults=True):
     numpy: bool = False
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """The whole checkpoint without its data; stored in the file as JSON.
+class Described(msgspec.Struct, frozen=True):
+    """What a manifest says of the checkpoint as a whole.
 
     Attributes:
         format: Always `FORMAT`.
@@ -238,7 +238,6 @@ class Manifest(msgspec.Struct, frozen=True):
         checksums: `CHECKSUM_ALGORITHM`, or None when the file has no checksums.
         metadata: The user's metadata, an encoded python value.
         object_graph: The stored object graph.
-        variables: All tensors, in file order.
         python_state: Checkpoint key to encoded python value.
         file_nbytes: Length of the file in bytes.
     """
@@ -255,6 +254,15 @@ class Manifest(msgspec.Struct, frozen=True):
     checksums: str | None
     metadata: Any
     object_graph: ObjectGraph
-    variables: list[Variable]
     python_state: dict[str, msgspec.Raw]
     file_nbytes: int
+
+
+class Manifest(Described, frozen=True):
+    """The whole checkpoint without its data; stored in the file as JSON (`storage.manifest`).
+
+    Attributes:
+        variables: All tensors, in file order.
+    """
+
+    variables: list[Variable]

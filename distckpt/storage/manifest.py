@@ -10,15 +10,18 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import xxhash
 
 from distckpt.errors import CorruptCheckpointError
+from distckpt.layout.box import Shape
 from distckpt.layout.collector import collector_off
-from distckpt.layout.plan import validate_shards
-from distckpt.layout.records import FORMAT, FORMAT_VERSION, Manifest, Variable
+from distckpt.layout.plan import validate
+from distckpt.layout.records import FORMAT, FORMAT_VERSION, Described, Manifest, Shard, Variable
+from distckpt.layout.tilings import tilings_of
 from distckpt.storage.hdf5_types import itemsize
 
 _SEAL = re.compile(rb'\{"manifest_checksum":"([0-9a-f]{16})",')
@@ -40,9 +43,30 @@ class _Header(msgspec.Struct):
     format_version: int
 
 
+class _StoredVariable(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A variable in the file: as `Variable`, with the index of its shards in `_Stored.tilings`."""
+
+    key: str
+    dtype: str
+    shape: Shape
+    offset: int
+    tiling: Annotated[int, msgspec.Meta(ge=0)]
+    numpy: bool = False
+
+
+class _Stored(Described, frozen=True):
+    """A manifest in the file. Each way of cutting variables is there once.
+
+    A file of thousands of ranks has millions of shards, and every rank that restores decodes all of this.
+    """
+
+    tilings: list[list[Shard]]
+    variables: list[_StoredVariable]
+
+
 def encode(manifest: Manifest) -> bytes:
     """The manifest as sealed JSON, without padding."""
-    body = _encoder.encode(manifest)[1:]
+    body = _encoder.encode(_stored(manifest))[1:]
     return b'{"manifest_checksum":"%s",%s' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
 
 
@@ -71,14 +95,41 @@ def decode(data: bytes) -> Manifest:
         raise CorruptCheckpointError("the manifest is damaged: it does not begin with its checksum")
     with collector_off():
         try:
-            manifest = msgspec.json.decode(data, type=Manifest)
-            _check_version(manifest)
+            stored = msgspec.json.decode(data, type=_Stored)
+            _check_version(stored)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             _check_version_of(data)
             _check_seal(data, seal)
             raise CorruptCheckpointError(f"the manifest is not what distckpt writes: {error}") from error
-    _check_seal(data, seal)
-    return manifest
+        _check_seal(data, seal)
+        return _loaded(stored)
+
+
+def _stored(manifest: Manifest) -> _Stored:
+    tilings = tilings_of(manifest.variables)
+    variables = [
+        _StoredVariable(variable.key, variable.dtype, variable.shape, variable.offset, tiling, variable.numpy)
+        for variable, tiling in zip(manifest.variables, tilings.which, strict=True)
+    ]
+    return _Stored(**_description(manifest), tilings=tilings.distinct, variables=variables)
+
+
+def _loaded(stored: _Stored) -> Manifest:
+    tilings = stored.tilings
+    try:
+        variables = [
+            Variable(var.key, var.dtype, var.shape, var.offset, tilings[var.tiling], var.numpy)
+            for var in stored.variables
+        ]
+    except IndexError as error:
+        raise CorruptCheckpointError(
+            "the manifest is not what distckpt writes: a variable's shards are missing"
+        ) from error
+    return Manifest(**_description(stored), variables=variables)
+
+
+def _description(described: Described) -> dict[str, Any]:
+    return {name: getattr(described, name) for name in Described.__struct_fields__}
 
 
 def _check_version_of(data: bytes) -> None:
@@ -87,7 +138,7 @@ def _check_version_of(data: bytes) -> None:
         _check_version(msgspec.json.decode(data, type=_Header))
 
 
-def _check_version(header: _Header | Manifest) -> None:
+def _check_version(header: _Header | Described) -> None:
     if header.format != FORMAT:
         raise CorruptCheckpointError(f"the manifest's format is unknown. Expected {FORMAT!r}. Got {header.format!r}.")
     if header.format_version != FORMAT_VERSION:
@@ -109,7 +160,12 @@ def _check_seal(data: bytes, seal: re.Match[bytes]) -> None:
 
 def problems(manifest: Manifest) -> list[str]:
     """What a manifest says that cannot be true of any file; `extent_problems` compares it with the file at hand."""
-    found = [text for variable in manifest.variables for text in _variable_problems(variable)]
+    found = validate(manifest.variables)
+    found += [
+        f"{variable.key}: impossible offset {variable.offset}"
+        for variable in manifest.variables
+        if not -1 <= variable.offset <= _MAX_OFFSET
+    ]
     if len({variable.key for variable in manifest.variables}) != len(manifest.variables):
         found.append("two variables have the same key")
     if manifest.world_size < 1:
@@ -133,13 +189,6 @@ def _graph_problems(manifest: Manifest) -> list[str]:
             for attribute in node.attributes
             if attribute.checkpoint_key not in keys
         ]
-    return found
-
-
-def _variable_problems(variable: Variable) -> list[str]:
-    found = validate_shards(variable)
-    if not -1 <= variable.offset <= _MAX_OFFSET:
-        found.append(f"{variable.key}: impossible offset {variable.offset}")
     return found
 
 

@@ -10,8 +10,7 @@ import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
-from distckpt.layout.checksum_index import index_checksums
-from distckpt.layout.plan import read_items
+from distckpt.layout.plan import ReadPlanner
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.transfer import Progress, ReadJob
@@ -48,10 +47,10 @@ def _piece_jobs(opened: Opened, checksums: np.ndarray) -> Iterator[ReadJob]:
     """One job per piece, all with the same memory."""
     memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8)
     variables = opened.manifest.variables
-    firsts = index_checksums(variables).firsts
-    for variable, offset, of_shards in zip(variables, opened.offsets.tolist(), firsts, strict=True):
+    planner = ReadPlanner(variables, opened.index)
+    for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):
         dtype = getattr(torch, variable.dtype)
-        for item in read_items(variable, of_shards, Box.whole(variable.shape)):
+        for item in planner.items(number, Box.whole(variable.shape)):
             tensor = memory[: item.box.numel * dtype.itemsize].view(dtype).view(item.box.shape)
             expected = int(checksums[item.checksum])
             yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, expected)

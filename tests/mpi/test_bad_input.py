@@ -281,7 +281,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "text": (lambda path: overwrite(path, b"no HDF5 at all" * 1000), ["HDF5 cannot open the file"]),
     "other HDF5": (make_plain_hdf5, ["this is an HDF5 file, but no checkpoint of distckpt"]),
     "truncated": (truncate, ["truncated"]),
-    "newer": (lambda path: change_manifest(path, format_version=2), ["format version 2", "reads version 1", "newer"]),
+    "newer": (lambda path: change_manifest(path, format_version=3), ["format version 3", "reads version 2", "newer"]),
     "damaged manifest": (flip_in_manifest, ["the manifest is damaged"]),
     "lying shapes": (lie_about_shapes, ["the manifest", "sharded"]),
 }

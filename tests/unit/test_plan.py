@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,15 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.layout import box as box_module
-from distckpt.layout import checksum_index
 from distckpt.layout.box import Box, Shape, pieces
 from distckpt.layout.checksum_index import index_checksums
-from distckpt.layout.plan import read_items, validate_shards
+from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.plan import ReadItem, ReadPlanner, validate, validate_shards
 from distckpt.layout.records import Shard, Variable
 
 
 def variable(shape: Shape, boxes: list[Box], dtype: str = "float32") -> Variable:
     return Variable("model/w", dtype, shape, 0, [Shard(rank, *box) for rank, box in enumerate(sorted(boxes))])
+
+
+def read_items(stored: Variable, want: Box) -> list[ReadItem]:
+    return ReadPlanner([stored], index_checksums([stored])).items(0, want)
 
 
 def element_slice(box: Box) -> tuple[slice, ...]:
@@ -84,7 +87,7 @@ def test_all_that_is_wanted_is_read_once(few: int, monkeypatch: pytest.MonkeyPat
             for number, piece in enumerate(pieces(Box(shard.offset, shard.shape), 4))
         }
         whole = set()
-        for item in read_items(stored, firsts, want):
+        for item in read_items(stored, want):
             counts[element_slice(item.box)] += 1
             assert item.box.numel
             if item.checksum >= 0:
@@ -114,7 +117,7 @@ def test_any_sharding_to_any_other(saved: tuple[int, int], live: tuple[int, int]
     assert validate_shards(stored) == []
     for want in grid(shape, live):
         read = np.full(want.shape, -1)
-        for item in read_items(stored, index_checksums([stored]).firsts[0], want):
+        for item in read_items(stored, want):
             read[element_slice(item.box.relative_to(want))] = file[element_slice(item.box)]
         assert np.array_equal(read, source[element_slice(want)])
 
@@ -123,40 +126,55 @@ def test_the_same_sharding_reads_whole_pieces() -> None:
     shape = (6, 3_000_000)
     boxes = grid(shape, (3, 1))
     stored = variable(shape, boxes)
-    firsts = index_checksums([stored, stored]).firsts[1]
-    items = [item for box in boxes for item in read_items(stored, firsts, box)]
+    planner = ReadPlanner([stored, stored], index_checksums([stored, stored]))
+    items = [item for box in boxes for item in planner.items(1, box)]
     assert [item.checksum for item in items] == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
     assert sum(item.box.numel for item in items) == math.prod(shape)
 
 
-def test_checksums_stand_by_rank_then_by_variable() -> None:
+def test_checksums_stand_by_rank_then_by_class_then_by_variable() -> None:
     small = variable((2,), [Box.whole((2,))])
     none = variable((0,), [])
     large = variable((3, 1 << 21), grid((3, 1 << 21), (3, 1)))
-    index = index_checksums([small, none, large, small])
-    assert index.firsts == [[0], [], [1, 3, 4], [2]]
-    assert index.total == 5
+    double = variable((3, 1 << 21), grid((3, 1 << 21), (3, 1)), "float64")
+    index = index_checksums([small, none, large, double, large, small])
+    assert list(map(list, index.firsts)) == [[0], [], [2, 6, 10], [4, 8, 12], [3, 7, 11], [1]]
+    assert index.total == 14
     assert index_checksums([]).total == 0
 
 
-@pytest.mark.parametrize("many", [0, 64], ids=["many shards", "few shards"])
+def test_variables_need_not_share_the_list_of_shards_to_be_cut_alike() -> None:
+    shards = [Shard(1, (0,), (2,)), Shard(0, (2,), (2,))]
+    apart = [Variable(key, "int8", (4,), 0, list(shards)) for key in "abc"]
+    shared = [Variable(key, "int8", (4,), 0, shards) for key in "abc"]
+    assert [list(firsts) for firsts in index_checksums(apart).firsts] == [[3, 0], [4, 1], [5, 2]]
+    assert [list(firsts) for firsts in index_checksums(shared).firsts] == [[3, 0], [4, 1], [5, 2]]
+
+
+def n_pieces(stored: Variable, shard: Shard) -> int:
+    return len(pieces(Box(shard.offset, shard.shape), dtype_info(stored.dtype).itemsize))
+
+
 @given(data=st.data())
-def test_every_piece_has_a_checksum_of_its_own_beside_those_of_its_rank(many: int, data: st.DataObject) -> None:
-    ranks = st.integers(0, 5)
+def test_every_piece_has_a_checksum_of_its_own_beside_those_of_its_rank(data: st.DataObject) -> None:
+    ranks = st.integers(0, 2)
     shapes = st.sampled_from([(1,), (1 << 21,), (3 << 21,), (2, (1 << 21) + 1)])
-    variables = [
-        Variable("w", "float32", (9,), 0, [Shard(data.draw(ranks), (0,) * len(shape), shape) for shape in chosen])
-        for chosen in data.draw(st.lists(st.lists(shapes, max_size=4), max_size=5))
+    tilings = [
+        [Shard(data.draw(ranks), (0,) * len(shape), shape) for shape in chosen]
+        for chosen in data.draw(st.lists(st.lists(shapes, max_size=4), min_size=1, max_size=3))
     ]
-    with mock.patch.object(checksum_index, "_MANY_SHARDS", many):
-        index = index_checksums(variables)
+    variables = [
+        Variable("w", data.draw(st.sampled_from(["float32", "int32", "int8"])), (9,), 0, shards)
+        for shards in data.draw(st.lists(st.sampled_from(tilings), max_size=7))
+    ]
+    index = index_checksums(variables)
     owners = {}
     for stored, firsts in zip(variables, index.firsts, strict=True):
         for shard, first in zip(stored.shards, firsts, strict=True):
-            for number in range(len(pieces(Box(shard.offset, shard.shape), 4))):
+            for number in range(n_pieces(stored, shard)):
                 assert owners.setdefault(first + number, shard.rank) == shard.rank
     assert sorted(owners) == list(range(index.total))
-    assert index.total == sum(len(pieces(Box(s.offset, s.shape), 4)) for v in variables for s in v.shards)
+    assert index.total == sum(n_pieces(v, s) for v in variables for s in v.shards)
     assert [owners[i] for i in sorted(owners)] == sorted(owners.values())
 
 
@@ -164,7 +182,7 @@ def test_a_variable_of_many_shards_is_searched_quickly() -> None:
     shape = (16384, 64)
     stored = variable(shape, grid(shape, (16384, 1)))
     started = time.process_time()
-    items = read_items(stored, index_checksums([stored]).firsts[0], Box((1000, 0), (8, 64)))
+    items = read_items(stored, Box((1000, 0), (8, 64)))
     assert [item.checksum for item in items] == [1000 + i for i in range(8)]
     assert time.process_time() - started < 0.5
 
@@ -252,7 +270,19 @@ def test_bands_that_do_not_tile_are_found(boxes: list[Box]) -> None:
     assert validate_shards(Variable("w", "float32", (5, 4), 0, shards)) != []
 
 
+def test_variables_that_are_cut_alike_are_checked_once_and_all_that_are_wrong_are_named() -> None:
+    right, wrong = [Shard(0, (0,), (4,))], [Shard(0, (0,), (3,))]
+    variables = [
+        Variable(f"v{number}", dtype, (4,), 0, shards)
+        for number, (dtype, shards) in enumerate(
+            [("int8", right), ("int8", wrong), ("int8", right), ("int8", wrong), ("float7", right)]
+        )
+    ]
+    variables.append(Variable("v5", "int8", (5,), 0, right))
+    assert [problem.split()[0] for problem in validate(variables)] == ["v1:", "v3:", "v4:", "v5:"]
+
+
 def test_checksums_of_hostile_ranks_take_no_memory() -> None:
     shards = [Shard(rank, (i,), (1,)) for i, rank in enumerate([1 << 62, -5, 1 << 62, 0])]
     index = index_checksums([Variable("x", "float32", (4,), -1, shards)])
-    assert index.firsts == [[2, 0, 3, 1]]
+    assert list(index.firsts[0]) == [2, 0, 3, 1]

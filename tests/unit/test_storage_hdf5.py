@@ -441,7 +441,7 @@ def test_a_flipped_bit_in_the_padding(tmp_path: Path) -> None:
 def test_another_format_version(tmp_path: Path) -> None:
     path = tmp_path / "file.h5"
     save(path, tensors(), format_version=17)
-    with pytest.raises(CorruptCheckpointError, match=r"file.h5: the file has format version 17, .* reads version 1"):
+    with pytest.raises(CorruptCheckpointError, match=r"file.h5: the file has format version 17, .* reads version 2"):
         hdf5.open_checkpoint(str(path))
 
 

@@ -75,15 +75,17 @@ def seal(document: bytes) -> bytes:
     ("change", "message"),
     [
         (lambda document: document.update(format="other"), "Expected 'distckpt'. Got 'other'"),
-        (lambda document: document.update(format_version=2), "format version 2, this distckpt reads version 1"),
+        (lambda document: document.update(format_version=1), "format version 1, this distckpt reads version 2"),
         (lambda document: document.pop("variables"), "not what distckpt writes: .*variables"),
         (lambda document: document["variables"][0].update(shape=["x"]), "not what distckpt writes"),
         (lambda document: document.update(format_version="1"), "not what distckpt writes"),
+        (lambda document: document["variables"][0].update(tiling=3), "a variable's shards are missing"),
+        (lambda document: document["variables"][0].update(tiling=-1), "not what distckpt writes"),
     ],
-    ids=["format", "version", "missing", "type", "version type"],
+    ids=["format", "version", "missing", "type", "version type", "tiling", "negative tiling"],
 )
 def test_a_manifest_of_another_kind(change: Any, message: str) -> None:
-    document = json.loads(msgspec.json.encode(manifest()))
+    document = json.loads(manifests.encode(manifest()))
     change(document)
     with pytest.raises(CorruptCheckpointError, match=message):
         manifests.decode(seal(json.dumps(document).encode()))
@@ -91,12 +93,22 @@ def test_a_manifest_of_another_kind(change: Any, message: str) -> None:
 
 def test_a_later_version_may_have_more_fields() -> None:
     """Unknown fields are ignored, so that adding one needs no new version."""
-    document = {**json.loads(msgspec.json.encode(manifest())), "novelty": 1}
+    document = {**json.loads(manifests.encode(manifest())), "novelty": 1}
     assert manifests.decode(seal(json.dumps(document).encode())).variables == VARIABLES
 
 
+def test_variables_that_are_cut_alike_share_their_shards() -> None:
+    a, b, _ = VARIABLES
+    variables = [a, b, *(Variable(key, "int8", (4, 5), 0, list(a.shards)) for key in "xyz")]
+    data = manifests.encode(manifest(variables=variables))
+    assert [len(tiling) for tiling in json.loads(data)["tilings"]] == [2, 1]
+    decoded = manifests.decode(data).variables
+    assert decoded == variables
+    assert all(variable.shards is decoded[0].shards for variable in decoded[2:])
+
+
 def test_deep_nesting_is_corruption() -> None:
-    document = b'{"format":"distckpt","format_version":1,"metadata":' + b"[" * 100000 + b"]" * 100000 + b"}"
+    document = b'{"format":"distckpt","format_version":2,"metadata":' + b"[" * 100000 + b"]" * 100000 + b"}"
     with pytest.raises(CorruptCheckpointError):
         manifests.decode(seal(document))
 

@@ -19,8 +19,8 @@ from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.collector import collector_off
 from distckpt.layout.merge import Merged
-from distckpt.layout.plan import read_items
-from distckpt.layout.records import CHECKSUM_ALGORITHM, FORMAT, FORMAT_VERSION, Manifest, Variable
+from distckpt.layout.plan import ReadPlanner
+from distckpt.layout.records import CHECKSUM_ALGORITHM, FORMAT, FORMAT_VERSION, Manifest
 from distckpt.options import SaveOptions
 from distckpt.request import Request
 from distckpt.source import Found
@@ -175,11 +175,9 @@ def plan_reads(found: bytes, keys: Sequence[str], boxes: Sequence[Sequence[Box]]
         The number of boxes to read.
     """
     opened = msgspec.msgpack.decode(found, type=Found).on_this_rank()
-    variables: dict[str, tuple[Variable, Sequence[int]]] = {
-        variable.key: (variable, firsts)
-        for variable, firsts in zip(opened.manifest.variables, opened.index.firsts, strict=True)
-    }
-    return sum(len(read_items(*variables[key], box)) for key, own in zip(keys, boxes, strict=True) for box in own)
+    planner = ReadPlanner(opened.manifest.variables, opened.index)
+    numbers = {variable.key: number for number, variable in enumerate(opened.manifest.variables)}
+    return sum(len(planner.items(numbers[key], box)) for key, own in zip(keys, boxes, strict=True) for box in own)
 
 
 @dataclass(frozen=True, slots=True)
