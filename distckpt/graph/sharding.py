@@ -90,12 +90,17 @@ def _require_plain(tensor: torch.Tensor) -> None:
 
 
 def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
-    with torch.no_grad():  # to_local() then hands out the local tensor itself, without an autograd node
-        local = tensor.to_local()
+    local = tensor.to_local() if not torch.is_grad_enabled() else _local_of(tensor)
     _require_plain(local)
     shape = tuple(tensor.shape)
     boxes, sharding = _shard(shape, tuple(local.shape), tensor.device_mesh, tensor.placements)
     return TensorValue(name, local, shape, boxes, in_place, sharding=sharding)
+
+
+@torch.no_grad()
+def _local_of(tensor: DTensor) -> torch.Tensor:
+    """The local tensor itself: with gradients, to_local() would hand out another one, with an autograd node."""
+    return tensor.to_local()
 
 
 class _Shard(NamedTuple):
