@@ -9,11 +9,11 @@ need.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from distckpt.layout.box import piece_count
@@ -34,7 +34,7 @@ class _Places(NamedTuple):
     strides: array[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Firsts:
     """For each shard of one variable: index of the first of its checksums."""
 
@@ -67,22 +67,17 @@ class ChecksumIndex:
 def index_checksums(variables: Sequence[Variable]) -> ChecksumIndex:
     """Find the place of every checksum; writers and readers find the same."""
     tilings = tilings_of(variables)
-    members: Counter[_Class] = Counter()
-    ordinals = []
-    for variable, tiling in zip(variables, tilings.which, strict=True):
-        of_class = _Class(tiling, dtype_info(variable.dtype).itemsize)
-        ordinals.append((of_class, members[of_class]))
-        members[of_class] += 1
-    shards = {of_class: _count(tilings.distinct[of_class.tiling], of_class.itemsize) for of_class in members}
-    places, total = _place(shards, members)
-    return ChecksumIndex([Firsts(places[of_class], ordinal) for of_class, ordinal in ordinals], total)
+    itemsizes = [dtype_info(variable.dtype).itemsize for variable in variables]
+    classes: list[_Class] = list(zip(tilings.which, itemsizes, strict=True))
+    members = Counter(classes)
+    counted = {of_class: _count(tilings.distinct[of_class[0]], of_class[1]) for of_class in members}
+    places, total = _place(counted, members)
+    ordinals = {of_class: itertools.count() for of_class in members}
+    return ChecksumIndex([Firsts(places[of_class], next(ordinals[of_class])) for of_class in classes], total)
 
 
-class _Class(NamedTuple):
-    """Variables that are cut alike."""
-
-    tiling: int
-    itemsize: int
+#: Variables that are cut alike: index of their tiling, and bytes per element.
+_Class = tuple[int, int]
 
 
 class _Counted(NamedTuple):
@@ -109,7 +104,7 @@ def _place(classes: Mapping[_Class, _Counted], members: Mapping[_Class, int]) ->
         for rank, count in counted.per_rank.items():
             per_rank[rank] += members[of_class] * count
     ranks = sorted(per_rank)
-    *starts, total = accumulate((per_rank[rank] for rank in ranks), initial=0)
+    *starts, total = itertools.accumulate((per_rank[rank] for rank in ranks), initial=0)
     following = dict(zip(ranks, starts, strict=True))
     places = {}
     for of_class, (writers, counts, strides) in classes.items():

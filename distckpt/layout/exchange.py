@@ -15,6 +15,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,7 @@ Unit = list[Range]
 # ---- what is exchanged -------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1 << 14)  # models repeat few shapes
 def hull(box: Box, shape: Shape) -> Span:
     """From the first to behind the last element of a box in row-major order; (0, 0) for an empty one."""
     first = last = 0
