@@ -30,7 +30,7 @@ from distckpt.request import encode_metadata
 from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
 from distckpt.storage.commit import sweep, temp_path
-from distckpt.storage.hdf5 import DatasetSpec, Skeleton, create_file, write_manifest
+from distckpt.storage.creation import DatasetSpec, Skeleton, create_file, write_manifest
 from distckpt.storage.paths import (
     make_directory,
     next_number,

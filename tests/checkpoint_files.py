@@ -23,7 +23,7 @@ from distckpt.layout.records import (
     Shard,
     Variable,
 )
-from distckpt.storage import hdf5
+from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
 from distckpt.storage.reading import ReadReport, read, read_through_hdf5
 from distckpt.storage.transfer import ReadJob, WriteJob
@@ -36,8 +36,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def specs_of(tensors: Tensors) -> list[hdf5.DatasetSpec]:
-    return [hdf5.DatasetSpec(key, dtype_name(tensor), tuple(tensor.shape)) for key, tensor in tensors.items()]
+def specs_of(tensors: Tensors) -> list[creation.DatasetSpec]:
+    return [creation.DatasetSpec(key, dtype_name(tensor), tuple(tensor.shape)) for key, tensor in tensors.items()]
 
 
 def shards_of(shape: tuple[int, ...], n_ranks: int) -> list[Shard]:
@@ -74,7 +74,7 @@ def make_manifest(variables: Sequence[Variable], **changes: Any) -> Manifest:
     return msgspec.structs.replace(manifest, **changes)
 
 
-def placed(manifest: Manifest, skeleton: hdf5.Skeleton) -> Manifest:
+def placed(manifest: Manifest, skeleton: creation.Skeleton) -> Manifest:
     """The manifest with the positions of the skeleton."""
     variables = [
         msgspec.structs.replace(variable, offset=offset)
@@ -88,7 +88,7 @@ def part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def write_jobs(
-    tensors: Tensors, variables: Sequence[Variable], skeleton: hdf5.Skeleton, rank: int | None = None
+    tensors: Tensors, variables: Sequence[Variable], skeleton: creation.Skeleton, rank: int | None = None
 ) -> list[WriteJob]:
     """What `rank` writes; None: what all ranks write."""
     jobs = []
@@ -102,18 +102,18 @@ def write_jobs(
     return jobs
 
 
-def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True, **changes: Any) -> hdf5.Skeleton:
+def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True, **changes: Any) -> creation.Skeleton:
     """Write a complete checkpoint; `changes` go into the manifest."""
     if not hashed:
         changes["checksums"] = None
     variables = variables_of(tensors, n_ranks)
     manifest = make_manifest(variables, **changes)
     n_checksums = index_checksums(variables).total if hashed else 0
-    skeleton = hdf5.create_file(str(path), None, specs_of(tensors), n_checksums, manifests.max_nbytes(manifest))
+    skeleton = creation.create_file(str(path), None, specs_of(tensors), n_checksums, manifests.max_nbytes(manifest))
     fd = os.open(path, os.O_RDWR)
     log = write_posix(fd, write_jobs(tensors, variables, skeleton), checksums=hashed)
     log.write(fd, skeleton.checksums_offset)
-    hdf5.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
+    creation.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
     os.close(fd)
     return skeleton
 

@@ -1,8 +1,4 @@
-"""The HDF5 file: made from a skeleton by rank 0, opened and checked.
-
-Every variable is a contiguous dataset, so a piece of it is a range of bytes in the file. What HDF5 itself writes, the
-skeleton, is the same for every save of a layout: the first save lets HDF5 make it, in memory; all write its bytes.
-"""
+"""The HDF5 file of a checkpoint, opened and checked; `storage.creation` makes it."""
 
 from __future__ import annotations
 
@@ -18,13 +14,9 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from distckpt.layout.box import Shape
 from distckpt.layout.checksum_index import ChecksumIndex, index_checksums
 from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
 from distckpt.storage import manifest as manifests
-from distckpt.storage import rawio
-from distckpt.storage.checksum import CHECKSUM_NBYTES
-from distckpt.storage.commit import temp_path
 from distckpt.storage.hdf5_types import hdf5_type, itemsize
 from distckpt.storage.paths import resolve
 
@@ -33,233 +25,12 @@ logger = logging.getLogger("distckpt")
 MANIFEST = ".manifest"
 CHECKSUMS = ".checksums"
 
-#: Datasets from this size on start at a multiple of `_ALIGNMENT`; smaller ones stay neighbours. In bytes.
-_ALIGNMENT_THRESHOLD = 64 << 10
-_ALIGNMENT = 4096
-
-#: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
-_MAX_METADATA_BLOCK = 1 << 20
-
-#: A file system in memory.
-_MEMORY = Path("/dev/shm")
-
-#: HDF5 metadata per dataset and group, without the name: upper bounds. In bytes; measured: 330, and 1,300 for a group
-#: of nine members, which is the dearest.
-_METADATA_PER_DATASET = 600
-_METADATA_PER_GROUP = 1600
-
 #: No deflate stream expands further than this, and the other filters here (shuffle, fletcher32) do not expand.
 _MAX_EXPANSION = 1100
 _BOUNDED_FILTERS = frozenset({1, 2, 3})
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetSpec:
-    """A dataset to create.
-
-    Attributes:
-        key: Path of the dataset without the leading slash.
-        dtype: torch dtype name.
-        shape: Global shape.
-    """
-
-    key: str
-    dtype: str
-    shape: Shape
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return math.prod(self.shape) * itemsize(self.dtype)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Skeleton:
-    """A checkpoint file without its data.
-
-    Attributes:
-        file_nbytes: Length of the file in bytes.
-        offsets: int64, position of each dataset in the file in bytes; -1 for a dataset without elements.
-        checksums_offset: Position of the checksum dataset; -1 when it has no elements.
-        n_checksums: Number of checksums.
-        manifest_offset: Position of the manifest dataset.
-        manifest_capacity: Size of the manifest dataset in bytes.
-        runs: Position and bytes of everything that HDF5 wrote; all else between the datasets is zero.
-    """
-
-    file_nbytes: int
-    offsets: np.ndarray
-    checksums_offset: int
-    n_checksums: int
-    manifest_offset: int
-    manifest_capacity: int
-    runs: tuple[tuple[int, bytes], ...]
-
-
-# ---- create ------------------------------------------------------------------------------------------------------
-
-
-def create_file(
-    path: str,
-    skeleton: Skeleton | None,
-    datasets: Sequence[DatasetSpec],
-    n_checksums: int,
-    manifest_nbytes: int,
-) -> Skeleton:
-    """Make a checkpoint file without data, its space reserved. Rank 0 only.
-
-    Args:
-        path: Where; nothing may be there.
-        skeleton: What this function returned for the same datasets and number of checksums, or None.
-        datasets: The datasets, in file order.
-        n_checksums: Number of checksums.
-        manifest_nbytes: Upper bound for the length of the encoded manifest (`manifest.max_nbytes`).
-
-    Returns:
-        The skeleton of the file; the one given, if the manifest fits into it.
-
-    Raises:
-        OSError: No space, no permission, or something is at `path`. Nothing new is left there.
-        ValueError: HDF5 cannot hold one of the datasets.
-    """
-    if skeleton is not None and manifest_nbytes > skeleton.manifest_capacity:
-        skeleton = None
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        if skeleton is None:
-            rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
-            skeleton = make_skeleton(datasets, n_checksums, manifest_nbytes, Path(path).parent)
-        rebuild(fd, skeleton)
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-    return skeleton
-
-
-def rebuild(fd: int, skeleton: Skeleton) -> None:
-    """Turn an empty file, perhaps with more space reserved, into one with this skeleton. Rank 0 only."""
-    os.ftruncate(fd, min(os.fstat(fd).st_size, skeleton.file_nbytes))
-    rawio.reserve(fd, skeleton.file_nbytes)
-    for offset, data in skeleton.runs:
-        rawio.write_all(fd, memoryview(data), offset)
-
-
-def write_manifest(fd: int, skeleton: Skeleton, data: bytes) -> None:
-    """Write an encoded manifest into its dataset. Rank 0 only.
-
-    Raises:
-        ValueError: It does not fit.
-    """
-    if len(data) > skeleton.manifest_capacity:
-        raise ValueError(f"the manifest has {len(data)} bytes, its dataset {skeleton.manifest_capacity}")
-    rawio.write_all(fd, memoryview(data.ljust(skeleton.manifest_capacity)), skeleton.manifest_offset)
-
-
-def max_file_nbytes(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> int:
-    """Upper bound for the length of the file, in bytes."""
-    sizes = [spec.nbytes for spec in datasets]
-    sizes += [n_checksums * CHECKSUM_NBYTES, manifests.capacity_for(manifest_nbytes)]
-    data = sum(nbytes + _ALIGNMENT for nbytes in sizes if nbytes >= _ALIGNMENT_THRESHOLD)
-    data += sum(nbytes + 8 for nbytes in sizes if nbytes < _ALIGNMENT_THRESHOLD)
-    return data + _max_metadata_nbytes(datasets)
-
-
-def make_skeleton(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int, directory: Path) -> Skeleton:
-    """Let HDF5 make a file without data, and take from it what HDF5 wrote. Rank 0 only.
-
-    The file is sparse and in memory where there is such a file system, else in `directory`: HDF5 must not meet a full
-    disk or an exceeded quota, since a failing H5Fclose kills the interpreter at the next garbage collection.
-    """
-    capacity = manifests.capacity_for(manifest_nbytes)
-    # The last two lie behind the variables, whose positions then do not depend on the length of the manifest.
-    checksums = DatasetSpec(CHECKSUMS, "uint64", (n_checksums,))
-    specs = [*datasets, checksums, DatasetSpec(MANIFEST, "uint8", (capacity,))]
-    access = _file_access()
-    access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
-    access.set_meta_block_size(_metadata_block(datasets))
-    needed = 2 * _max_metadata_nbytes(datasets)
-    path = temp_path((_MEMORY if _has_room(_MEMORY, needed) else directory) / "skeleton")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        offsets = _create_datasets(path, specs, access)
-        return Skeleton(
-            file_nbytes=os.fstat(fd).st_size,
-            offsets=np.array(offsets[:-2], np.int64),
-            checksums_offset=offsets[-2],
-            n_checksums=n_checksums,
-            manifest_offset=offsets[-1],
-            manifest_capacity=capacity,
-            runs=_read_runs(fd, [(offset, spec.nbytes) for offset, spec in zip(offsets, specs, strict=True)]),
-        )
-    finally:
-        os.close(fd)
-        Path(path).unlink(missing_ok=True)
-
-
-def _has_room(directory: Path, nbytes: int) -> bool:
-    try:
-        system = os.statvfs(directory)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK | os.X_OK) and system.f_bavail * system.f_frsize >= nbytes
-
-
-def _create_datasets(path: str, specs: Sequence[DatasetSpec], access: Any) -> list[int]:
-    """Create datasets over the file at `path`, and return their positions."""
-    from h5py import h5f
-
-    file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, _file_creation(), access)
-    try:
-        # It stays open, and a process that is killed leaves nothing behind.
-        Path(path).unlink()
-        creator = _DatasetCreator(file)
-        return [creator.create(spec) for spec in specs]
-    finally:
-        file.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """What the paths of datasets cost in HDF5 metadata.
-
-    Attributes:
-        groups: Number of groups on the paths.
-        nbytes: Length of all names.
-    """
-
-    groups: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, datasets: Sequence[DatasetSpec]) -> _Names:
-        groups: set[str] = set()
-        for spec in datasets:
-            parent = spec.key.rpartition("/")[0]
-            while parent and parent not in groups:
-                groups.add(parent)
-                parent = parent.rpartition("/")[0]
-        # At most four bytes per character.
-        nbytes = sum(len(path.rpartition("/")[2]) for path in (*groups, *(spec.key for spec in datasets)))
-        return cls(len(groups), 4 * nbytes)
-
-
-def _metadata_block(datasets: Sequence[DatasetSpec]) -> int:
-    """Size of HDF5's metadata blocks: one block where it is small, no matter if that is a little wrong."""
-    names = _Names.of(datasets)
-    expected = 2048 + 320 * len(datasets) + 160 * names.groups + names.nbytes // 2
-    return min(_MAX_METADATA_BLOCK, expected)
-
-
-def _max_metadata_nbytes(datasets: Sequence[DatasetSpec]) -> int:
-    """Upper bound for what HDF5 writes beside the data."""
-    names = _Names.of(datasets)
-    needed = len(datasets) * _METADATA_PER_DATASET + names.groups * _METADATA_PER_GROUP + 2 * names.nbytes
-    return needed + 2 * _MAX_METADATA_BLOCK
-
-
-def _file_access() -> Any:
+def file_access() -> Any:
     """Access list of the serial driver; no locks, since many shared file systems have none. Closing closes objects."""
     from h5py import h5f, h5p
 
@@ -270,83 +41,6 @@ def _file_access() -> Any:
     if hasattr(access, "set_file_locking"):
         access.set_file_locking(False, True)
     return access
-
-
-def _file_creation() -> Any:
-    from h5py import h5p
-
-    creation = h5p.create(h5p.FILE_CREATE)
-    creation.set_obj_track_times(False)
-    return creation
-
-
-class _DatasetCreator:
-    """Creates contiguous datasets and the groups on their paths, all without timestamps."""
-
-    def __init__(self, file: Any) -> None:
-        from h5py import h5d, h5g, h5p, h5s, h5t
-
-        self._new_dataset, self._new_group, self._new_space = h5d.create, h5g.create, h5s.create_simple
-        self._scalar = h5s.create(h5s.SCALAR)
-        self._groups = {"": file}
-        self._links = h5p.create(h5p.LINK_CREATE)
-        self._links.set_char_encoding(h5t.CSET_UTF8)
-        self._group_creation = h5p.create(h5p.GROUP_CREATE)
-        self._group_creation.set_obj_track_times(False)
-        self._creation = h5p.create(h5p.DATASET_CREATE)
-        self._creation.set_layout(h5d.CONTIGUOUS)
-        self._creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-        self._creation.set_fill_time(h5d.FILL_TIME_NEVER)
-        self._creation.set_obj_track_times(False)
-
-    def create(self, spec: DatasetSpec) -> int:
-        """Create one dataset and return its position in the file; -1 when it has no elements."""
-        parent, _, name = spec.key.rpartition("/")
-        dataset = self._new_dataset(
-            self._group(parent),
-            name.encode(),
-            hdf5_type(spec.dtype),
-            self._new_space(spec.shape) if spec.shape else self._scalar,
-            self._creation,
-            self._links,
-        )
-        offset = dataset.get_offset()
-        return -1 if offset is None else int(offset)
-
-    def _group(self, path: str) -> Any:
-        """The group of this path. HDF5 would create groups on the way by itself, but with timestamps."""
-        missing = []
-        while path not in self._groups:
-            missing.append(path)
-            path = path.rpartition("/")[0]
-        group = self._groups[path]
-        for path in reversed(missing):
-            name = path.rpartition("/")[2]
-            group = self._groups[path] = self._new_group(group, name.encode(), self._links, self._group_creation)
-        return group
-
-
-def _read_runs(fd: int, extents: Sequence[tuple[int, int]]) -> tuple[tuple[int, bytes], ...]:
-    """Everything outside the datasets that is not zero."""
-    runs = []
-    for start, stop in _gaps(extents, os.fstat(fd).st_size):
-        data = os.pread(fd, stop - start, start).rstrip(b"\0")
-        if data:
-            runs.append((start, data))
-    return tuple(runs)
-
-
-def _gaps(extents: Sequence[tuple[int, int]], file_nbytes: int) -> Iterator[tuple[int, int]]:
-    position = 0
-    for offset, nbytes in sorted(extent for extent in extents if extent[1]):
-        if offset > position:
-            yield position, offset
-        position = offset + nbytes
-    if file_nbytes > position:
-        yield position, file_nbytes
-
-
-# ---- open --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -383,7 +77,7 @@ def open_readonly(path: str) -> Iterator[Any]:
     from h5py import h5f
 
     try:
-        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _file_access())
+        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, file_access())
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path}: no such file") from error
     except PermissionError:

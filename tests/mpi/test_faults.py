@@ -33,7 +33,7 @@ import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
-from distckpt.storage import hdf5, manifest, mpio, rawio, state, units
+from distckpt.storage import creation, hdf5, manifest, mpio, rawio, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
 
@@ -229,9 +229,9 @@ SAVE_FAULTS = [
     Fault("create", distckpt.output, "sweep", ROOT, layouts=NEW),
     Fault("create", distckpt.output, "_choose_transport", ROOT),
     Fault("create", rawio, "reserve", ROOT),
-    Fault("create", hdf5, "_create_datasets", ROOT, layouts=NEW),
-    Fault("create", hdf5, "_read_runs", ROOT, layouts=NEW),
-    Fault("create", hdf5, "rebuild", ROOT),
+    Fault("create", creation, "_create_datasets", ROOT, layouts=NEW),
+    Fault("create", creation, "_read_runs", ROOT, layouts=NEW),
+    Fault("create", creation, "rebuild", ROOT),
     Fault("create", distckpt.output.Output, "_place", ROOT, layouts=NEW),
     Fault("create", distckpt.output, "write_manifest", ROOT),
     Fault("create", manifest, "encode", ROOT),

@@ -28,7 +28,7 @@ from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOption
 from distckpt.coordination import background
 from distckpt.errors import CollectiveError, LayoutError
 from distckpt.flight import Flight
-from distckpt.storage import hdf5, rawio
+from distckpt.storage import creation, rawio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
@@ -226,7 +226,7 @@ FAULTS = [
     Fault("start a thread", background.Background, "start", EVERY),
     Fault("duplicate the communicator", background, "PolledCollectives", EVERY),
     Fault("create", distckpt.output, "next_number", ROOT),
-    Fault("create", hdf5, "rebuild", ROOT),
+    Fault("create", creation, "rebuild", ROOT),
     Fault("stage", distckpt.saver, "_jobs", EVERY),
     Fault("stage", distckpt.flight.Snapshot, "_copy_now", EVERY),
     Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),

@@ -14,7 +14,7 @@ import torch
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.records import Shard, Variable
-from distckpt.storage import hdf5, mpio, rawio
+from distckpt.storage import creation, hdf5, mpio, rawio
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.reading import read
@@ -86,13 +86,13 @@ class Save:
         self.fd = rawio.open_shared(self.path, self.skeleton.file_nbytes, writable=True)
         self.jobs = write_jobs(self.values, self.variables, self.skeleton, comm.rank)
 
-    def _create(self) -> hdf5.Skeleton:
+    def _create(self) -> creation.Skeleton:
         manifest = make_manifest(self.variables, world_size=self.comm.size)
         n_checksums = index_checksums(self.variables).total
         specs = specs_of(self.values)
-        skeleton = hdf5.create_file(self.path, None, specs, n_checksums, manifests.max_nbytes(manifest))
+        skeleton = creation.create_file(self.path, None, specs, n_checksums, manifests.max_nbytes(manifest))
         fd = os.open(self.path, os.O_RDWR)
-        hdf5.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
+        creation.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
         os.close(fd)
         return skeleton
 

@@ -39,7 +39,7 @@ from distckpt.layout import slicing
 from distckpt.layout.box import Shape
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.records import Attribute, Node, ObjectGraph, Shard, Variable
-from distckpt.storage import hdf5
+from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import make_manifest, placed, same_bits, save, specs_of, write_jobs
@@ -57,12 +57,12 @@ def save_sharded(path: Path, tensor: torch.Tensor, mesh: tuple[int, ...], *, num
     variable = Variable("x", spec.dtype, spec.shape, -1, shards, numpy)
     manifest = make_manifest([variable], world_size=math.prod(mesh))
     n_checksums = index_checksums([variable]).total
-    skeleton = hdf5.create_file(str(path), None, [spec], n_checksums, manifests.max_nbytes(manifest))
+    skeleton = creation.create_file(str(path), None, [spec], n_checksums, manifests.max_nbytes(manifest))
     fd = os.open(path, os.O_RDWR)
     write_posix(fd, write_jobs({"x": tensor}, [variable], skeleton), checksums=True).write(
         fd, skeleton.checksums_offset
     )
-    hdf5.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
+    creation.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
     os.close(fd)
 
 
