@@ -89,27 +89,59 @@ class _Replica:
 
 def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: Sequence[list[Shard]]) -> None:
     """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size."""
+    dealer = _Dealer()
     for replica in sorted(replicas, key=lambda replica: (len(replica.holders) > 1, -replica.nbytes)):
         if replica.nbytes < 2 * MIN_PART_NBYTES:
             rank = min(replica.holders, key=loads.__getitem__)
             loads[rank] += replica.nbytes
             shards[replica.variable].append(Shard(rank, *replica.box))
         else:
-            _assign_parts(replica, loads, shards[replica.variable])
+            _assign_parts(replica, loads, shards[replica.variable], dealer)
     for variable in {replica.variable for replica in replicas}:
         shards[variable].sort(key=attrgetter("offset"))
 
 
-def _assign_parts(replica: _Replica, loads: list[int], shards: list[Shard]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Dealt:
+    """A box dealt out to several writers.
+
+    Attributes:
+        shards: What each writes, in row-major order.
+        numels: Elements for each of the writers.
+    """
+
+    shards: list[Shard]
+    numels: list[int]
+
+
+class _Dealer:
+    """Deals boxes out. A model has many tensors with the same boxes, which mostly get the same writers."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Box, tuple[int, ...]], _Dealt] = {}
+
+    def deal(self, box: Box, writers: Sequence[int]) -> _Dealt:
+        """Cut a box into nearly equal parts, one for each writer."""
+        key = (box, tuple(writers))
+        dealt = self._known.get(key)
+        if dealt is None:
+            parts = even_parts(box, len(writers))
+            shards = [Shard(rank, *each) for rank, part in zip(writers, parts, strict=True) for each in part]
+            numels = [sum(each.numel for each in part) for part in parts]
+            dealt = self._known[key] = _Dealt(shards, numels)
+        return dealt
+
+
+def _assign_parts(replica: _Replica, loads: list[int], shards: list[Shard], dealer: _Dealer) -> None:
     writers = replica.holders
     count = replica.nbytes // MIN_PART_NBYTES
     if count < len(writers):
         writers = sorted(sorted(writers, key=loads.__getitem__)[:count])
     itemsize = replica.nbytes // replica.box.numel
-    for rank, part in zip(writers, even_parts(replica.box, len(writers)), strict=True):
-        for box in part:
-            loads[rank] += itemsize * box.numel
-            shards.append(Shard(rank, *box))
+    dealt = dealer.deal(replica.box, writers)
+    for rank, numel in zip(writers, dealt.numels, strict=True):
+        loads[rank] += itemsize * numel
+    shards += dealt.shards
 
 
 @lru_cache(maxsize=1024)
