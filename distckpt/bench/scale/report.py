@@ -80,7 +80,7 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     from matplotlib.figure import Figure
 
     ranks = [cost.ranks for cost in costs]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     times, sizes = figure.subplots(1, 2)
     times.plot(ranks, [cost.merge_seconds for cost in costs], "o-", label="first save: merge and plan, rank 0")
     times.plot(ranks, [cost.unchanged_seconds for cost in costs], "o-", label="unchanged save: arrival, rank 0")
@@ -95,6 +95,6 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     for axes in (times, sizes):
         axes.set(xscale="log", yscale="log", xlabel="ranks")
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.suptitle(f"{costs[0].layout}, {costs[0].variables} variables")
     figure.savefig(path)
