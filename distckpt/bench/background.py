@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from distckpt.bench.builders import background_builders, builders, names_without
+from distckpt.bench.builders import background_builders, builders
 from distckpt.bench.competitor import BackgroundCompetitor, Pending
-from distckpt.bench.runner import Trial, agreed, over_ranks, seconds
+from distckpt.bench.runner import Trial, agreed, extra_mib, over_ranks, seconds, settle_disks
 from distckpt.bench.samples import Samples, measure
 from distckpt.bench.setting import Bench
 from distckpt.bench.state import State
 from distckpt.bench.training import TrainingLoop
-from distckpt.bench.trials import SaveTrial, delete, make_resident
+from distckpt.bench.trials import FIRST, SaveTrial, called, delete, make_resident
+
+#: `Trial.kind` of saves that training waits for, to compare with.
+_BLOCKING = "save"
 
 
 def measure_background(bench: Bench, *, overlap: bool) -> list[Samples]:
@@ -48,14 +50,24 @@ def measure_background(bench: Bench, *, overlap: bool) -> list[Samples]:
     return samples + measure(bench, f"{title}: training lost", state, slowdown, seconds_lost, "s lost")
 
 
+def measure_background_memory(bench: Bench) -> list[Samples]:
+    """Measure the memory of saves in the background: the first takes a copy of the state, later ones use it again.
+    Collective over the process group.
+    """
+    state = bench.gpt(bench.dim)
+    makers = background_builders(bench, overlap=False)
+    trials = [DurableTrial(make(state), bench.directory) for make in makers]
+    return measure(bench, "memory of async", state, trials, extra_mib, "MiB")
+
+
 def _whole_saves(bench: Bench, state: State) -> list[Trial]:
-    """Saves that training waits for, to compare with."""
-    trials: list[Trial] = []
-    for build in builders(bench, names_without(bench, "safetensors"), saving=True):
-        trial = SaveTrial(build(state), bench.directory)
-        trial.name = trial.name if trial.name.startswith("raw") else f"{trial.name}, save"
-        trials.append(trial)
-    return trials
+    """Saves that training waits for, by those that can save without it, too."""
+    names = [name for name in bench.setup.competitors if name in ("distckpt", "raw", "dcp", "torchsnapshot")]
+    return [
+        SaveTrial(build(state), bench.directory, "" if name == "raw" else _BLOCKING)
+        for name in names
+        for build in builders(bench, [name], saving=True)
+    ]
 
 
 class MemcpyTrial:
@@ -63,11 +75,13 @@ class MemcpyTrial:
 
     Attributes:
         name: How the report calls it.
+        kind: Nothing special.
         copies: What it copied last, one for each shard.
     """
 
     def __init__(self, state: State) -> None:
         self.name = "raw memcpy"
+        self.kind = ""
         self._state = state
         self.copies = [torch.zeros_like(shard) for shard in state.shards()]
 
@@ -89,10 +103,12 @@ class StallTrial:
 
     Attributes:
         name: How the report calls it.
+        kind: What sets it apart from the other saves of its case.
     """
 
-    def __init__(self, competitor: BackgroundCompetitor, directory: Path) -> None:
-        self.name = competitor.name
+    def __init__(self, competitor: BackgroundCompetitor, directory: Path, kind: str = "") -> None:
+        self.name = called(competitor.name, kind)
+        self.kind = kind
         self._competitor = competitor
         self._directory = directory
         self._count = 0
@@ -102,7 +118,7 @@ class StallTrial:
         """Change the values as training would, and let the disk come to rest."""
         self._count += 1
         self._competitor.state.advance()
-        os.sync()
+        settle_disks()
         # The copy and the pages of the file.
         make_resident(2 * self._competitor.state.local_nbytes)
 
@@ -121,8 +137,7 @@ class FirstStallTrial(StallTrial):
     """Start the first save of a new competitor each time, which has no buffers yet."""
 
     def __init__(self, build: Callable[[State], BackgroundCompetitor], state: State, directory: Path) -> None:
-        super().__init__(build(state), directory)
-        self.name = f"{self._competitor.name}, first save"
+        super().__init__(build(state), directory, FIRST)
         self._build = build
 
     def prepare(self) -> None:

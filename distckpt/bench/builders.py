@@ -16,7 +16,10 @@ from distckpt.bench.state import State
 Builder = Callable[[State], Competitor]
 BackgroundBuilder = Callable[[State], BackgroundCompetitor]
 
-COMPETITORS = ("distckpt", "raw", "dcp", "safetensors")
+COMPETITORS = ("distckpt", "raw", "dcp", "torchsnapshot", "torch.save", "safetensors")
+
+#: Those whose files restore onto the ranks and shards that wrote them only.
+OF_ONE_LAYOUT = ("raw", "torchsnapshot", "torch.save", "safetensors")
 
 
 def names_without(bench: Bench, *names: str) -> tuple[str, ...]:
@@ -38,15 +41,22 @@ def builders(bench: Bench, names: Iterable[str], *, saving: bool) -> list[Builde
     return [build for name in names for build in _builders_of(bench, name, saving=saving)]
 
 
+def builders_without_checksums(bench: Bench) -> list[Builder]:
+    """How to make distckpt save without checksums, where it was asked for. Local."""
+    from distckpt.bench.product import Distckpt
+
+    return [partial(Distckpt, checksums=False)] if "distckpt" in bench.setup.competitors else []
+
+
 def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilder]:
     """How to make those of the asked competitors that save in the background. Local.
 
     Args:
         bench: What all cases share.
-        overlap: They copy the state in the background, too.
+        overlap: They copy the state in the background, too, where they can.
 
     Returns:
-        One builder per competitor.
+        One or more builders per competitor.
     """
     found: list[BackgroundBuilder] = []
     if "distckpt" in bench.setup.competitors:
@@ -54,9 +64,13 @@ def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilde
 
         found.append(partial(DistckptAsync, overlap=overlap))
     if "dcp" in bench.setup.competitors:
-        from distckpt.bench.dcp import DcpAsync
+        from distckpt.bench.dcp import DcpAsync, modes
 
-        found.append(partial(DcpAsync, overlap=overlap))
+        found += [partial(DcpAsync, mode=mode, overlap=overlap) for mode in modes()]
+    if "torchsnapshot" in bench.setup.competitors:
+        from distckpt.bench.torchsnapshot import TorchsnapshotAsync
+
+        found.append(TorchsnapshotAsync)
     return found
 
 
@@ -65,9 +79,17 @@ def _builders_of(bench: Bench, name: str, *, saving: bool) -> list[Builder]:
         direct = saving and over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
         return [partial(Raw, direct=mode) for mode in ((False, True) if direct else (False,))]
     if name == "dcp":
-        from distckpt.bench.dcp import Dcp
+        from distckpt.bench.dcp import THREAD_COUNTS, Dcp
 
-        return [Dcp]
+        return [partial(Dcp, threads=threads) for threads in THREAD_COUNTS] if saving else [Dcp]
+    if name == "torchsnapshot":
+        from distckpt.bench.torchsnapshot import Torchsnapshot
+
+        return [Torchsnapshot]
+    if name == "torch.save":
+        from distckpt.bench.torch_save import TorchSave
+
+        return [TorchSave]
     if name == "safetensors":
         from distckpt.bench.safetensors import Safetensors
 

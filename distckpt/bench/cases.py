@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from distckpt.bench.background import measure_background
-from distckpt.bench.builders import builders, names_without
+from distckpt.bench.background import measure_background, measure_background_memory
+from distckpt.bench.builders import OF_ONE_LAYOUT, builders, builders_without_checksums, names_without
 from distckpt.bench.raw import Raw
 from distckpt.bench.runner import Meter, Trial, agreed, extra_mib, seconds
 from distckpt.bench.samples import Samples, measure
 from distckpt.bench.setting import LAYOUTS, Bench
 from distckpt.bench.state import State, build_state, small_shapes
-from distckpt.bench.trials import FirstSaveTrial, RestoreTrial, SaveTrial, check_restore, delete
+from distckpt.bench.trials import ColdRestoreTrial, FirstSaveTrial, RestoreTrial, SaveTrial, check_restore, delete
 
 OVERHEAD = "overhead"
 
-SaveOrRestore = TypeVar("SaveOrRestore", SaveTrial, RestoreTrial)
+#: `Trial.kind` of row shards among column shards, to compare with.
+_ROWS = "rows"
 
 
 def run_case(bench: Bench, case: str) -> list[Samples]:
@@ -35,11 +35,24 @@ def run_case(bench: Bench, case: str) -> list[Samples]:
 
 
 def _save(bench: Bench) -> list[Samples]:
-    return _save_case(bench, "save", bench.gpt(bench.dim), bench.setup.competitors, seconds)
+    """Durable saves; distckpt also without checksums, whose price that shows."""
+    state = bench.gpt(bench.dim)
+    trials = _save_trials(bench, state, bench.setup.competitors)
+    trials += [SaveTrial(build(state), bench.directory) for build in builders_without_checksums(bench)]
+    return measure(bench, "save", state, trials, seconds)
 
 
 def _restore(bench: Bench) -> list[Samples]:
     return _restore_case(bench, "restore", bench.gpt(bench.dim), bench.setup.competitors, seconds)
+
+
+def _cold(bench: Bench) -> list[Samples]:
+    """Restores from the disk itself."""
+    state = bench.gpt(bench.dim)
+    paths = _saved(bench, state, bench.setup.competitors, bench.directory)
+    return _measure_restores(
+        bench, "cold", state, _restore_trials(bench, state, paths, trial=ColdRestoreTrial), seconds
+    )
 
 
 def _reshard(bench: Bench) -> list[Samples]:
@@ -51,7 +64,8 @@ def _memory(bench: Bench) -> list[Samples]:
     names = names_without(bench, "raw")
     saved = _save_case(bench, "memory of save", bench.gpt(bench.dim), names, extra_mib)
     restored = _restore_case(bench, "memory of restore", bench.gpt(bench.dim), names, extra_mib)
-    return saved + restored + _reshard_case(bench, "memory of reshard", extra_mib)
+    resharded = _reshard_case(bench, "memory of reshard", extra_mib)
+    return saved + restored + resharded + measure_background_memory(bench)
 
 
 def _overhead(bench: Bench) -> list[Samples]:
@@ -87,6 +101,7 @@ def _small(bench: Bench) -> list[Samples]:
 CASES: Mapping[str, Callable[[Bench], list[Samples]]] = {
     "save": _save,
     "restore": _restore,
+    "cold": _cold,
     "reshard": _reshard,
     "memory": _memory,
     OVERHEAD: _overhead,
@@ -100,8 +115,11 @@ CASES: Mapping[str, Callable[[Bench], list[Samples]]] = {
 
 
 def _save_case(bench: Bench, case: str, state: State, names: Iterable[str], meter: Meter[Trial]) -> list[Samples]:
-    trials = [SaveTrial(build(state), bench.directory) for build in builders(bench, names, saving=True)]
-    return measure(bench, case, state, trials, meter, _unit(meter))
+    return measure(bench, case, state, _save_trials(bench, state, names), meter, _unit(meter))
+
+
+def _save_trials(bench: Bench, state: State, names: Iterable[str]) -> list[SaveTrial]:
+    return [SaveTrial(build(state), bench.directory) for build in builders(bench, names, saving=True)]
 
 
 def _restore_case(bench: Bench, case: str, state: State, names: Iterable[str], meter: Meter[Trial]) -> list[Samples]:
@@ -112,8 +130,11 @@ def _restore_case(bench: Bench, case: str, state: State, names: Iterable[str], m
 
 def _reshard_case(bench: Bench, case: str, meter: Meter[Trial]) -> list[Samples]:
     """Restore into the other layout than the one that was saved."""
-    paths = _saved(bench, bench.gpt(bench.dim), names_without(bench, "raw", "safetensors"), bench.directory)
     state = bench.gpt(1 - bench.dim)
+    # The limit is a plain read of as many bytes, which lie as each rank wants them.
+    raw = [name for name in bench.setup.competitors if name == "raw" and meter is not extra_mib]
+    paths = _saved(bench, state, raw, bench.directory)
+    paths |= _saved(bench, bench.gpt(bench.dim), names_without(bench, *OF_ONE_LAYOUT), bench.directory)
     return _measure_restores(bench, case, state, _restore_trials(bench, state, paths), meter)
 
 
@@ -127,11 +148,13 @@ def _saved(bench: Bench, state: State, names: Iterable[str], directory: Path) ->
     return paths
 
 
-def _restore_trials(bench: Bench, state: State, paths: Mapping[str, Path]) -> list[RestoreTrial]:
+def _restore_trials(
+    bench: Bench, state: State, paths: Mapping[str, Path], kind: str = "", trial: type[RestoreTrial] = RestoreTrial
+) -> list[RestoreTrial]:
     """Into other values than the saved ones, also in buffers that competitors make now."""
     state.scramble()
     return [
-        RestoreTrial(build(state), path)
+        trial(build(state), path, kind)
         for name, path in paths.items()
         for build in builders(bench, [name], saving=False)
     ]
@@ -151,12 +174,12 @@ def _measure_restores(
 
 def _overhead_case(bench: Bench, count: int) -> list[Samples]:
     state = build_state(small_shapes(count), bench.mesh, dim=0)
-    trials = [SaveTrial(Raw(state, direct=False), bench.directory), *_first_and_later(bench, state)]
-    return measure(bench, f"{OVERHEAD} of {count} variables", state, trials, seconds)
+    return measure(bench, f"{OVERHEAD} of {count} variables", state, _first_and_later(bench, state), seconds)
 
 
 def _first_and_later(bench: Bench, state: State) -> list[SaveTrial]:
-    trials: list[SaveTrial] = []
+    """Saves by all, after one through the page cache: a first save is compared with that, too."""
+    trials = [SaveTrial(Raw(state, direct=False), bench.directory)]
     for build in builders(bench, names_without(bench, "raw"), saving=True):
         trials += [FirstSaveTrial(build, state, bench.directory), SaveTrial(build(state), bench.directory)]
     return trials
@@ -165,11 +188,9 @@ def _first_and_later(bench: Bench, state: State) -> list[SaveTrial]:
 def _save_columns(bench: Bench) -> list[Samples]:
     columns, rows = (bench.gpt(LAYOUTS[layout]) for layout in ("columns", "rows"))
     own = [name for name in bench.setup.competitors if name == "distckpt"]
-    trials = [
-        SaveTrial(build(columns), bench.directory) for build in builders(bench, bench.setup.competitors, saving=True)
-    ]
-    references = [SaveTrial(build(rows), bench.directory) for build in builders(bench, own, saving=True)]
-    return measure(bench, "columns: save", columns, [*trials, *_called_rows(references)], seconds)
+    trials = _save_trials(bench, columns, bench.setup.competitors)
+    trials += [SaveTrial(build(rows), bench.directory, _ROWS) for build in builders(bench, own, saving=True)]
+    return measure(bench, "columns: save", columns, trials, seconds)
 
 
 def _restore_columns(bench: Bench) -> list[Samples]:
@@ -177,14 +198,8 @@ def _restore_columns(bench: Bench) -> list[Samples]:
     own = [name for name in bench.setup.competitors if name == "distckpt"]
     trials = _restore_trials(bench, columns, _saved(bench, columns, bench.setup.competitors, bench.directory))
     # distckpt numbers the files of each directory itself, and would begin again.
-    references = _restore_trials(bench, rows, _saved(bench, rows, own, bench.directory / "rows"))
-    return _measure_restores(bench, "columns: restore", columns, [*trials, *_called_rows(references)], seconds)
-
-
-def _called_rows(trials: list[SaveOrRestore]) -> list[SaveOrRestore]:
-    for trial in trials:
-        trial.name = f"{trial.name}, rows"
-    return trials
+    trials += _restore_trials(bench, rows, _saved(bench, rows, own, bench.directory / "rows"), _ROWS)
+    return _measure_restores(bench, "columns: restore", columns, trials, seconds)
 
 
 def _unit(meter: Meter[Trial]) -> str:

@@ -1,31 +1,56 @@
-"""The rival torch brings: `torch.distributed.checkpoint`, with everything flushed and its fastest settings."""
+"""The rival torch brings: `torch.distributed.checkpoint` (DCP), with everything flushed and in several settings.
+
+Which of them is fastest depends on the case and the machine, so all are measured and the report compares with the best.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
 
 from distckpt.bench.competitor import BackgroundCompetitor, Competitor
+from distckpt.bench.runner import gather
 from distckpt.bench.state import State
+
+#: Writer threads of a rank: one file each.
+THREAD_COUNTS = (1, 2)
+
+_serial_number = itertools.count()
 
 
 class Dcp(Competitor):
-    """torch.distributed.checkpoint (DCP) into one directory per checkpoint."""
+    """DCP into one directory per checkpoint, with its plan cache on."""
 
-    def __init__(self, state: State) -> None:
-        super().__init__("DCP", state)
+    def __init__(self, state: State, *, threads: int | None = None) -> None:
+        """Plans are cached per instance. Local.
+
+        Args:
+            state: What is saved, and restored into.
+            threads: Writer threads of each rank; None where the number says nothing, as in a restore.
+        """
+        super().__init__("DCP" if threads is None else f"DCP, {threads} thread{'s' * (threads > 1)}", state)
+        self._threads = threads or 1
+        self._plans = _plans_of_its_own()
 
     def save(self, stem: Path) -> Path:
-        """Save with `sync_files`, one file per rank and two writer threads."""
-        save(dict(self.state.tensors), storage_writer=_writer(stem))
+        """Save with `sync_files` and one file per thread."""
+        writer = _writer(stem, self._threads)
+        save(dict(self.state.tensors), storage_writer=writer, planner=_Planner(self._plans))
         return stem
 
     def restore(self, path: Path) -> None:
@@ -34,30 +59,35 @@ class Dcp(Competitor):
 
 
 class DcpAsync(BackgroundCompetitor):
-    """DCP's `async_save` with a thread.
+    """DCP's `async_save`, which writes from a thread or from a process of its own."""
 
-    The copy that training waits for goes into buffers that are kept from save to save, which is several times faster
-    here than what DCP makes by default. In the background it can only copy with its own `DefaultStager`.
-    """
-
-    def __init__(self, state: State, *, overlap: bool) -> None:
+    def __init__(self, state: State, mode: str, *, overlap: bool) -> None:
         """Make a process group of its own. Collective over the process group.
 
         Args:
             state: What is saved.
+            mode: One of `modes()`.
             overlap: Copy the state in the background, too.
         """
-        super().__init__("DCP", state)
-        self._stager = _background_stager() if overlap else _ReusingStager(cache_staged_state_dict=True)
+        super().__init__(f"DCP in a {mode}", state)
+        stagers = _BACKGROUND_STAGERS if overlap else _STAGERS
+        self._stager = stagers[mode]()
+        self._type = AsyncCheckpointerType.PROCESS if mode == _PROCESS else AsyncCheckpointerType.THREAD
+        if len(set(gather(platform.node()))) == 1:
+            # Its process would take the name of the host, which not every machine can resolve.
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         # Its thread communicates, while training does so through the group that all share.
         self._group = dist.new_group(backend="gloo")
+        self._plans = _plans_of_its_own()
 
     def start(self, stem: Path) -> DcpPending:
         """Save with the settings of `Dcp`."""
         going_on = async_save(
             dict(self.state.tensors),
-            storage_writer=_writer(stem),
+            storage_writer=_writer(stem, max(THREAD_COUNTS)),
+            planner=_Planner(self._plans),
             async_stager=self._stager,
+            async_checkpointer_type=self._type,
             process_group=self._group,
         )
         return DcpPending(stem, going_on)
@@ -90,24 +120,77 @@ class DcpPending:
         return self._path
 
 
+def modes() -> tuple[str, ...]:
+    """Who writes in the background, and from which memory: what this machine can do. Local."""
+    return tuple(mode for mode in _STAGERS if mode != _PINNED or torch.cuda.is_available())
+
+
 class _ReusingStager(BlockingAsyncStager):
-    """DCP's stager that keeps its buffers, but in ordinary memory: the pinned memory it would take needs a device."""
+    """DCP's stager that keeps its buffers, in ordinary memory: the pinned memory that it takes itself needs a device.
+
+    It is several times faster than `DefaultStager`, and a process gets the buffers without another copy.
+    """
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__(cache_staged_state_dict=True)
+        self._shared = shared
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy into the buffers, made by the first call."""
         if self.state_dict_cache is None:
             self.state_dict_cache = {name: torch.empty_like(tensor) for name, tensor in state_dict.items()}
+            for tensor in self.state_dict_cache.values() if self._shared else ():
+                tensor.to_local().share_memory_()
         return super().stage(state_dict)
 
 
-def _background_stager() -> DefaultStager:
-    """Pinned memory and copies that do not block need a device; shared memory serves DCP's mode with a process."""
+def _background_stager(*, pinned: bool = False, shared: bool = False) -> DefaultStager:
+    """The only stager that copies in the background. Copies that do not block need a device."""
     return DefaultStager(
         StagingOptions(
-            use_pinned_memory=False, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=False
+            use_pinned_memory=pinned,
+            use_shared_memory=shared,
+            use_async_staging=True,
+            use_non_blocking_copy=torch.cuda.is_available(),
         )
     )
 
 
-def _writer(stem: Path) -> FileSystemWriter:
-    return FileSystemWriter(stem, single_file_per_rank=True, sync_files=True, thread_count=2)
+_THREAD, _PINNED, _PROCESS = "thread", "thread, pinned", "process"
+_STAGERS: Mapping[str, Callable[[], AsyncStager]] = {
+    _THREAD: partial(_ReusingStager, shared=False),
+    _PINNED: partial(BlockingAsyncStager, cache_staged_state_dict=True),
+    _PROCESS: partial(_ReusingStager, shared=True),
+}
+_BACKGROUND_STAGERS: Mapping[str, Callable[[], AsyncStager]] = {
+    _THREAD: _background_stager,
+    _PINNED: partial(_background_stager, pinned=True),
+    _PROCESS: partial(_background_stager, shared=True),
+}
+
+
+def _plans_of_its_own() -> str:
+    """A new name for the plans of one competitor: DCP caches by name, for all the process saves."""
+    return f"distckpt bench {next(_serial_number)}"
+
+
+class _Planner(DefaultSavePlanner):
+    """DCP's planner with its cache on, under a name of its own."""
+
+    def __init__(self, plans: str) -> None:
+        super().__init__(enable_plan_caching=True)
+        self._cached_plans_key = plans
+
+    def __reduce__(self) -> tuple[Callable[[str], _Planner], tuple[str]]:
+        """How it gets into the process that saves."""
+        return _quiet_planner, (self._cached_plans_key,)
+
+
+def _quiet_planner(plans: str) -> _Planner:
+    """The planner in the process that saves, which would log four lines per save to the terminal."""
+    logging.getLogger().setLevel(logging.WARNING)
+    return _Planner(plans)
+
+
+def _writer(stem: Path, threads: int) -> FileSystemWriter:
+    return FileSystemWriter(stem, single_file_per_rank=True, sync_files=True, thread_count=threads)

@@ -15,24 +15,26 @@ from distckpt.bench.state import SLOTS, State
 class Distckpt(Competitor):
     """One `Checkpoint` of the state, used again and again as a training loop does."""
 
-    def __init__(self, state: State, *, verify: bool = True) -> None:
+    def __init__(self, state: State, *, verify: bool = True, checksums: bool = True) -> None:
         """Make the Checkpoint. Local.
 
         Args:
             state: What is saved, and restored into.
             verify: Compare checksums while restoring.
+            checksums: Store checksums.
         """
-        super().__init__("distckpt" if verify else "distckpt unverified", state)
-        self._options = distckpt.RestoreOptions(verify=verify)
+        super().__init__("distckpt" + " unverified" * (not verify) + " without checksums" * (not checksums), state)
+        self._save_options = distckpt.SaveOptions(checksums=checksums)
+        self._restore_options = distckpt.RestoreOptions(verify=verify)
         self._checkpoint = distckpt.Checkpoint(state=state.tensors)
 
     def save(self, stem: Path) -> Path:
-        """Save with the default options. It numbers its files itself, so one prefix serves all saves."""
-        return Path(self._checkpoint.save(stem.parent / "distckpt"))
+        """Save. It numbers its files itself, so one prefix serves all saves."""
+        return Path(self._checkpoint.save(stem.parent / "distckpt", options=self._save_options))
 
     def restore(self, path: Path) -> None:
         """Restore into the live tensors."""
-        self._checkpoint.restore(path, options=self._options)
+        self._checkpoint.restore(path, options=self._restore_options)
 
 
 class DistckptAsync(BackgroundCompetitor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from distckpt.bench.samples import Samples
 from distckpt.bench.setting import Setup
 from distckpt.cluster.file_system import existing_parent, file_system_type
 
-_PACKAGES = ("distckpt", "torch", "numpy", "h5py", "mpi4py", "safetensors")
+_PACKAGES = ("distckpt", "torch", "numpy", "h5py", "mpi4py", "safetensors", "torchsnapshot")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
         case: Name of the case.
-        name: Name of the competitor.
+        name: How the report calls the trial: the competitor and, with a comma, the kind of trial.
+        kind: What sets the trial apart from the usual ones of its case, such as "first save"; else empty.
         unit: Of the values: "s", "s lost" or "MiB".
         nbytes: Bytes of the state over all ranks.
         median: The middle value.
@@ -38,11 +39,13 @@ class Row:
         gigabytes_per_second: Of the state, at the median time.
         of_raw: Speed as a part of the raw limit, which is the fastest raw median.
         against_distckpt: Median as a multiple of distckpt's.
+        best_dcp_against: Median of the fastest DCP setting in trials of the same kind, as a multiple of this one.
         beyond_raw: In the case "overhead", the median minus that of the raw limit.
     """
 
     case: str
     name: str
+    kind: str
     unit: str
     nbytes: int
     median: float
@@ -52,6 +55,7 @@ class Row:
     gigabytes_per_second: float | None
     of_raw: float | None
     against_distckpt: float | None
+    best_dcp_against: float | None
     beyond_raw: float | None
 
 
@@ -79,7 +83,9 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
     return [_table(case, [row for row in rows if row.case == case]) for case in dict.fromkeys(row.case for row in rows)]
 
 
-def make_document(rows: Iterable[Row], setup: Setup, size: int, directory: Path) -> dict[str, Any]:
+def make_document(
+    rows: Iterable[Row], setup: Setup, size: int, directory: Path, missing: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything about a run, for JSON.
 
     Args:
@@ -87,6 +93,7 @@ def make_document(rows: Iterable[Row], setup: Setup, size: int, directory: Path)
         setup: What was asked for.
         size: Ranks of the job.
         directory: Where it wrote.
+        missing: What could not be measured, and why.
 
     Returns:
         A document of plain values.
@@ -94,17 +101,30 @@ def make_document(rows: Iterable[Row], setup: Setup, size: int, directory: Path)
     return {
         "environment": _environment(directory),
         "setup": {**asdict(setup), "ranks": size, "directory": str(directory)},
+        "missing": dict(missing),
         "results": [asdict(row) for row in rows],
     }
+
+
+def describe_missing(missing: Mapping[str, str]) -> str:
+    """One line about what could not be measured; empty where all was.
+
+    Args:
+        missing: Name to reason.
+    """
+    names = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
+    return f"not measured here: {names}" if names else ""
 
 
 def _row(samples: Samples, case: Sequence[Samples]) -> Row:
     raw = min((other.median for other in case if other.name.startswith("raw")), default=None)
     own = next((other.median for other in case if other.name == "distckpt"), None)
+    best = min((other.median for other in case if _is_dcp(other) and other.kind == samples.kind), default=None)
     timed = samples.unit == "s"
     return Row(
         case=samples.case,
         name=samples.name,
+        kind=samples.kind,
         unit=samples.unit,
         nbytes=samples.nbytes,
         median=samples.median,
@@ -114,8 +134,13 @@ def _row(samples: Samples, case: Sequence[Samples]) -> Row:
         gigabytes_per_second=samples.nbytes / samples.median / 1e9 if timed else None,
         of_raw=raw / samples.median if raw is not None else None,
         against_distckpt=samples.median / own if own is not None and own > 0 else None,
+        best_dcp_against=best / samples.median if best is not None and samples.median > 0 else None,
         beyond_raw=samples.median - raw if raw is not None and samples.case.startswith(OVERHEAD) else None,
     )
+
+
+def _is_dcp(samples: Samples) -> bool:
+    return samples.name.startswith("DCP")
 
 
 def _table(case: str, rows: Sequence[Row]) -> Table:
@@ -141,7 +166,8 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "GB/s": [_number(row.gigabytes_per_second, 2) for row in rows],
         "of raw limit": [_number(row.of_raw, 2) for row in rows],
         "beyond raw s": [_number(row.beyond_raw, 4) for row in rows],
-        "x distckpt": [_number(row.against_distckpt, 2) for row in rows],
+        "this / distckpt": [_number(row.against_distckpt, 2) for row in rows],
+        "best DCP / this": [_number(row.best_dcp_against, 2) for row in rows],
     }
 
 

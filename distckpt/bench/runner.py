@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, TypeVarTuple
@@ -23,6 +25,10 @@ class Trial(Protocol):
     @property
     def name(self) -> str:
         """How the report calls it."""
+
+    @property
+    def kind(self) -> str:
+        """What sets it apart from the usual trials of its case, such as "first save"; else empty."""
 
     def prepare(self) -> None:
         """What must be done before, unmeasured."""
@@ -94,6 +100,18 @@ def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
         texts = gather(f"{type(cause).__name__}: {cause}" if cause else None)
         raise CollectiveError(step, {rank: text for rank, text in enumerate(texts) if text}) from cause
     return result
+
+
+def settle_disks() -> None:
+    """Have everything on the disks, so that they are at rest: one rank per node sees to it. Collective."""
+    if leads_its_node():
+        os.sync()
+    dist.barrier()
+
+
+def leads_its_node() -> bool:
+    """Whether this is the first rank of its machine. Collective over the process group."""
+    return gather(platform.node()).index(platform.node()) == dist.get_rank()
 
 
 def over_ranks(value: float, op: dist.ReduceOp.RedOpType) -> float:

@@ -17,7 +17,8 @@ class Samples:
 
     Attributes:
         case: Name of the case.
-        name: Name of the competitor.
+        name: How the report calls the trial.
+        kind: `Trial.kind`.
         unit: "s", "s lost" or "MiB".
         nbytes: Bytes of the state over all ranks.
         values: One per round, of the rank with the largest.
@@ -25,6 +26,7 @@ class Samples:
 
     case: str
     name: str
+    kind: str
     unit: str
     nbytes: int
     values: tuple[float, ...]
@@ -56,4 +58,4 @@ def measure(
     if meter is not extra_mib:
         interleave(trials, 1, meter)
     values = interleave(trials, bench.setup.rounds, meter)
-    return [Samples(case, name, unit, state.nbytes, tuple(measured)) for name, measured in values.items()]
+    return [Samples(case, each.name, each.kind, unit, state.nbytes, tuple(values[each.name])) for each in trials]

@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from distckpt.bench.cases import run_case
+from distckpt.bench.rivals import find_missing
 from distckpt.bench.runner import agreed, gather
 from distckpt.bench.samples import Samples
 from distckpt.bench.setting import Bench, Setup
@@ -29,11 +30,13 @@ class Outcome:
         rank: This rank.
         size: Ranks of the job.
         results: What was measured, the same on all ranks.
+        missing: What could not be measured, and why; the same on all ranks.
     """
 
     rank: int
     size: int
     results: tuple[Samples, ...]
+    missing: dict[str, str]
 
 
 def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) -> Outcome:
@@ -53,9 +56,11 @@ def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) 
     init_process_group(backend="gloo")
     try:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        own = gather(agreed("make the directory", make_directory, setup, directory))[0]
-        results = _run_cases(Bench(setup, mesh, Path(own)), announce)
-        return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results))
+        missing = find_missing(setup)
+        there = replace(setup, competitors=tuple(name for name in setup.competitors if name not in missing))
+        own = gather(agreed("make the directory", make_directory, there, directory))[0]
+        results = _run_cases(Bench(there, mesh, Path(own)), announce)
+        return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results), missing)
     finally:
         dist.destroy_process_group()
 

@@ -12,10 +12,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from distckpt.bench.competitor import Competitor
+from distckpt.bench.runner import leads_its_node, settle_disks
 from distckpt.bench.state import State
 
 _READ_STEP = 16 << 20
 _PAGE = mmap.PAGESIZE
+
+#: `Trial.kind` of saves by a competitor that knows nothing from an earlier one.
+FIRST = "first save"
 
 
 class SaveTrial:
@@ -23,10 +27,12 @@ class SaveTrial:
 
     Attributes:
         name: How the report calls it.
+        kind: What sets it apart from the other saves of its case.
     """
 
-    def __init__(self, competitor: Competitor, directory: Path) -> None:
-        self.name = competitor.name
+    def __init__(self, competitor: Competitor, directory: Path, kind: str = "") -> None:
+        self.name = called(competitor.name, kind)
+        self.kind = kind
         self._competitor = competitor
         self._directory = directory
         self._count = 0
@@ -36,7 +42,7 @@ class SaveTrial:
         """Change the values as training would, and let the disk come to rest."""
         self._count += 1
         self._competitor.state.advance()
-        os.sync()
+        settle_disks()
         make_resident(self._competitor.state.local_nbytes)
 
     def run(self) -> None:
@@ -49,15 +55,10 @@ class SaveTrial:
 
 
 class FirstSaveTrial(SaveTrial):
-    """Save with a new competitor each time, to which nothing is known from an earlier save.
-
-    Attributes:
-        name: How the report calls it.
-    """
+    """Save with a new competitor each time, to which nothing is known from an earlier save."""
 
     def __init__(self, build: Callable[[State], Competitor], state: State, directory: Path) -> None:
-        super().__init__(build(state), directory)
-        self.name = f"{self._competitor.name}, first save"
+        super().__init__(build(state), directory, FIRST)
         self._build = build
 
     def prepare(self) -> None:
@@ -71,12 +72,14 @@ class RestoreTrial:
 
     Attributes:
         name: How the report calls it.
+        kind: What sets it apart from the other restores of its case.
         competitor: What restores.
         path: What its `save` returned.
     """
 
-    def __init__(self, competitor: Competitor, path: Path) -> None:
-        self.name = competitor.name
+    def __init__(self, competitor: Competitor, path: Path, kind: str = "") -> None:
+        self.name = called(competitor.name, kind)
+        self.kind = kind
         self.competitor = competitor
         self.path = path
 
@@ -92,6 +95,22 @@ class RestoreTrial:
 
     def clean(self) -> None:
         """Nothing is left behind."""
+
+
+class ColdRestoreTrial(RestoreTrial):
+    """Restore from a file of which the page cache holds nothing."""
+
+    def prepare(self) -> None:
+        """Have every node forget the file."""
+        make_resident(self.competitor.state.local_nbytes)
+        settle_disks()
+        if leads_its_node():
+            _forget(self.path)
+
+
+def called(name: str, kind: str) -> str:
+    """How the report calls a trial of a kind by the competitor of a name."""
+    return f"{name}, {kind}" if kind else name
 
 
 def check_restore(trial: RestoreTrial) -> None:
@@ -143,10 +162,25 @@ def delete(path: Path) -> None:
         path.unlink()
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file, or all files below a directory."""
+    return [each for each in sorted(path.rglob("*")) if each.is_file()] if path.is_dir() else [path]
+
+
+def _forget(path: Path) -> None:
+    """Drop a file, or all files of a directory, from the page cache; they are on the disk."""
+    for each in files_of(path):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def _read_through(path: Path) -> None:
     """Read a file, or all files of a directory."""
     buffer = bytearray(_READ_STEP)
-    for each in path.iterdir() if path.is_dir() else [path]:
+    for each in files_of(path):
         with each.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from distckpt.bench.setting import Setup
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_WIDTH = 110
+_WIDTH = 130
 _PICTURES = (".png", ".svg", ".pdf")
-_CASES = "save, restore, reshard, memory, overhead, async, overlap, replicated, columns, small, repeat."
+_CASES = "save, restore, cold, reshard, memory, overhead, async, overlap, replicated, columns, small, repeat."
+_AGAINST = "Rivals, where installed: raw, dcp, torchsnapshot, torch.save, safetensors."
 
 
 bench = typer.Typer(invoke_without_command=True)
@@ -36,7 +37,7 @@ def measure(
         Path | None, typer.Option("--dir", help="Directory on the file system to measure.", show_default="required")
     ] = None,
     size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
-    against: Annotated[str, typer.Option(help="Rivals: raw, dcp, safetensors.")] = "raw,dcp",
+    against: Annotated[str, typer.Option(help=_AGAINST)] = "raw,dcp,torchsnapshot,torch.save,safetensors",
     cases: Annotated[str, typer.Option(help=_CASES)] = "save,restore,reshard",
     layout: Annotated[str, typer.Option(help="How the state is split: rows or columns.")] = "rows",
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 5,
@@ -190,11 +191,11 @@ def _announce(case: str) -> None:
 def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None, plot_path: Path | None) -> None:
     from rich.console import Console
 
-    from distckpt.bench.report import make_document, make_rows, make_tables
+    from distckpt.bench.report import describe_missing, make_document, make_rows, make_tables
 
     rows = make_rows(outcome.results)
     if json_path is not None:
-        document = make_document(rows, setup, outcome.size, directory)
+        document = make_document(rows, setup, outcome.size, directory, outcome.missing)
         json_path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if plot_path is not None:
         from distckpt.bench.plot import plot_rows
@@ -204,3 +205,5 @@ def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | N
     console = Console(force_terminal=False, width=_WIDTH)
     for table in make_tables(rows):
         console.print(table)
+    if outcome.missing:
+        typer.echo(describe_missing(outcome.missing))

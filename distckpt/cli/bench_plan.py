@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,18 +27,19 @@ def plan(
     ranks: Annotated[int, typer.Option(min=2, help="Virtual ranks.")] = 16384,
     variables: Annotated[int, typer.Option(min=40, help="Tensors over all ranks, optimizer state included.")] = 1000,
     layout: Annotated[str, typer.Option(help="fsdp, hsdp, tp or pp.")] = "fsdp",
-    growth: Annotated[bool, typer.Option("--growth", help="Also fewer ranks, from 16 on.")] = False,
+    growth: Annotated[bool, typer.Option(help="Also fewer ranks, from 16 on.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the growth; needs matplotlib.")] = None,
 ) -> None:
     """Simulate a first save, an unchanged save and a restore on half the ranks, in one process, without MPI.
 
-    The merge, the plans and the messages are those of real jobs; no data is written.
+    The merge, the plans and the messages are those of real jobs; no data is written. 16,384 ranks with 1,000 variables
+    take two to three minutes and 7 GiB of memory, all smaller sizes included.
     """
     # Torch takes seconds to import, and other commands have no use for it.
     from rich.console import Console
 
-    from distckpt.bench.scale.report import make_table, plot
+    from distckpt.bench.scale.report import describe_growth, make_table, plot
     from distckpt.bench.scale.virtual import LAYOUTS, Job
 
     if layout not in LAYOUTS:
@@ -53,6 +56,8 @@ def plan(
     if plot_path is not None:
         plot(costs, plot_path)
     Console(width=_WIDTH).print(make_table(costs))
+    if len(costs) > 1:
+        typer.echo(describe_growth(costs))
 
 
 def _sizes(ranks: int) -> list[int]:
@@ -67,8 +72,13 @@ def _simulate(jobs: list[Job]) -> Iterator[Cost]:
     """Each in a process of its own, so that it finds no memory that an earlier one has left."""
     from distckpt.bench.scale.simulation import simulate
 
+    start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
         for job in jobs:
-            typer.echo(f"simulating: {job.ranks} ranks", err=True)
-            yield pool.submit(simulate, job).result()
+            yield pool.submit(simulate, job, partial(_announce, job, start)).result()
+
+
+def _announce(job: Job, start: float, step: str) -> None:
+    """Say what begins, and how many seconds after the start: times of this clock are those of all processes."""
+    typer.echo(f"{time.monotonic() - start:5.0f} s  {job.layout}, {job.ranks} ranks: {step}", err=True)

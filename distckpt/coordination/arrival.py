@@ -238,7 +238,8 @@ class Root(Arrival):
 
     def _ask(self) -> None:
         """From GATHERING to STARTING, once all are here. Back again when one of them has left instead of confirming."""
-        if self._all_present():
+        # All that are asked are among the present here; to compare the sets at every message would take quadratic time.
+        if self._all_present() and len(self._asked) < self._size - 1:
             for rank in self._present.keys() - self._asked:
                 self._asked.add(rank)
                 self._send(rank, Kind.GO, self._present[rank].call)

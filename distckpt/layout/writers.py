@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
 from distckpt.layout.box import Box, flat_boxes
 from distckpt.layout.cover import Cover
@@ -87,29 +88,69 @@ class _Replica:
     holders: list[int]
 
 
-def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: Sequence[list[Shard]]) -> None:
+def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: list[list[Shard]]) -> None:
     """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size."""
+    dealer = _Dealer()
+    dealt: dict[int, list[_Dealt]] = {}
     for replica in sorted(replicas, key=lambda replica: (len(replica.holders) > 1, -replica.nbytes)):
-        if replica.nbytes < 2 * MIN_PART_NBYTES:
-            rank = min(replica.holders, key=loads.__getitem__)
-            loads[rank] += replica.nbytes
-            shards[replica.variable].append(Shard(rank, *replica.box))
-        else:
-            _assign_parts(replica, loads, shards[replica.variable])
-    for variable in {replica.variable for replica in replicas}:
-        shards[variable].sort(key=attrgetter("offset"))
+        part = dealer.deal(replica.box, _writers(replica, loads))
+        itemsize = replica.nbytes // replica.box.numel
+        for rank, numel in part.numels:
+            loads[rank] += itemsize * numel
+        dealt.setdefault(replica.variable, []).append(part)
+    for variable, parts in dealt.items():
+        shards[variable] = dealer.join(parts)
 
 
-def _assign_parts(replica: _Replica, loads: list[int], shards: list[Shard]) -> None:
-    writers = replica.holders
+def _writers(replica: _Replica, loads: Sequence[int]) -> Sequence[int]:
+    """The holders that write a part, ascending: all of them, or those with the fewest bytes so far."""
     count = replica.nbytes // MIN_PART_NBYTES
-    if count < len(writers):
-        writers = sorted(sorted(writers, key=loads.__getitem__)[:count])
-    itemsize = replica.nbytes // replica.box.numel
-    for rank, part in zip(writers, even_parts(replica.box, len(writers)), strict=True):
-        for box in part:
-            loads[rank] += itemsize * box.numel
-            shards.append(Shard(rank, *box))
+    if count >= len(replica.holders):
+        return replica.holders
+    if count <= 1:
+        return (min(replica.holders, key=loads.__getitem__),)
+    return sorted(sorted(replica.holders, key=loads.__getitem__)[:count])
+
+
+class _Dealt(NamedTuple):
+    """A box dealt out to its writers.
+
+    Attributes:
+        shards: What they write, in row-major order.
+        numels: Each writer, and how many elements it writes.
+    """
+
+    shards: list[Shard]
+    numels: list[tuple[int, int]]
+
+
+class _Dealer:
+    """Deals boxes out. A model has many tensors with the same boxes, and most of them get the same writers."""
+
+    def __init__(self) -> None:
+        self._dealt: dict[tuple[Box, tuple[int, ...]], _Dealt] = {}
+        self._joined: dict[tuple[int, ...], list[Shard]] = {}
+
+    def deal(self, box: Box, writers: Sequence[int]) -> _Dealt:
+        """Cut a box into nearly equal parts, one for each writer."""
+        key = (box, tuple(writers))
+        dealt = self._dealt.get(key)
+        if dealt is None:
+            parts = list(zip(writers, even_parts(box, len(writers)), strict=True))
+            shards = [Shard(rank, *each) for rank, part in parts for each in part]
+            numels = [(rank, sum(each.numel for each in part)) for rank, part in parts]
+            dealt = self._dealt[key] = _Dealt(shards, numels)
+        return dealt
+
+    def join(self, parts: Sequence[_Dealt]) -> list[Shard]:
+        """The shards of all boxes of a tensor, ascending by offset; tensors with the same parts share one list."""
+        key = tuple(map(id, parts))
+        shards = self._joined.get(key)
+        if shards is None:
+            shards = [shard for part in parts for shard in part.shards]
+            shards.sort(key=attrgetter("offset"))
+            self._joined[key] = shards
+        return shards
 
 
 @lru_cache(maxsize=1024)

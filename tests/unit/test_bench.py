@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import io
+import itertools
 import json
 import math
+import mmap
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,20 +37,30 @@ from distckpt.bench.background import (
 )
 from distckpt.bench.cases import CASES, run_case
 from distckpt.bench.competitor import BackgroundCompetitor, Competitor
-from distckpt.bench.dcp import Dcp, DcpAsync
+from distckpt.bench.dcp import Dcp, DcpAsync, modes
 from distckpt.bench.raw import Raw, supports_direct
-from distckpt.bench.report import make_document, make_rows, make_tables
+from distckpt.bench.report import describe_missing, make_document, make_rows, make_tables
+from distckpt.bench.rivals import find_missing
 from distckpt.bench.runner import agreed, extra_mib, interleave, seconds
 from distckpt.bench.samples import Samples
 from distckpt.bench.session import make_directory
 from distckpt.bench.setting import Bench, Setup
 from distckpt.bench.state import State, build_state, gpt_shapes, small_shapes
-from distckpt.bench.trials import FirstSaveTrial, RestoreTrial, SaveTrial, check_restore
+from distckpt.bench.trials import ColdRestoreTrial, FirstSaveTrial, RestoreTrial, SaveTrial, check_restore
 from distckpt.cli.bench import parse_choices, parse_number, parse_size
 from distckpt.cli.main import build
 from distckpt.errors import CollectiveError
 
 MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_are_quick() -> Iterator[None]:
+    """A collection before every trial need not look at what other tests and torch have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +140,25 @@ def test_values_depend_on_variable_and_place_and_are_ordinary_floats(mesh: Devic
     assert state.wrong() == ["a", "b"]
 
 
+#: Competitor to its module and class.
+CLASSES = {
+    "dcp": ("dcp", "Dcp"),
+    "torchsnapshot": ("torchsnapshot", "Torchsnapshot"),
+    "torch.save": ("torch_save", "TorchSave"),
+    "safetensors": ("safetensors", "Safetensors"),
+}
+
+
 def competitor_class(name: str) -> type[Competitor]:
-    if name == "dcp":
-        return Dcp
-    return importlib.import_module("distckpt.bench.safetensors").Safetensors  # type: ignore[no-any-return]
+    module, of_module = CLASSES[name]
+    return getattr(importlib.import_module(f"distckpt.bench.{module}"), of_module)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("dim", [0, None])
-@pytest.mark.parametrize("name", ["raw", "raw O_DIRECT", "dcp", "safetensors"])
+@pytest.mark.parametrize("name", ["raw", "raw O_DIRECT", *CLASSES])
 def test_competitors_restore_what_they_saved(name: str, dim: int | None, mesh: DeviceMesh, tmp_path: Path) -> None:
-    if name == "safetensors":
-        pytest.importorskip("safetensors")
+    if name in ("safetensors", "torchsnapshot"):
+        pytest.importorskip(name)
     if name == "raw O_DIRECT" and not supports_direct(tmp_path):
         pytest.skip("this file system has no O_DIRECT")
     saved, live = (build_state(gpt_shapes(MIB), mesh, dim=dim) for _ in range(2))
@@ -163,6 +188,8 @@ def test_a_wrong_byte_is_found(mesh: DeviceMesh, tmp_path: Path) -> None:
 
 class Recorder:
     """A trial that writes down what is done with it."""
+
+    kind = ""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name = name
@@ -213,7 +240,7 @@ def test_what_fails_on_a_rank_is_named(tmp_path: Path) -> None:
 def test_saves_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tmp_path: Path) -> None:
     state = build_state(small_shapes(3), mesh, dim=0)
     trials = [SaveTrial(Raw(state, direct=False), tmp_path), FirstSaveTrial(Dcp, state, tmp_path)]
-    assert trials[1].name == "DCP, first save"
+    assert [(trial.name, trial.kind) for trial in trials] == [("raw", ""), ("DCP, first save", "first save")]
     names = set()
     for _ in range(2):
         for trial in trials:
@@ -229,31 +256,50 @@ def test_saves_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tm
 
 
 UNITS = {"memory": {"MiB"}, "async": {"s", "s lost"}, "overlap": {"s", "s lost"}}
-WITHOUT_RAW = {"reshard", "memory", "repeat"}
+DCP = {"DCP, 1 thread", "DCP, 2 threads"}
+DCP_ASYNC = {f"DCP in a {mode}" for mode in modes()}
+SAVED = {"raw", "torch.save", *DCP}
+RESTORED = {"raw", "torch.save", "DCP"}
 PARTS = {
-    "overlap": {
-        "overlap: stall": {"raw memcpy", "DCP, first save", "DCP"},
-        "overlap: until tensors may change": {"DCP"},
-        "overlap: until durable": {"raw", "DCP, save", "DCP"},
-        "overlap: training lost": {"DCP"},
+    "save": {"save": SAVED},
+    "restore": {"restore": RESTORED},
+    "cold": {"cold": RESTORED},
+    "reshard": {"reshard": {"raw", "DCP"}},
+    "memory": {
+        "memory of save": SAVED - {"raw"},
+        "memory of restore": RESTORED - {"raw"},
+        "memory of reshard": {"DCP"},
+        "memory of async": DCP_ASYNC,
     },
-    "repeat": {"repeat": {"DCP, first save", "DCP"}},
-    "small": {"small, 25 variables: save": {"raw", "DCP"}, "small, 25 variables: restore": {"raw", "DCP"}},
-    "replicated": {"replicated: save": {"raw", "DCP"}, "replicated: restore": {"raw", "DCP"}},
+    "overhead": {"overhead of 20 variables": {*SAVED, *(f"{name}, first save" for name in SAVED - {"raw"})}},
+    **{
+        case: {
+            f"{case}: stall": {"raw memcpy", *DCP_ASYNC, *(f"{name}, first save" for name in DCP_ASYNC)},
+            f"{case}: until durable": {"raw", *DCP_ASYNC, *(f"{name}, save" for name in DCP)},
+            f"{case}: training lost": DCP_ASYNC,
+        }
+        for case in ("async", "overlap")
+    },
+    "replicated": {"replicated: save": SAVED, "replicated: restore": RESTORED},
+    "columns": {"columns: save": SAVED, "columns: restore": RESTORED},
+    "small": {"small, 25 variables: save": SAVED, "small, 25 variables: restore": RESTORED},
+    "repeat": {"repeat": {*SAVED, *(f"{name}, first save" for name in SAVED - {"raw"})}},
 }
+PARTS["overlap"]["overlap: until tensors may change"] = DCP_ASYNC
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_path: Path) -> None:
-    results = run_case(Bench(a_setup(nbytes=2**16, rounds=1), mesh, tmp_path), case)
+def test_each_case_measures_each_competitor(
+    case: str, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sync", lambda: None)  # what other programs have written is not ours to wait for
+    setup = a_setup(nbytes=2**16, rounds=1, competitors=("raw", "dcp", "torch.save"))
+    results = run_case(Bench(setup, mesh, tmp_path), case)
     found: dict[str, set[str]] = {samples.case: set() for samples in results}
     for samples in results:
         assert len(samples.values) == 1
         found[samples.case].add(samples.name)
-    assert all("DCP" in names for names in found.values())
-    assert any("raw" in names for names in found.values()) == (case not in WITHOUT_RAW)
-    if case in PARTS:
-        assert {part: names - {"raw O_DIRECT"} for part, names in found.items()} == PARTS[case]
+    assert {part: names - {"raw O_DIRECT"} for part, names in found.items()} == PARTS[case]
     assert {samples.unit for samples in results} == UNITS.get(case, {"s"})
     assert not list(tmp_path.iterdir())
 
@@ -278,10 +324,20 @@ def recording(method: Callable[[Dcp, Path], object], name: str, dims: list[tuple
     return record
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_dcp_in_the_background_saves_the_values_of_the_moment(overlap: bool, mesh: DeviceMesh, tmp_path: Path) -> None:
+def background(name: str, state: State, *, overlap: bool) -> BackgroundCompetitor:
+    if name == "torchsnapshot":
+        pytest.importorskip(name)
+        return importlib.import_module("distckpt.bench.torchsnapshot").TorchsnapshotAsync(state)  # type: ignore[no-any-return]
+    return DcpAsync(state, name, overlap=overlap)
+
+
+@pytest.mark.parametrize(("name", "overlap"), [*itertools.product(modes(), [False, True]), ("torchsnapshot", False)])
+def test_saves_in_the_background_have_the_values_of_the_moment(
+    name: str, overlap: bool, mesh: DeviceMesh, tmp_path: Path
+) -> None:
     saved, live = (build_state(gpt_shapes(MIB), mesh, dim=0) for _ in range(2))
-    competitor = DcpAsync(saved, overlap=overlap)
+    competitor = background(name, saved, overlap=overlap)
+    reader = competitor_class("torchsnapshot" if name == "torchsnapshot" else "dcp")(live)
     for number in range(2):
         saved.fill()
         pending = competitor.start(tmp_path / str(number))
@@ -289,7 +345,54 @@ def test_dcp_in_the_background_saves_the_values_of_the_moment(overlap: bool, mes
         saved.scramble()
         path = pending.result()
         assert pending.is_done()
+        check_restore(RestoreTrial(reader, path))
+
+
+@pytest.mark.usefixtures("mesh")
+def test_what_cannot_be_measured_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchsnapshot", None)
+    setup = a_setup(competitors=("distckpt", "raw", "dcp", "torchsnapshot"), cases=("save",))
+    missing = find_missing(setup)
+    assert list(missing) == ["torchsnapshot"]
+    assert describe_missing(missing).startswith("not measured here: torchsnapshot (")
+    assert describe_missing({}) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = find_missing(replace(setup, cases=("async",)))
+    assert missing["DCP in a thread, pinned"] == "no CUDA device"
+
+
+def test_plans_that_dcp_caches_are_those_of_one_competitor(mesh: DeviceMesh, tmp_path: Path) -> None:
+    for number, count in enumerate((3, 5)):
+        saved, live = (build_state(small_shapes(count), mesh, dim=0) for _ in range(2))
+        competitor = Dcp(saved, threads=2)
+        for again in range(2):
+            saved.fill()
+            path = competitor.save(tmp_path / f"{number}-{again}")
         check_restore(RestoreTrial(Dcp(live), path))
+
+
+def test_a_cold_restore_begins_with_an_empty_page_cache(mesh: DeviceMesh, tmp_path: Path) -> None:
+    state = build_state(gpt_shapes(MIB), mesh, dim=0)
+    state.fill()
+    raw = Raw(state, direct=False)
+    path = raw.save(tmp_path / "saved")
+    trial = ColdRestoreTrial(raw, path)
+    path.read_bytes()
+    assert cached_pages(path) > 0
+    trial.prepare()
+    assert cached_pages(path) == 0
+    check_restore(trial)
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file that are in memory."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        count = -(-len(mapped) // mmap.PAGESIZE)
+        pages = (ctypes.c_ubyte * count)()
+        first = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(mapped)), pages) == 0
+        return sum(page & 1 for page in pages)
 
 
 class Sleeper(BackgroundCompetitor):
@@ -329,7 +432,7 @@ def test_training_goes_on_until_the_save_has_ended_and_what_it_lost_is_measured(
 
 def test_stalls_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tmp_path: Path) -> None:
     state = build_state(small_shapes(3), mesh, dim=0)
-    build = partial(DcpAsync, overlap=False)
+    build = partial(DcpAsync, mode="thread", overlap=False)
     trials = [StallTrial(build(state), tmp_path), FirstStallTrial(build, state, tmp_path)]
     trials.append(DurableTrial(build(state), tmp_path))
     names = set()
@@ -342,7 +445,7 @@ def test_stalls_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, t
             names.update(path.name for path in tmp_path.iterdir())
             trial.clean()
             assert not list(tmp_path.iterdir())
-    assert {"DCP-1", "DCP-2"} <= names
+    assert {"DCP-in-a-thread-1", "DCP-in-a-thread-2"} <= names
 
 
 def test_the_limit_of_a_copy_copies_everything(mesh: DeviceMesh) -> None:
@@ -366,7 +469,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--against", "tar"], "expected some of raw, dcp, safetensors. Got 'tar'"),
+        (["--against", "tar"], "expected some of raw, dcp, torchsnapshot, torch.save, safetensors. Got 'tar'"),
         (["--cases", "sleep"], f"expected some of {', '.join(CASES)}. Got 'sleep'"),
         (["--layout", "diagonal"], "expected rows or columns. Got 'diagonal'"),
         (["--plot", "no/such/directory/file.png"], "no/such/directory/file.png: its directory does not exist"),
@@ -383,16 +486,16 @@ def test_bad_options_are_refused_before_anything_starts(options: list[str], mess
 
 
 RESULTS = [
-    Samples("save", "distckpt", "s", 10**9, (0.5, 0.6, 0.4)),
-    Samples("save", "raw", "s", 10**9, (0.8, 0.9, 0.7)),
-    Samples("save", "raw O_DIRECT", "s", 10**9, (0.4, 0.4, 0.4)),
-    Samples("save", "DCP", "s", 10**9, (1.0, 9.0, 1.0)),
-    Samples("overhead of 5 variables", "distckpt", "s", 5120, (0.004,)),
-    Samples("overhead of 5 variables", "raw", "s", 5120, (0.001,)),
-    Samples("memory of save", "distckpt", "MiB", 10**9, (8.0, 0.0, 0.0)),
-    Samples("memory of save", "DCP", "MiB", 10**9, (2.0, 3.0, 4.0)),
-    Samples("async: training lost", "distckpt", "s lost", 10**9, (-0.01,)),
-    Samples("async: training lost", "DCP", "s lost", 10**9, (0.3,)),
+    Samples("save", "distckpt", "", "s", 10**9, (0.5, 0.6, 0.4)),
+    Samples("save", "raw", "", "s", 10**9, (0.8, 0.9, 0.7)),
+    Samples("save", "raw O_DIRECT", "", "s", 10**9, (0.4, 0.4, 0.4)),
+    Samples("save", "DCP", "", "s", 10**9, (1.0, 9.0, 1.0)),
+    Samples("overhead of 5 variables", "distckpt", "", "s", 5120, (0.004,)),
+    Samples("overhead of 5 variables", "raw", "", "s", 5120, (0.001,)),
+    Samples("memory of save", "distckpt", "", "MiB", 10**9, (8.0, 0.0, 0.0)),
+    Samples("memory of save", "DCP", "", "MiB", 10**9, (2.0, 3.0, 4.0)),
+    Samples("async: training lost", "distckpt", "", "s lost", 10**9, (-0.01,)),
+    Samples("async: training lost", "DCP", "", "s lost", 10**9, (0.3,)),
 ]
 
 
@@ -408,12 +511,29 @@ def test_ratios_are_between_medians_and_to_the_best_raw() -> None:
     assert (lost.median, lost.gigabytes_per_second, lost_by_dcp.against_distckpt) == (-0.01, None, None)
 
 
+def test_the_best_dcp_is_its_fastest_setting_in_trials_of_the_same_kind() -> None:
+    values = {
+        ("distckpt", ""): 0.2,
+        ("distckpt, first save", "first save"): 0.5,
+        ("DCP in a thread", ""): 0.6,
+        ("DCP in a process", ""): 0.4,
+        ("DCP in a thread, first save", "first save"): 1.5,
+        ("DCP in a process, first save", "first save"): 2.0,
+        ("torchsnapshot", ""): 0.1,
+    }
+    rows = make_rows([Samples("stall", name, kind, "s", 1, (value,)) for (name, kind), value in values.items()])
+    assert [row.best_dcp_against for row in rows] == pytest.approx([2.0, 3.0, 0.4 / 0.6, 1.0, 1.0, 0.75, 4.0])
+    assert make_rows(RESULTS[:3])[0].best_dcp_against is None
+    assert make_rows(RESULTS)[-2].best_dcp_against is None  # nothing was lost
+
+
 def test_the_tables_show_what_means_something() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     for table in make_tables(make_rows(RESULTS)):
         console.print(table)
     save, overhead, memory, lost = console.export_text().split(" rounds")[1:]
     assert "of raw limit" in save
+    assert "best DCP / this" in save
     assert "beyond raw" not in save
     assert "beyond raw" in overhead
     assert "GB/s" not in memory
@@ -436,8 +556,9 @@ def test_the_plot_has_a_bar_for_each_row_and_a_panel_for_each_case(tmp_path: Pat
 
 
 def test_the_document_is_plain_json(tmp_path: Path) -> None:
-    document = json.loads(json.dumps(make_document(make_rows(RESULTS), a_setup(), 2, tmp_path)))
+    document = json.loads(json.dumps(make_document(make_rows(RESULTS), a_setup(), 2, tmp_path, {"tar": "too old"})))
     assert document["setup"]["ranks"] == 2
+    assert document["missing"] == {"tar": "too old"}
     assert document["environment"]["file_system"]
     assert document["environment"]["packages"]["torch"]
     assert document["results"][0]["values"] == [0.5, 0.6, 0.4]

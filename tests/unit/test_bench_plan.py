@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
+from distckpt.bench.scale.ranks import VirtualRanks, VirtualSession
+from distckpt.bench.scale.report import describe_growth
 from distckpt.bench.scale.simulation import Simulation, manifest_of, open_manifest, plan_reads, simulate
 from distckpt.bench.scale.virtual import LAYOUTS, Job, Stage, layouts_of
 from distckpt.cli.main import build
@@ -108,17 +112,33 @@ def test_balances_of_virtual_ranks_add_up() -> None:
     assert sum(balances) % 2**64 == 0
 
 
-def test_costs() -> None:
-    cost = simulate(Job(16, VARIABLES, "fsdp"))
+def test_costs_and_steps() -> None:
+    steps: list[str] = []
+    cost = simulate(Job(16, VARIABLES, "fsdp"), steps.append)
+    assert steps[:2] == ["first save, messages of all ranks", "first save, merge and plan"]
+    assert steps[-1] == "restore, plan of rank 7"
     assert (cost.ranks, cost.restore_ranks, cost.variables) == (16, 8, VARIABLES)
     assert cost.broadcast_nbytes > cost.manifest_nbytes > 0
     assert cost.shards > VARIABLES
 
 
+def test_growth_is_that_between_the_last_two_sizes() -> None:
+    cost = simulate(Job(16, VARIABLES, "fsdp"))
+    sizes = [
+        replace(cost, ranks=16, merge_seconds=1.0, merge_nbytes=500),
+        replace(cost, ranks=64, merge_seconds=2.0, merge_nbytes=1000),
+        replace(cost, ranks=256, merge_seconds=8.0, merge_nbytes=2000),
+    ]
+    assert describe_growth(sizes) == (
+        "From 64 to 256 ranks the time of a first save grows as ranks ^ 1.00, its memory as ranks ^ 0.50."
+    )
+    assert describe_growth(sizes[:1]) == ""
+
+
 def test_the_command_prints_a_row_per_size(tmp_path: Path) -> None:
     report, picture = tmp_path / "report.json", tmp_path / "growth.png"
     drawn = importlib.util.find_spec("matplotlib") is not None
-    options = ["--ranks", "64", "--variables", "40", "--growth", "--json", str(report)]
+    options = ["--ranks", "64", "--variables", "40", "--json", str(report)]
     result = CliRunner().invoke(
         build(["bench"]), ["bench", "plan", *options, *(["--plot", str(picture)] if drawn else [])]
     )
@@ -126,6 +146,16 @@ def test_the_command_prints_a_row_per_size(tmp_path: Path) -> None:
     assert [row["ranks"] for row in json.loads(report.read_text())] == [16, 64]
     assert picture.exists() == drawn
     assert "unchanged" in result.output
+    assert "From 16 to 64 ranks" in result.output
+
+
+def test_the_command_leaves_fewer_ranks_out_when_asked(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--ranks", "32", "--variables", "40", "--no-growth", "--json", str(report)]
+    result = CliRunner().invoke(build(["bench"]), ["bench", "plan", *options])
+    assert result.exit_code == 0, result.output
+    assert [row["ranks"] for row in json.loads(report.read_text())] == [32]
+    assert "grows" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -146,3 +176,12 @@ def test_bench_alone_still_needs_a_directory() -> None:
     result = CliRunner().invoke(build(["bench"]), ["bench", "--size", "1MiB"])
     assert result.exit_code == 2
     assert "--dir" in result.output
+
+
+def test_arrivals_of_many_ranks_take_linear_time() -> None:
+    ranks = 16384
+    session = VirtualSession(VirtualRanks(ranks))
+    session.brought = [(1, 0)] * ranks
+    start = time.process_time()
+    assert session.meets()
+    assert time.process_time() - start < 4  # 0.5 s here; 8 s when every message is compared with all others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,24 @@ def make_table(costs: Sequence[Cost]) -> Table:
     for cost in costs:
         table.add_row(*_columns(cost).values())
     return table
+
+
+def describe_growth(costs: Sequence[Cost]) -> str:
+    """One line about how a first save grows, from the last two sizes; empty where there is one size only.
+
+    Args:
+        costs: Of one layout and number of variables, by number of ranks.
+    """
+    if len(costs) < 2:
+        return ""
+    before, after = costs[-2:]
+    scale = math.log(after.ranks / before.ranks)
+    time = math.log(after.merge_seconds / before.merge_seconds) / scale
+    memory = math.log(max(after.merge_nbytes, 1) / max(before.merge_nbytes, 1)) / scale
+    return (
+        f"From {before.ranks} to {after.ranks} ranks the time of a first save grows as ranks ^ {time:.2f}, "
+        f"its memory as ranks ^ {memory:.2f}."
+    )
 
 
 def _columns(cost: Cost) -> dict[str, str]:
@@ -61,7 +80,7 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     from matplotlib.figure import Figure
 
     ranks = [cost.ranks for cost in costs]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     times, sizes = figure.subplots(1, 2)
     times.plot(ranks, [cost.merge_seconds for cost in costs], "o-", label="first save: merge and plan, rank 0")
     times.plot(ranks, [cost.unchanged_seconds for cost in costs], "o-", label="unchanged save: arrival, rank 0")
@@ -76,6 +95,6 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     for axes in (times, sizes):
         axes.set(xscale="log", yscale="log", xlabel="ranks")
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.suptitle(f"{costs[0].layout}, {costs[0].variables} variables")
     figure.savefig(path)

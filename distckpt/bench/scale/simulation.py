@@ -76,6 +76,13 @@ class Cost:
     plan_nbytes: int
 
 
+Announce = Callable[[str], None]
+
+
+def _unheard(step: str) -> None:
+    """Nobody is told."""
+
+
 class Simulation:
     """Rank 0 of a virtual job.
 
@@ -86,8 +93,9 @@ class Simulation:
         request: The call that all of them make.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, announce: Announce = _unheard) -> None:
         self.job = job
+        self._announce = announce
         self.ranks = VirtualRanks(job.ranks)
         self.session = VirtualSession(self.ranks)
         self._coordinator = Coordinator.over(self.session)
@@ -103,9 +111,11 @@ class Simulation:
         merged: list[Merged] = []
 
         def merge(messages: Sequence[bytes]) -> list[bytes]:
+            self._announce("first save, merge and plan")
             merged.append(merge_messages(messages, trust_lowest=False))
             return encode_replies(merged[0])
 
+        self._announce("first save, messages of all ranks")
         self.ranks.messages = self.messages
         with collector_off():
             self._coordinator.merge("layout", next(self.messages()), merge)
@@ -203,22 +213,27 @@ def _measure(run: Callable[[], T]) -> _Measured[T]:
     return _Measured(values[0], seconds[0], nbytes)
 
 
-def simulate(job: Job) -> Cost:
+def simulate(job: Job, announce: Announce = _unheard) -> Cost:
     """Save, save again, restore on half of the ranks. In a process that has done more, memory means little.
+
+    Args:
+        job: Who saves.
+        announce: Called with the name of each step as it begins.
 
     Raises:
         ValueError: The ranks do not agree about an unchanged layout, or the manifest is wrong: a bug.
     """
-    simulation = Simulation(job)
+    simulation = Simulation(job, announce)
     ranks, others = simulation.ranks, max(1, job.ranks - 1)
     first = _measure(simulation.first_save)
     sent, received = ranks.sent / others, ranks.received / others
+    announce("unchanged save, plans of all ranks")
     simulation.prepare_unchanged_save()
     ranks.replies = []
     unchanged = _measure(simulation.unchanged_save)
     if not unchanged.value:
         raise ValueError("an unchanged save: expected ranks that agree. Got some that do not.")
-    restore = _simulate_restore(first.value, job)
+    restore = _simulate_restore(first.value, job, announce)
     return Cost(
         ranks=job.ranks,
         variables=len(first.value.variables),
@@ -248,7 +263,8 @@ class _Restore:
     plannings: list[_Measured[int]]
 
 
-def _simulate_restore(merged: Merged, saved: Job) -> _Restore:
+def _simulate_restore(merged: Merged, saved: Job, announce: Announce) -> _Restore:
+    announce("restore, manifest on rank 0")
     encoded = manifests.encode(manifest_of(merged, saved.ranks))
     opening = _measure(lambda: open_manifest(encoded))
     found = msgspec.msgpack.encode(Found.of(opening.value))
@@ -257,6 +273,7 @@ def _simulate_restore(merged: Merged, saved: Job) -> _Restore:
     for stage in {0, job.stages - 1}:
         holder = Stage(job, stage)
         for rank in {holder.ranks[0], holder.ranks[-1]}:
+            announce(f"restore, plan of rank {rank}")
             boxes = holder.boxes(rank)
             plannings.append(_measure(functools.partial(plan_reads, found, holder.keys, boxes)))
     return _Restore(job.ranks, len(encoded), len(found), opening, plannings)
