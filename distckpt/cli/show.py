@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape as markup
 from rich.tree import Tree
 
-from distckpt.cli.words import nbytes_in_words, time_in_words
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import dict_key
 from distckpt.layout.records import OWN_VALUE, Attribute, Manifest, Variable
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import resolve
+from distckpt.words import nbytes_in_words, time_in_words
 
 #: Columns when the output is no terminal: rich would cut lines at 80.
 _FILE_WIDTH = 1000
