@@ -23,6 +23,7 @@ from distckpt.output import Target
 from distckpt.restorer import Restorer
 from distckpt.saver import Saver
 from distckpt.status import RestoreStatus
+from distckpt.timing import Timing
 
 T = TypeVar("T", bound=object)
 
@@ -30,12 +31,13 @@ T = TypeVar("T", bound=object)
 class _Session:
     """What a Checkpoint keeps beside its attributes."""
 
-    __slots__ = ("coordinator", "counter", "restorer", "root", "saver")
+    __slots__ = ("coordinator", "counter", "restorer", "root", "saver", "timing")
 
     def __init__(self, owner: Checkpoint, root: object | None, coordinator: Coordinator) -> None:
         self.root = None if root is None else WeakRoot(root)
         self.coordinator = coordinator
         self.counter = 0
+        self.timing: Timing | None = None
         self.saver = Saver(coordinator)
         self.restorer = Restorer(coordinator, weakref.ref(owner))
 
@@ -47,9 +49,10 @@ class _Session:
         """
         return max(self.counter, self.saver.in_flight.highest_counter)
 
-    def count(self, created: Created) -> None:
+    def count(self, created: Created, timing: Timing) -> None:
         """A save in the background is committed. Local; its thread calls it."""
         self.counter = created.counter
+        self.timing = timing
 
 
 class Checkpoint(Trackable):
@@ -125,6 +128,11 @@ class Checkpoint(Trackable):
         """How many times `save` succeeded in the life of this state: restored with it, 0 at the start."""
         return self._session.counter
 
+    @property
+    def save_timing(self) -> Timing | None:
+        """How long the last save took that was committed, step by step, whatever method it was; None before. Local."""
+        return self._session.timing
+
     def save(self, file_prefix: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Save everything as `<file_prefix>-<N>.h5`. Collective over the communicator.
 
@@ -189,7 +197,9 @@ class Checkpoint(Trackable):
         saver = self._session.saver
         saver.in_flight.settle("write", options.timeout)
         walk = functools.partial(self._walk_for_save, with_counter=False)
-        return saver.save("write", walk, Target(path, 0, None), options).path
+        saved = saver.save("write", walk, Target(path, 0, None), options)
+        self._session.timing = saved.timing
+        return saved.path
 
     def restore(
         self, save_path: str | os.PathLike[str] | None, *, options: RestoreOptions | None = None
@@ -247,7 +257,7 @@ class Checkpoint(Trackable):
         target = Target(file_prefix, session.next_base, number)
         with session.coordinator.uninterrupted():
             saved = session.saver.save("save", walk, target, options)
-            session.counter = saved.counter
+            session.counter, session.timing = saved.counter, saved.timing
         return saved.path
 
     def _start_numbered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import msgspec
 
 from distckpt.log import log
 from distckpt.storage.commit import commit, discard
+from distckpt.storage.creation import Skeleton, write_manifest
+from distckpt.storage.manifest import with_timing
 from distckpt.storage.paths import Prefix, parse_numbered
-from distckpt.storage.rawio import sync_directory
+from distckpt.storage.rawio import fsync, sync_directory
 from distckpt.storage.state import record_save
+from distckpt.timing import Timing
 
 
 class Created(msgspec.Struct, frozen=True):
@@ -36,12 +40,18 @@ class Created(msgspec.Struct, frozen=True):
     fresh: bool
 
 
+def log_saved(created: Created, timing: Timing) -> None:
+    """Tell in one line that a file is committed. Rank 0 only."""
+    if log.isEnabledFor(logging.INFO):
+        log.info("saved %s: %s", created.path, timing.of_file_in_words(created.file_nbytes))
+
+
 class Draft:
     """A file on its way from its temporary to its final name. Rank 0 only.
 
     Attributes:
         temp_path: Where it is until it is committed.
-        created: What all ranks know of it; None until it is complete but for the data.
+        created: What all ranks know of it; None until it is there.
         ended: It was committed, or nothing is left of it.
     """
 
@@ -49,8 +59,38 @@ class Draft:
         self.temp_path = temp_path
         self.created: Created | None = None
         self.ended = False
+        self._manifest: tuple[Skeleton, bytes] | None = None  # encoded, and where it goes; None once it is there
         self._numbered = numbered
         self._finished: os.stat_result | None = None  # of the complete temporary file
+
+    def describe(self, created: Created, skeleton: Skeleton, manifest: bytes) -> None:
+        """The file is there, but for the data and the manifest.
+
+        Args:
+            created: What all ranks know of it.
+            skeleton: Says where the manifest goes.
+            manifest: Encoded, without a timing.
+        """
+        self.created = created
+        self._manifest = skeleton, manifest
+
+    def seal(self, timing: Timing, *, durable: bool) -> None:
+        """Write the manifest, without which the file is no checkpoint.
+
+        Args:
+            timing: What is known by now of how long the save takes.
+            durable: Return only when it is on disk.
+        """
+        assert self._manifest is not None, "described, and not sealed yet"
+        skeleton, manifest = self._manifest
+        fd = os.open(self.temp_path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            write_manifest(fd, skeleton, with_timing(manifest, timing))
+            if durable:
+                fsync(fd)
+        finally:
+            os.close(fd)
+        self._manifest = None
 
     def commit(self, *, durable: bool) -> None:
         """Make the finished file the checkpoint: durable, and visible to all.
@@ -59,6 +99,7 @@ class Draft:
             OSError: It could not be renamed or recorded; `abandon` takes the checkpoint back.
         """
         assert self.created is not None, "created first"
+        assert self._manifest is None, "sealed first"
         final = Path(self.created.path)
         self._finished = Path(self.temp_path).stat()
         commit(self.temp_path, str(final), replace=not self._numbered, durable=False)
@@ -76,6 +117,7 @@ class Draft:
         if self.ended:
             return
         self.ended = True
+        self._manifest = None
         try:
             if self.created is not None and self._finished is not None and self._numbered:
                 _remove(Path(self.created.path), self._finished)

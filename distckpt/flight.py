@@ -19,16 +19,17 @@ import xxhash
 from distckpt.coordination.agreement import clear_frames
 from distckpt.coordination.background import Background
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created, Draft
+from distckpt.draft import Created, Draft, log_saved
 from distckpt.errors import LayoutError
 from distckpt.log import log
 from distckpt.options import SaveOptions
 from distckpt.request import Attempt
 from distckpt.storage.snapshot import Snapshot
+from distckpt.timing import DURABLE_SAVE_STEPS, Timer, Timing
 from distckpt.writer import write_alone
 
 #: Called on every rank when the checkpoint is committed.
-OnCommit = Callable[[Created], None]
+OnCommit = Callable[[Created, Timing], None]
 #: Called on every rank after that, with the coordinator of the save: further work that ends before the save does.
 Epilogue = Callable[[Coordinator, Created], None]
 
@@ -42,6 +43,7 @@ class Flight:
         timeout: Seconds that it may take to complete when the program exits.
         error: Why it failed; the same on all ranks. None before the end, and when it was committed.
         asked: Somebody was given the result on this rank.
+        timing: How long it took; None until it is committed.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Flight:
         draft: Draft | None,
         snapshot: Snapshot,
         options: SaveOptions,
+        timer: Timer,
         on_commit: OnCommit,
         epilogue: Epilogue | None,
     ) -> None:
@@ -60,12 +63,14 @@ class Flight:
         self.timeout = options.timeout
         self.error: BaseException | None = None
         self.asked = False
+        self.timing: Timing | None = None
         self.speaks = background.speaks
         self._coordinator = coordinator
         self._rank = coordinator.rank
         self._background = background
         self._draft = draft
         self._snapshot = snapshot
+        self._timer = timer
         self._on_commit = on_commit
         self._epilogue = epilogue
         self._written: Attempt[bool] | None = None
@@ -80,9 +85,10 @@ class Flight:
         self._work_done.set()
 
     def _write(self) -> bool:
-        self._snapshot.complete()
+        with self._timer.step("stage"):
+            self._snapshot.complete()
         try:
-            write_alone(self.created, self._snapshot.jobs(), self.options)
+            write_alone(self.created, self._snapshot.jobs(), self.options, self._timer)
         finally:
             self._snapshot.release()
         return True
@@ -93,24 +99,32 @@ class Flight:
             with coordinator.step("write"):
                 assert self._written is not None, "the work is done"
                 self._written.require()
-            coordinator.on_root("commit", self._commit, type(None))
+            self._timer.collect(coordinator.gather_rows, DURABLE_SAVE_STEPS)
+            timing = coordinator.on_root("commit", self._commit, Timing)
         except BaseException as error:
             self._fail(error)
         else:
-            self._succeed(coordinator)
+            self._succeed(coordinator, self._timer.on_this_rank(timing))
         self._written = None
         self._ended.set()
 
-    def _commit(self) -> None:
+    def _commit(self) -> Timing:
         """Rank 0 only."""
         assert self._draft is not None, "made on this rank"
-        self._draft.commit(durable=self.options.durable)
+        timing, durable = self._timer.timing(), self.options.durable
+        with self._timer.step("commit"):
+            self._draft.seal(timing, durable=durable)
+            self._draft.commit(durable=durable)
+        self._timer.add_own("commit")
+        return self._timer.timing()
 
-    def _succeed(self, coordinator: Coordinator) -> None:
+    def _succeed(self, coordinator: Coordinator, timing: Timing) -> None:
+        self.timing = timing
         if self._draft is not None:
             self._draft.finish()
-        self._on_commit(self.created)
-        log.info("saved %s", self.created.path)
+        self._on_commit(self.created, timing)
+        if self._rank == 0:
+            log_saved(self.created, timing)
         try:
             if self._epilogue is not None:
                 self._epilogue(coordinator, self.created)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distckpt.flight import Flight
+from distckpt.timing import Timing
 
 
 class SaveHandle:
@@ -29,6 +30,11 @@ class SaveHandle:
     def is_local(self) -> bool:
         """Whether `result` and `done` are local. Local; the same on all ranks."""
         return self._flight.speaks
+
+    @property
+    def timing(self) -> Timing | None:
+        """How long the save took, step by step; None until this rank knows that it is committed. Local."""
+        return self._flight.timing
 
     def result(self, timeout: float | None = None) -> str:
         """Wait until the checkpoint is durable and committed. Local, or collective: see `is_local`.

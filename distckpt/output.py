@@ -30,7 +30,7 @@ from distckpt.request import encode_metadata
 from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
 from distckpt.storage.commit import sweep, temp_path
-from distckpt.storage.creation import DatasetSpec, Skeleton, create_file, write_manifest
+from distckpt.storage.creation import DatasetSpec, Skeleton, create_file
 from distckpt.storage.paths import (
     make_directory,
     next_number,
@@ -38,6 +38,7 @@ from distckpt.storage.paths import (
     single_path,
     split_prefix,
 )
+from distckpt.timing import Timing
 
 _LIBRARIES = ("distckpt", "torch", "numpy", "h5py", "mpi4py")
 
@@ -98,7 +99,7 @@ class Output:
         return None if self._skeleton is None else self._skeleton.offsets
 
     def create(self, target: Target, options: SaveOptions, size: int) -> Created:
-        """Create the temporary file with everything but the data.
+        """Create the temporary file with everything but the data and the manifest.
 
         Args:
             target: Where the save goes.
@@ -126,9 +127,15 @@ class Output:
         if fresh:
             self._place(skeleton)
         file_nbytes, checksums_offset = skeleton.file_nbytes, skeleton.checksums_offset
-        draft.created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
-        self._fill_manifest(temp, msgspec.structs.replace(manifest, variables=self._variables))
-        return draft.created
+        created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
+        manifest = msgspec.structs.replace(manifest, variables=self._variables, file_nbytes=file_nbytes)
+        draft.describe(created, skeleton, manifests.encode(manifest))
+        return created
+
+    def seal(self, timing: Timing) -> None:
+        """Write the manifest, see `Draft.seal`; nothing happens on other ranks than 0."""
+        if self._draft is not None:
+            self._draft.seal(timing, durable=False)
 
     def commit(self, options: SaveOptions) -> None:
         """Make the finished file the checkpoint: see `Draft.commit`."""
@@ -206,15 +213,6 @@ class Output:
             msgspec.structs.replace(variable, offset=offset)
             for variable, offset in zip(variables, skeleton.offsets.tolist(), strict=True)
         ]
-
-    def _fill_manifest(self, temp: str, manifest: Manifest) -> None:
-        assert self._skeleton is not None, "just made"
-        manifest = msgspec.structs.replace(manifest, file_nbytes=self._skeleton.file_nbytes)
-        fd = os.open(temp, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            write_manifest(fd, self._skeleton, manifests.encode(manifest))
-        finally:
-            os.close(fd)
 
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"

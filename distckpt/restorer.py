@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.restoration import LocalReport, Restoration, combine, describe_mismatches
 from distckpt.source import Source, open_source
 from distckpt.status import Report, RestoreStatus
+from distckpt.timing import AGREE, RESTORE_STEPS, Timer, Timing
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
@@ -55,45 +57,52 @@ class Restorer:
         self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
     ) -> RestoreStatus:
         coordinator, with_counter = self._coordinator, operation == "restore"
-        walk = Attempt.of(lambda: self._walk(with_counter=with_counter))
-        meet(coordinator, Request.of(operation, save_path, options), walk.error, options.timeout)
+        timer = Timer()
+        with timer.step("walk"):
+            walk = Attempt.of(lambda: self._walk(with_counter=with_counter))
+        with timer.step(AGREE):
+            meet(coordinator, Request.of(operation, save_path, options), walk.error, options.timeout)
         if save_path is None:
             log.info("%s(None): nothing to restore", operation)
             return RestoreStatus(self, self._require_checkpoint(), None, Report(0))
-        source = open_source(coordinator, os.fspath(save_path))
+        source = open_source(coordinator, os.fspath(save_path), timer)
         checkpoint = self._require_checkpoint()
         counter = checkpoint.save_counter
         try:
             restoration = Restoration(source, options, with_counter=with_counter)
-            return self._carry_out(restoration, walk.value)
+            return self._carry_out(restoration, walk.value, timer)
         except BaseException:
             self._forget(source)
             checkpoint._set_counter(counter)  # the ranks must go on to agree on it
             raise
 
-    def _carry_out(self, restoration: Restoration, live: LiveGraph) -> RestoreStatus:
+    def _carry_out(self, restoration: Restoration, live: LiveGraph, timer: Timer) -> RestoreStatus:
         """Match, agree, read, assign. Collective over the communicator."""
         coordinator, source = self._coordinator, restoration.source
-        with coordinator.step("match"):
+        with coordinator.step("match"), timer.step("plan"):
             binding, assignment = restoration.plan(live)
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
-        self._read(source, assignment, verify=restoration.options.verify)
-        with coordinator.step("assign"):
+        self._read(source, assignment, timer, verify=restoration.options.verify)
+        with coordinator.step("assign"), timer.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
             self._wait_for_the_rest(restoration, live)
-        with coordinator.step("report"):
-            self._tell(restoration, report, binding.warnings)
-        return RestoreStatus(self, self._require_checkpoint(), restoration, report)
+            self._remember(restoration, report)
+        timer.collect(coordinator.gather_rows, RESTORE_STEPS)
+        tell = functools.partial(self._tell, restoration, report, binding.warnings, timer)
+        timing = timer.on_this_rank(coordinator.on_root("report", tell, Timing))
+        return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
 
-    def _read(self, source: Source, assignment: Assignment, *, verify: bool) -> None:
+    def _read(self, source: Source, assignment: Assignment, timer: Timer, *, verify: bool) -> None:
         """Read all tensors: together with the other ranks of the node what they want, too. Collective."""
         coordinator, node = self._coordinator, self._coordinator.node
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
-            rest = Attempt.of(lambda: read_together(node, source, assignment.reads, verify=verify, progress=progress))
-            with coordinator.step("read"):
+            with timer.step("exchange"):
+                together = functools.partial(read_together, node, source, assignment.reads)
+                rest = Attempt.of(lambda: together(verify=verify, progress=progress))
+            with coordinator.step("read"), timer.step("read"):
                 rest.require()
                 source.read(rest.value, verify=verify, progress=progress)
 
@@ -136,12 +145,12 @@ class Restorer:
         finally:
             self._applying = False
 
-    def _tell(self, restoration: Restoration, report: Report, found: Sequence[str]) -> None:
-        """Log one line, and warn on rank 0."""
-        self._remember(restoration, report)
-        if self._coordinator.rank == 0:
-            log.info("%s from %s", report.summary(), restoration.source.path)
-            warn([*found, *report.immediate_warnings(restoration.source.path)])
+    def _tell(self, restoration: Restoration, report: Report, found: Sequence[str], timer: Timer) -> Timing:
+        """Log one line, and warn. Rank 0 only."""
+        timing, path = timer.timing(), restoration.source.path
+        log.info("%s from %s in %.3f s: %s", report.summary(), path, timing.seconds, timing.in_words())
+        warn([*found, *report.immediate_warnings(path)])
+        return timing
 
     def _remember(self, restoration: Restoration, report: Report) -> None:
         """Keep for the first save what stayed unmatched; of the last restores only, since an evaluation never saves."""

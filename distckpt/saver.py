@@ -12,7 +12,7 @@ import torch
 
 from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created
+from distckpt.draft import Created, log_saved
 from distckpt.errors import LayoutError
 from distckpt.flight import Epilogue, Flight, OnCommit
 from distckpt.graph.adapters.root import COUNTER_KEY
@@ -22,29 +22,18 @@ from distckpt.in_flight import InFlight
 from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off
 from distckpt.layout.records import LocalLayout, SavePlan
-from distckpt.log import log, warn
+from distckpt.log import warn
 from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
 from distckpt.overlap import deferral_of, protect
 from distckpt.request import Attempt, Request, encode_metadata
+from distckpt.save_call import SaveCall, Saved
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob, sub_tensor
+from distckpt.timing import AGREE, Timing
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
 from distckpt.writer import write_shards
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A committed checkpoint.
-
-    Attributes:
-        path: Path of the file.
-        counter: The save counter from now on; 0 for a file made by `write`.
-    """
-
-    path: str
-    counter: int
 
 
 @dataclass(slots=True)
@@ -89,18 +78,23 @@ class Saver:
         """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in flight."""
         coordinator = self._coordinator
         with collector_off(), coordinator.uninterrupted():
-            captured, agreed = self._meet(operation, walk, target, options)
-            output = self._output(operation)
+            call = SaveCall(operation, walk, target, options)
+            timer = call.timer
+            captured, agreed = self._meet(call)
+            output = self._output(call)
             try:
-                created = self._create(output, target, options, agreed, captured)
-                write_shards(coordinator, created, lambda: _jobs(created, agreed, captured), options)
-                coordinator.on_root("commit", lambda: self._commit(output, options), type(None))
+                created = self._create(call, output, agreed, captured)
+                plan_jobs = functools.partial(_jobs, created, agreed, captured)
+                write_shards(coordinator, created, plan_jobs, options, timer, lambda: output.seal(timer.timing()))
+                timer.collect(coordinator.gather_rows, ["fsync"])
+                timing = coordinator.on_root("commit", lambda: self._commit(call, output), Timing)
             except BaseException:
                 output.abandon()
                 raise
             output.finish()
-            log.info("saved %s", created.path)
-            return Saved(created.path, created.counter)
+            if coordinator.rank == 0:
+                log_saved(created, timing)
+            return Saved(created.path, created.counter, timer.on_this_rank(timing))
 
     # ---- in the background ----
 
@@ -113,31 +107,34 @@ class Saver:
         epilogue: Epilogue | None,
     ) -> Flight:
         """See `Checkpoint.save_async`. Collective over the communicator; `in_flight` has room."""
-        coordinator, operation = self._coordinator, "save_async"
+        coordinator = self._coordinator
         with collector_off(), coordinator.uninterrupted():
-            captured, agreed = self._meet(operation, walk, target, options)
-            output = self._output(operation)
+            call = SaveCall("save_async", walk, target, options)
+            captured, agreed = self._meet(call)
+            output = self._output(call)
             try:
                 background = background_of(coordinator)
-                created = self._create(output, target, replace(options, transport="posix"), agreed, captured)
-                snapshot = self._stage(background, created, agreed, captured, options)
+                posix = replace(call, options=replace(options, transport="posix"))
+                created = self._create(posix, output, agreed, captured)
+                snapshot = self._stage(call, background, created, agreed, captured)
             except BaseException:
                 output.abandon()
                 raise
             draft = output.hand_over()
-            flight = Flight(coordinator, background, created, draft, snapshot, options, on_commit, epilogue)
+            flight = Flight(coordinator, background, created, draft, snapshot, options, call.timer, on_commit, epilogue)
             protect(snapshot)
             self.in_flight.add(flight)
             background.submit(flight)
             return flight
 
     def _stage(
-        self, background: Background, created: Created, agreed: _Agreed, captured: Capture, options: SaveOptions
+        self, call: SaveCall, background: Background, created: Created, agreed: _Agreed, captured: Capture
     ) -> Snapshot:
         """Copy what this rank writes. Collective."""
+        options = call.options
         made: list[Snapshot] = []
         try:
-            with self._coordinator.step("stage"):
+            with self._coordinator.step("stage"), call.timer.step("stage"):
                 background.require_running()
                 jobs = _jobs(created, agreed, captured)
                 deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
@@ -153,71 +150,74 @@ class Saver:
 
     # ---- capture and agree ----
 
-    def _meet(
-        self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions
-    ) -> tuple[Capture, _Agreed]:
+    def _meet(self, call: SaveCall) -> tuple[Capture, _Agreed]:
         """Walk, and agree with the other ranks on what is saved. Collective."""
-        request = Request.of(
-            operation, target.path, options, save_counter=target.counter, checkpoint_number=target.number
-        )
-        captured = Attempt.of(lambda: self._capture(operation, walk, options))
-        agreed = self._agree(request, captured, options)
+        request = call.request()
+        captured = Attempt.of(lambda: self._capture(call))
+        agreed = self._agree(call, request, captured)
         return captured.value, agreed
 
-    def _capture(self, operation: str, walk: Callable[[], LiveGraph], options: SaveOptions) -> Capture:
+    def _capture(self, call: SaveCall) -> Capture:
         """Walk and record this rank's objects. Local."""
-        encode_metadata(options)
-        if operation == "save_async" and options.transport == "mpio":
+        encode_metadata(call.options)
+        if call.operation == "save_async" and call.options.transport == "mpio":
             raise LayoutError(
                 "save_async: expected transport 'auto' or 'posix', for MPI-IO cannot be used beside the program. Got "
                 "'mpio'. The file is the same."
             )
-        graph = walk()
-        agreed = self._agreed.get(_family(operation))
-        whole = options.replicas == "check_all"
+        with call.timer.step("walk"):
+            graph = call.walk()
+        with call.timer.step("digest"):
+            return self._record(call, graph)
+
+    def _record(self, call: SaveCall, graph: LiveGraph) -> Capture:
+        """Record a walk; of a known layout only what may have changed. Local."""
+        agreed = self._agreed.get(call.family)
+        whole = call.options.replicas == "check_all"
         if agreed is not None and len(agreed.weights) == graph.n_values:
             captured = capture(graph, hash_all=whole, skip=agreed.weights == 0)
-            if _same_layout(captured.layout, agreed, options):
+            if _same_layout(captured.layout, agreed, call.options):
                 return captured
         return capture(graph, hash_all=whole, skip=None)
 
-    def _agree(self, request: Request, captured: Attempt[Capture], options: SaveOptions) -> _Agreed:
+    def _agree(self, call: SaveCall, request: Request, captured: Attempt[Capture]) -> _Agreed:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
-        coordinator, operation = self._coordinator, request.operation
-        agreed = self._agreed.get(_family(operation))
+        coordinator, options, timer = self._coordinator, call.options, call.timer
+        agreed = self._agreed.get(call.family)
         unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
         shared = (request.digest ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
         balance = balance_of(captured.value.layout, agreed.weights) if agreed and unchanged else 0
-        same = coordinator.arrive(operation, shared, balance, options.timeout)
+        with timer.step(AGREE):
+            same = coordinator.arrive(call.operation, shared, balance, options.timeout)
         if same and unchanged and agreed is not None:
             return agreed
-        self._agreed.pop(_family(operation), None)  # whatever fails from here on, the next save agrees anew
+        self._agreed.pop(call.family, None)  # whatever fails from here on, the next save agrees anew
         with coordinator.step("capture"):
             if captured.error is not None:
                 raise captured.error
             layout = captured.value.layout
             message = encode_message(request.encode(), layout)
-        reply = coordinator.merge("layout", message, lambda messages: self._merge(operation, messages, options))
-        with coordinator.step("plan"):
+        reply = coordinator.merge("layout", message, lambda messages: self._merge(call, messages))
+        with coordinator.step("plan"), timer.step("plan"):
             plan = decode_reply(reply)
             weights = weights_of(plan)
             keys = captured.value.tensor_keys(plan.keys)
             boxes = [Box(item.offset, item.shape) for item in plan.items]
             agreed = _Agreed(plan, layout, options.replicas, weights, keys, boxes)
             self.warn_once(*shared_memory_warnings(keys, [value.tensor for value in captured.value.tensors]))
-        self._agreed[_family(operation)] = agreed
+        self._agreed[call.family] = agreed
         return agreed
 
-    def _merge(self, operation: str, messages: Sequence[bytes], options: SaveOptions) -> list[bytes]:
+    def _merge(self, call: SaveCall, messages: Sequence[bytes]) -> list[bytes]:
         """Merge the layouts of all ranks. Rank 0 only."""
-        merged = merge_messages(messages, trust_lowest=options.replicas == "first")
-        self._output(operation).adopt(merged)
-        self.warn_once(*merged.warnings)
-        return encode_replies(merged)
+        with call.timer.step("merge"):
+            merged = merge_messages(messages, trust_lowest=call.options.replicas == "first")
+            self._output(call).adopt(merged)
+            self.warn_once(*merged.warnings)
+            return encode_replies(merged)
 
-    def _output(self, operation: str) -> Output:
-        family = _family(operation)
-        return self._outputs.setdefault(family, Output(numbered=family == "save"))
+    def _output(self, call: SaveCall) -> Output:
+        return self._outputs.setdefault(call.family, Output(numbered=call.family == "save"))
 
     def warn_once(self, *messages: str) -> None:
         """Warn on rank 0, each message once in the life of the Checkpoint. Local."""
@@ -228,32 +228,26 @@ class Saver:
 
     # ---- write ----
 
-    def _create(
-        self, output: Output, target: Target, options: SaveOptions, agreed: _Agreed, captured: Capture
-    ) -> Created:
+    def _create(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture) -> Created:
         """Make the file on rank 0, and tell all ranks where what is in it. Collective."""
-        make = functools.partial(self._make_file, output, target, options, agreed, captured)
+        make = functools.partial(self._make_file, call, output, agreed, captured)
         created = self._coordinator.on_root("create", make, Created)
         if created.fresh:
             agreed.offsets = self._coordinator.share(output.offsets)
         return created
 
-    def _make_file(
-        self, output: Output, target: Target, options: SaveOptions, agreed: _Agreed, captured: Capture
-    ) -> Created:
+    def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture) -> Created:
         """Rank 0 only."""
-        output.update_values(captured.python_values(agreed.plan.keys))
-        return output.create(target, options, self._coordinator.size)
+        with call.timer.step("create"):
+            output.update_values(captured.python_values(agreed.plan.keys))
+            return output.create(call.target, call.options, self._coordinator.size)
 
-    def _commit(self, output: Output, options: SaveOptions) -> None:
+    def _commit(self, call: SaveCall, output: Output) -> Timing:
         """Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""
-        with self._coordinator.uninterrupted():
-            output.commit(options)
-
-
-def _family(operation: str) -> str:
-    """Operations with the same layout: a file of `write` has no counter."""
-    return "write" if operation == "write" else "save"
+        with self._coordinator.uninterrupted(), call.timer.step("commit"):
+            output.commit(call.options)
+        call.timer.add_own("commit")
+        return call.timer.timing()
 
 
 def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:

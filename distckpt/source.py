@@ -30,6 +30,7 @@ from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.reading import read as read_jobs
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
 from distckpt.storage.units import UnitReader
+from distckpt.timing import Timer
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -196,8 +197,13 @@ def _boxes(variable: Variable) -> list[Box]:
     return [Box(shard.offset, shard.shape) for shard in variable.shards]
 
 
-def open_source(coordinator: Coordinator, path: str) -> Source:
+def open_source(coordinator: Coordinator, path: str, timer: Timer) -> Source:
     """Open a checkpoint on all ranks; rank 0 checks it. Collective over the communicator.
+
+    Args:
+        coordinator: Of the ranks that restore.
+        path: The file, with or without ".h5".
+        timer: Measures the restore.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
@@ -206,13 +212,14 @@ def open_source(coordinator: Coordinator, path: str) -> Source:
     own: list[Opened] = []
 
     def look() -> Found:
-        own.append(open_checkpoint(resolve(path)))
-        return Found.of(own[0])
+        with timer.step("open"):
+            own.append(open_checkpoint(resolve(path)))
+            return Found.of(own[0])
 
     found = coordinator.on_root("open", look, Found)
     source = None
     try:
-        with coordinator.step("open the file on every rank"):
+        with coordinator.step("open the file on every rank"), timer.step("open"):
             opened = own[0] if own else found.on_this_rank()
             source = Source(opened, open_shared(found.path, found.file_nbytes))
     except BaseException:

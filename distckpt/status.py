@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
+from distckpt.timing import Timing
+
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
     from distckpt.restoration import Restoration
@@ -104,12 +106,18 @@ class RestoreStatus:
     """The outcome of `restore` or `read`. The properties are local; the assertions are collective."""
 
     def __init__(
-        self, restorer: Restorer, checkpoint: Checkpoint, restoration: Restoration | None, report: Report
+        self,
+        restorer: Restorer,
+        checkpoint: Checkpoint,
+        restoration: Restoration | None,
+        report: Report,
+        timing: Timing | None = None,
     ) -> None:
         self._restorer = restorer
         self._checkpoint = checkpoint  # kept alive: the assertions walk it
         self._restoration = restoration
         self._report = report
+        self._timing = timing
 
     @property
     def path(self) -> str | None:
@@ -135,6 +143,11 @@ class RestoreStatus:
     def mismatched(self) -> tuple[ValueMismatch, ...]:
         """Saved values skipped because of `on_mismatch="skip"`, sorted."""
         return self._report.mismatched
+
+    @property
+    def timing(self) -> Timing | None:
+        """How long the restore took, step by step; None after `restore(None)`."""
+        return self._timing
 
     def assert_consumed(self) -> RestoreStatus:
         """Assert that every saved value was taken and every live value restored. Collective.

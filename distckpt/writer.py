@@ -3,7 +3,8 @@
 `write_alone` is a rank's part of a save in the background. The rest of this module is a save that all ranks wait for.
 
 The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; what ranks of a node write
-together, agree; parallel HDF5 open; write, whatever happens; close on all ranks, always; agree; fsync, agree.
+together, agree; parallel HDF5 open; write, whatever happens; close on all ranks, always; agree; tell rank 0 the times;
+rank 0 writes the manifest, all fsync, agree.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import fsync, open_shared
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.writing import write_posix
+from distckpt.timing import SAVE_STEPS, Timer
 
 
 def write_shards(
-    coordinator: Coordinator, created: Created, plan_jobs: Callable[[], list[WriteJob]], options: SaveOptions
+    coordinator: Coordinator,
+    created: Created,
+    plan_jobs: Callable[[], list[WriteJob]],
+    options: SaveOptions,
+    timer: Timer,
+    seal: Callable[[], None],
 ) -> None:
     """Write this rank's shards and checksums, and make them durable. Collective over the communicator.
 
@@ -37,21 +44,25 @@ def write_shards(
         created: The file.
         plan_jobs: Gives what this rank writes; called within the first step.
         options: Of the save.
+        timer: Measures the save on this rank.
+        seal: Writes what belongs into the file when all data are in it and before they are made durable.
 
     Raises:
         CollectiveError: A step failed on some rank.
     """
     fd = -1
     try:
-        with coordinator.step("open"):
+        with coordinator.step("open"), timer.step("open"):
             fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
-            work = _Work(coordinator, created, fd, plan_jobs(), options)
+            work = _Work(coordinator, created, fd, plan_jobs(), options, timer)
         work = work.after_exchange()
         if created.transport == "mpio":
             work.write_mpio()
         else:
             work.write_posix()
-        with coordinator.step("fsync"):
+        timer.collect(coordinator.gather_rows, SAVE_STEPS)
+        with coordinator.step("fsync"), timer.step("fsync"):
+            seal()
             if options.durable:
                 fsync(fd)
             closing, fd = fd, -1
@@ -62,23 +73,27 @@ def write_shards(
                 os.close(fd)
 
 
-def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions) -> None:
+def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions, timer: Timer) -> None:
     """Write this rank's shards and checksums with `pwrite`, and make them durable. Local; any thread.
 
     Args:
         created: The file.
         jobs: What this rank writes.
         options: Of the save.
+        timer: Measures the save on this rank.
 
     Raises:
         OSError: It failed; the caller tells the other ranks.
     """
-    fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+    with timer.step("open"):
+        fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
     try:
-        checksums = write_posix(fd, jobs, checksums=options.checksums)
-        checksums.write(fd, created.checksums_offset)
-        if options.durable:
-            fsync(fd)
+        with timer.step("write"):
+            checksums = write_posix(fd, jobs, checksums=options.checksums)
+            checksums.write(fd, created.checksums_offset)
+        with timer.step("fsync"):
+            if options.durable:
+                fsync(fd)
     except BaseException:
         with suppress(OSError):
             os.close(fd)
@@ -99,6 +114,7 @@ class _Work:
     fd: int
     jobs: list[WriteJob]
     options: SaveOptions
+    timer: Timer
     exchanged: ChecksumLog = field(default_factory=ChecksumLog)
 
     @property
@@ -114,7 +130,8 @@ class _Work:
         """
         log = ChecksumLog()
         node, wanted = self.coordinator.node, log if self.options.checksums else None
-        rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, wanted))
+        with self.timer.step("exchange"):
+            rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, wanted))
         with self.coordinator.step("exchange"):
             rest.require()
         return replace(self, jobs=rest.value, exchanged=log)
@@ -123,6 +140,7 @@ class _Work:
         """Write with `pwrite` only. Collective."""
         with (
             self.coordinator.step("write"),
+            self.timer.step("write"),
             progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
         ):
             checksums = write_posix(self.fd, self.jobs, checksums=self.options.checksums, progress=progress)
@@ -136,13 +154,14 @@ class _Work:
         others. What HDF5 itself does in the two calls no program can agree on, so a watchdog stands over them.
         """
         coordinator, timeout = self.coordinator, self.options.timeout
-        with coordinator.step("divide"):
+        with coordinator.step("divide"), self.timer.step("write"):
             pieces = mpio.split_pieces(self.jobs)
         n_calls = self._count_collective_calls(len(pieces.large))
         communicator = coordinator.communicator
         with coordinator.watchdog("open parallel HDF5", timeout):
             file = self._open_parallel(communicator)
-        written = Attempt.of(lambda: self._fill(file, pieces, n_calls))
+        with self.timer.step("write"):
+            written = Attempt.of(lambda: self._fill(file, pieces, n_calls))
         with coordinator.watchdog("close parallel HDF5", timeout):
             closed = Attempt.of(file.close)
             with coordinator.step("write", clear_frames=True):

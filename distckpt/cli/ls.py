@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from distckpt.cli.words import nbytes_in_words, time_in_words
 from distckpt.errors import CheckpointError
 from distckpt.graph.python_value import decode
 from distckpt.layout.records import Manifest
 from distckpt.storage.hdf5 import open_checkpoint
+from distckpt.words import nbytes_in_words, time_in_words
 
 
 def ls(

@@ -1,4 +1,4 @@
-"""`distckpt show FILE`: the object graph of a checkpoint as a tree."""
+"""`distckpt show FILE`: the object graph of a checkpoint as a tree, or how long its save took."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape as markup
+from rich.table import Table
 from rich.tree import Tree
 
-from distckpt.cli.words import nbytes_in_words, time_in_words
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import dict_key
 from distckpt.layout.records import OWN_VALUE, Attribute, Manifest, Variable
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import resolve
+from distckpt.timing import Timing
+from distckpt.words import nbytes_in_words, time_in_words
 
 #: Columns when the output is no terminal: rich would cut lines at 80.
 _FILE_WIDTH = 1000
@@ -28,13 +30,31 @@ _FILE_WIDTH = 1000
 def show(
     file: Annotated[Path, typer.Argument(help="Checkpoint file, with or without .h5.")],
     python: Annotated[bool, typer.Option("--python/--no-python", help="Show python values.")] = True,
+    timing: Annotated[bool, typer.Option("--timing", help="Show how long the save took, step by step.")] = False,
 ) -> None:
     """Prints the object graph of a checkpoint: shapes, dtypes, sharding, sizes."""
     opened = open_checkpoint(resolve(file))
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
     for line in _header(opened.path, opened.manifest):
         console.print(line)
-    console.print(_Drawing(opened.manifest, python).tree())
+    if not timing:
+        console.print(_Drawing(opened.manifest, python).tree())
+    elif opened.manifest.timing is None:
+        console.print("the file does not say how long its save took")
+    else:
+        console.print(f"{opened.manifest.timing.seconds:.3f} s from the call until the manifest was written")
+        console.print(_table(opened.manifest.timing))
+
+
+def _table(timing: Timing) -> Table:
+    """Seconds over the ranks, step by step."""
+    table = Table("step", box=None, pad_edge=False)
+    for column in ("min", "median", "max", "slowest rank"):
+        table.add_column(column, justify="right")
+    for name, step in timing.steps.items():
+        seconds = (f"{value:.6f}" for value in (step.min, step.median, step.max))
+        table.add_row(name, *seconds, str(step.slowest_rank))
+    return table
 
 
 def _header(path: str, manifest: Manifest) -> list[str]:

@@ -39,6 +39,9 @@ class Collectives(Protocol):
     def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """Put the values of all ranks behind one another into the buffer of rank 0; others pass an empty one."""
 
+    def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """The rows of all ranks, of the same length and type, on rank 0; None on the others."""
+
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """Hand out rank 0's values, which lie behind one another; others pass none. Fills the buffer."""
 
@@ -66,6 +69,10 @@ class SingleRank:
     def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.gather`."""
         buffer[:] = value
+
+    def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """See `Collectives.gather_rows`."""
+        return row[np.newaxis]
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.scatter`."""
@@ -118,6 +125,12 @@ class MpiCollectives:
         else:
             for part in self._parts(value):
                 self._comm.Send((part, self._byte), 0, _TAG)
+
+    def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """See `Collectives.gather_rows`."""
+        rows = np.empty((self.size, row.size), row.dtype) if self.rank == 0 else None
+        self._comm.Gather(row, rows)
+        return rows
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.scatter`."""

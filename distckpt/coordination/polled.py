@@ -69,6 +69,13 @@ class PolledCollectives:
         target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == 0 else None
         self._wait(self._comm.Igatherv((value, self._byte), target))
 
+    def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """See `Collectives.gather_rows`."""
+        self._require_open()
+        rows = np.empty((self.size, row.size), row.dtype) if self.rank == 0 else None
+        self._wait(self._comm.Igather(row, rows))
+        return rows
+
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.scatter`."""
         self._require_open()

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from distckpt.layout.box import Shape
+from distckpt.timing import Timing
 
 FORMAT = "distckpt"
 FORMAT_VERSION = 2
@@ -263,6 +264,9 @@ class Manifest(Described, frozen=True):
 
     Attributes:
         variables: All tensors, in file order.
+        timing: How long the save took until this was written: what comes later, such as the commit and, of a save that
+            all ranks wait for, the fsync, it cannot know. None where nobody has noted it.
     """
 
     variables: list[Variable]
+    timing: Timing | None = None

@@ -23,11 +23,16 @@ from distckpt.layout.plan import validate
 from distckpt.layout.records import FORMAT, FORMAT_VERSION, Described, Manifest, Shard, Variable
 from distckpt.layout.tilings import tilings_of
 from distckpt.storage.hdf5_types import itemsize
+from distckpt.timing import Timing
 
 _SEAL = re.compile(rb'\{"manifest_checksum":"([0-9a-f]{16})",')
 
 #: Digits that are set aside for a number which is known only when the file exists; enough for petabytes.
 _OFFSET_DIGITS = 16
+
+#: What is set aside for the timing, which is known only when the data are written. In bytes.
+_TIMING_NBYTES = 1024
+_WITHOUT_TIMING = b"null}"
 
 #: An offset beyond the end of any file; an int64 holds its sum with the size of any variable.
 _MAX_OFFSET = 1 << 61
@@ -62,19 +67,31 @@ class _Stored(Described, frozen=True):
 
     tilings: list[list[Shard]]
     variables: list[_StoredVariable]
+    timing: Timing | None = None  # the last, see `with_timing`
 
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as sealed JSON, without padding."""
-    body = _encoder.encode(_stored(manifest))[1:]
+    return _sealed(_encoder.encode(_stored(manifest))[1:])
+
+
+def with_timing(encoded: bytes, timing: Timing) -> bytes:
+    """An encoded manifest without a timing, with one: whoever writes the file does not encode it all again."""
+    seal = _SEAL.match(encoded)
+    assert seal is not None, "as `encode` made it"
+    assert encoded.endswith(_WITHOUT_TIMING), "it has none yet"
+    return _sealed(encoded[seal.end() : -len(_WITHOUT_TIMING)] + _encoder.encode(timing) + b"}")
+
+
+def _sealed(body: bytes) -> bytes:
     return b'{"manifest_checksum":"%s",%s' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
 
 
 def max_nbytes(manifest: Manifest) -> int:
-    """Upper bound for the length of the encoded manifest, whatever its offsets and its file length are or will be."""
+    """Upper bound for the length of the encoded manifest, whatever offsets, file length and timing it will have."""
     numbers = [variable.offset for variable in manifest.variables]
     numbers.append(manifest.file_nbytes)
-    return len(encode(manifest)) + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
+    return len(encode(manifest)) + _TIMING_NBYTES + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
 
 
 def capacity_for(nbytes: int) -> int:
@@ -111,7 +128,7 @@ def _stored(manifest: Manifest) -> _Stored:
         _StoredVariable(variable.key, variable.dtype, variable.shape, variable.offset, tiling, variable.numpy)
         for variable, tiling in zip(manifest.variables, tilings.which, strict=True)
     ]
-    return _Stored(**_description(manifest), tilings=tilings.distinct, variables=variables)
+    return _Stored(**_description(manifest), tilings=tilings.distinct, variables=variables, timing=manifest.timing)
 
 
 def _loaded(stored: _Stored) -> Manifest:
@@ -125,7 +142,7 @@ def _loaded(stored: _Stored) -> Manifest:
         raise CorruptCheckpointError(
             "the manifest is not what distckpt writes: a variable's shards are missing"
         ) from error
-    return Manifest(**_description(stored), variables=variables)
+    return Manifest(**_description(stored), variables=variables, timing=stored.timing)
 
 
 def _description(described: Described) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def _works(coordinator: Coordinator) -> bool:
     gathered = coordinator.gather_all("gather", b"%d" % coordinator.rank) == [b"%d" % rank for rank in range(size)]
     found = coordinator.on_root("find", lambda: 5, int) == 5
     merged = coordinator.merge("merge", b"a", lambda values: [b"%d" % len(values)] * size) == b"%d" % size
-    return arrived and gathered and found and merged
+    rows = coordinator.gather_rows(np.array([coordinator.rank]))
+    collected = rows is None if coordinator.rank else rows is not None and rows.ravel().tolist() == list(range(size))
+    return arrived and gathered and found and merged and collected
 
 
 # ---- values ------------------------------------------------------------------------------------------------------
@@ -149,6 +151,14 @@ def test_share(coordinator: Coordinator, agree: Agree, array: np.ndarray) -> Non
 def test_share_of_a_read_only_array(coordinator: Coordinator, agree: Agree) -> None:
     array = np.frombuffer(b"12345678", dtype=np.uint8)
     agree(bytes(coordinator.share(array if coordinator.rank == 0 else None)) == b"12345678")
+
+
+def test_gather_rows(coordinator: Coordinator, agree: Agree) -> None:
+    rows = coordinator.gather_rows(np.array([coordinator.rank, 0.5]))
+    if coordinator.rank == 0:
+        agree(rows is not None and rows.tolist() == [[rank, 0.5] for rank in range(coordinator.size)])
+    else:
+        agree(rows is None)
 
 
 def test_any(coordinator: Coordinator, agree: Agree) -> None:
@@ -288,6 +298,7 @@ VERBS: dict[str, Callable[[Coordinator, bool], object]] = {
     "on_root": lambda coordinator, fail: coordinator.on_root("verb", _fail if fail else list, list),
     "merge": lambda coordinator, fail: coordinator.merge("verb", b"", _fail if fail else list),
     "gather_all": lambda coordinator, _: coordinator.gather_all("verb", b""),
+    "gather_rows": lambda coordinator, _: coordinator.gather_rows(np.zeros(2)),
     "share": lambda coordinator, fail: coordinator.share(None if fail else np.arange(3)),
     "any": lambda coordinator, fail: coordinator.any(["x"] if fail else np.zeros(3)),  # type: ignore[arg-type]
 }
@@ -310,7 +321,7 @@ def test_failure_before_a_verb(coordinator: Coordinator, agree: Agree, verb: str
     agree(_works(coordinator), "the next operation must work")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "gather_all"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in {"gather_all", "gather_rows"}])
 def test_failure_inside_a_verb(coordinator: Coordinator, agree: Agree, verb: str) -> None:
     raised = _raised(lambda: VERBS[verb](coordinator, coordinator.rank == 0))
     agree(raised is not None and list(raised.failures) == [0], f"{raised}")

@@ -211,7 +211,7 @@ def test_replicas_are_written_once_and_by_all_ranks_in_equal_parts(comm: Any, mp
 # ---- transports --------------------------------------------------------------------------------------------------
 
 #: What may differ between files of one state.
-_OF_THE_SAVE = ("manifest_checksum", "save_id", "time", "host", "transport")
+_OF_THE_SAVE = ("manifest_checksum", "save_id", "time", "host", "transport", "timing")
 
 
 @dataclass(frozen=True)

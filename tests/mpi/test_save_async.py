@@ -235,6 +235,8 @@ FAULTS = [
     Fault("write", rawio, "write_vector", EVERY),
     Fault("write", ChecksumLog, "write", EVERY),
     Fault("write", distckpt.writer, "fsync", EVERY),
+    Fault("commit", distckpt.draft, "write_manifest", ROOT),
+    Fault("commit", distckpt.draft, "fsync", ROOT),
     Fault("commit", distckpt.draft, "commit", ROOT),
     Fault("commit", distckpt.draft, "sync_directory", ROOT),
     Fault("commit", distckpt.draft, "record_save", ROOT),

@@ -63,6 +63,7 @@ def test_verbs_alone(alone: Coordinator) -> None:
     assert alone.on_root("commit", lambda: None, type(None)) is None
     assert alone.merge("layout", b"abc", lambda values: [values[0] * 2]) == b"abcabc"
     assert alone.gather_all("report", b"abc") == [b"abc"]
+    np.testing.assert_array_equal(alone.gather_rows(np.array([1.0, 2.0])), [[1.0, 2.0]])
     np.testing.assert_array_equal(alone.share(np.arange(3)), np.arange(3))
     np.testing.assert_array_equal(alone.any(np.array([True, False])), [1, 0])
     with alone.watchdog("close", 60.0):

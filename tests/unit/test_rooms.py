@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "distckpt"
 
-FOUNDATION = {"errors", "interval", "log", "options", "tensor_bytes"}
+FOUNDATION = {"errors", "interval", "log", "options", "tensor_bytes", "timing", "words"}
 ROOMS = {"layout", "graph", "coordination", "storage"}
 
 #: Room or module below distckpt/ to those it may import. Modules that are not named here stand above the rooms.
@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "log": {"errors"},
     "options": {"errors"},
     "tensor_bytes": set[str](),
+    "timing": {"words"},
+    "words": set[str](),
     "layout": FOUNDATION,
     "graph": FOUNDATION | {"layout"},
     "coordination": FOUNDATION | {"layout"},

@@ -1,0 +1,59 @@
+"""`distckpt show`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import distckpt.draft
+from distckpt import Checkpoint
+from distckpt.cli import main
+from distckpt.layout.records import Manifest
+
+ManifestOf = Callable[[str], Manifest]
+
+
+def checkpoint() -> Checkpoint:
+    return Checkpoint(a=torch.arange(1000.0), step=1)
+
+
+def shown(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(main.build(["show"]), ["show", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+def test_show_draws_the_object_graph(path: str) -> None:
+    file = checkpoint().save(path)
+    lines = shown(file)
+    assert lines[0] == file
+    assert any(line.endswith("a float32 1000 3.9 KiB") for line in lines)
+    assert any(line.endswith("step = 1") for line in lines)
+    assert not any("median" in line for line in lines)
+
+
+def test_show_prints_a_line_for_each_step(path: str, manifest_of: ManifestOf) -> None:
+    file = checkpoint().save(path)
+    stored = manifest_of(file).timing
+    assert stored is not None
+    lines = shown("--timing", file)
+    assert lines[0] == file
+    start = lines.index(f"{stored.seconds:.3f} s from the call until the manifest was written")
+    assert lines[start + 1].split() == ["step", "min", "median", "max", "slowest", "rank"]
+    for line, (name, step) in zip(lines[start + 2 :], stored.steps.items(), strict=True):
+        seconds = [f"{value:.6f}" for value in (step.min, step.median, step.max)]
+        assert line.split() == [name, *seconds, str(step.slowest_rank)]
+
+
+def test_show_of_a_file_without_a_timing_says_so(
+    path: str, monkeypatch: pytest.MonkeyPatch, manifest_of: ManifestOf
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(distckpt.draft, "with_timing", lambda encoded, _: encoded)
+        file = checkpoint().save(path)
+    assert manifest_of(file).timing is None
+    assert shown("--timing", file)[-1] == "the file does not say how long its save took"
+    checkpoint().restore(file).assert_consumed()
