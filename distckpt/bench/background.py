@@ -83,7 +83,7 @@ class MemcpyTrial:
         self.name = "raw memcpy"
         self.kind = ""
         self._state = state
-        self.copies = [torch.zeros_like(shard) for shard in state.shards()]
+        self.copies = [torch.zeros_like(shard) for shard in state.shards]
 
     def prepare(self) -> None:
         """Change the values as training would."""
@@ -91,7 +91,7 @@ class MemcpyTrial:
 
     def run(self) -> None:
         """Copy, one variable after the other."""
-        for copy, shard in zip(self.copies, self._state.shards(), strict=True):
+        for copy, shard in zip(self.copies, self._state.shards, strict=True):
             copy.copy_(shard)
 
     def clean(self) -> None:

@@ -53,7 +53,7 @@ class FilePerRank(Competitor):
 
 def shards_by_name(state: State) -> dict[str, torch.Tensor]:
     """This rank's shards as ordinary tensors, to those who know nothing of DTensors. Local."""
-    return dict(zip(state.tensors, state.shards(), strict=True))
+    return dict(zip(state.tensors, state.shards, strict=True))
 
 
 def flush_files(paths: Iterable[Path]) -> None:

@@ -86,7 +86,7 @@ class Raw(Competitor):
     def _exchange(self, *, to_state: bool) -> None:
         flat = torch.from_numpy(np.frombuffer(self._buffer, dtype=np.uint8))
         at = 0
-        for shard in self.state.shards():
+        for shard in self.state.shards:
             there, here = shard.view(-1).view(torch.uint8), flat[at : at + shard.nbytes]
             at += shard.nbytes
             if to_state:

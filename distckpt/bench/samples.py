@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from distckpt.bench.runner import Meter, TrialT, extra_mib, interleave
@@ -55,7 +57,19 @@ def measure(
     Returns:
         One for each trial, the same on all ranks.
     """
-    if meter is not extra_mib:
-        interleave(trials, 1, meter)
-    values = interleave(trials, bench.setup.rounds, meter)
+    with _collections_of_new_objects_only():
+        if meter is not extra_mib:
+            interleave(trials, 1, meter)
+        values = interleave(trials, bench.setup.rounds, meter)
     return [Samples(case, each.name, each.kind, unit, state.nbytes, tuple(values[each.name])) for each in trials]
+
+
+@contextmanager
+def _collections_of_new_objects_only() -> Iterator[None]:
+    """Keep the cyclic garbage collector from visiting, while one competitor is measured, what others hold."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,13 +39,16 @@ class Outcome:
     missing: dict[str, str]
 
 
-def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) -> Outcome:
+def run_session(
+    setup: Setup, directory: Path, announce: Callable[[str], None], show: Callable[[Sequence[Samples]], None]
+) -> Outcome:
     """Measure everything that was asked for. Collective over MPI's COMM_WORLD.
 
     Args:
         setup: What to measure.
         directory: Where to write, made if missing; everything written is deleted at the end.
         announce: Called on rank 0 with the name of each case as it begins.
+        show: Called on rank 0 with what was measured in each case as it ends.
 
     Returns:
         What was measured.
@@ -59,19 +62,24 @@ def run_session(setup: Setup, directory: Path, announce: Callable[[str], None]) 
         missing = find_missing(setup)
         there = replace(setup, competitors=tuple(name for name in setup.competitors if name not in missing))
         own = gather(agreed("make the directory", make_directory, there, directory))[0]
-        results = _run_cases(Bench(there, mesh, Path(own)), announce)
+        results = _run_cases(Bench(there, mesh, Path(own)), announce, show)
         return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results), missing)
     finally:
         dist.destroy_process_group()
 
 
-def _run_cases(bench: Bench, announce: Callable[[str], None]) -> list[Samples]:
+def _run_cases(
+    bench: Bench, announce: Callable[[str], None], show: Callable[[Sequence[Samples]], None]
+) -> list[Samples]:
     results = []
     try:
         for case in bench.setup.cases:
             if dist.get_rank() == 0:
                 announce(case)
-            results += run_case(bench, case)
+            measured = run_case(bench, case)
+            if dist.get_rank() == 0:
+                show(measured)
+            results += measured
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(bench.directory, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,11 @@ class State:
 
     Attributes:
         tensors: Name to DTensor, the same names on all ranks.
+        shards: This rank's shards, in the order of the variables; contiguous, in the memory of the DTensors.
     """
 
     tensors: dict[str, DTensor]
+    shards: tuple[torch.Tensor, ...]
 
     @property
     def is_replicated(self) -> bool:
@@ -44,32 +45,28 @@ class State:
     @property
     def local_nbytes(self) -> int:
         """Bytes of this rank's shards."""
-        return sum(shard.nbytes for shard in self.shards())
-
-    def shards(self) -> Iterator[torch.Tensor]:
-        """This rank's shards, in the order of the variables; contiguous."""
-        return (tensor.to_local() for tensor in self.tensors.values())
+        return sum(shard.nbytes for shard in self.shards)
 
     def fill(self) -> None:
         """Give every element a value that only its variable and place in the global shape determine."""
-        for index, tensor in enumerate(self.tensors.values()):
-            tensor.to_local().view(torch.int32).copy_(_expected(index, tensor))
+        for index, (tensor, shard) in enumerate(zip(self.tensors.values(), self.shards, strict=True)):
+            shard.view(torch.int32).copy_(_expected(index, tensor))
 
     def advance(self) -> None:
         """Change every element, as an optimizer step does."""
-        torch._foreach_add_(list(self.shards()), 1.0)
+        torch._foreach_add_(self.shards, 1.0)
 
     def scramble(self) -> None:
         """Give every element a value that `fill` never gives."""
-        for shard in self.shards():
+        for shard in self.shards:
             shard.fill_(-1.0)
 
     def wrong(self) -> list[str]:
         """Names of the variables whose shard on this rank differs in any bit from what `fill` gives."""
         return [
             name
-            for index, (name, tensor) in enumerate(self.tensors.items())
-            if not torch.equal(tensor.to_local().view(torch.int32), _expected(index, tensor))
+            for index, ((name, tensor), shard) in enumerate(zip(self.tensors.items(), self.shards, strict=True))
+            if not torch.equal(shard.view(torch.int32), _expected(index, tensor))
         ]
 
 
@@ -109,7 +106,9 @@ def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int | None) -> State:
         The state.
     """
     make = _replicated if dim is None else functools.partial(_sharded, dim=dim)
-    state = State({name: make(shape, mesh) for name, shape in shapes.items()})
+    tensors = {name: make(shape, mesh) for name, shape in shapes.items()}
+    # To ask a DTensor for its shard takes longer than to copy a small one.
+    state = State(tensors, tuple(tensor.to_local() for tensor in tensors.values()))
     state.scramble()
     return state
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ import typer
 from distckpt.cli.bench_plan import plan
 
 if TYPE_CHECKING:
+    from distckpt.bench.samples import Samples
     from distckpt.bench.session import Outcome
     from distckpt.bench.setting import Setup
 
@@ -174,7 +176,7 @@ def _measure(setup: Setup, directory: Path) -> Outcome:
     from distckpt.errors import CheckpointError
 
     try:
-        return run_session(setup, directory, _announce)
+        return run_session(setup, directory, _announce, _show)
     except CheckpointError:
         raise
     except Exception:
@@ -188,10 +190,21 @@ def _announce(case: str) -> None:
     typer.echo(f"measuring: {case}", err=True)
 
 
-def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None, plot_path: Path | None) -> None:
+def _show(measured: Sequence[Samples]) -> None:
+    """Print the tables of a case at once: those that follow take long, and may fail."""
     from rich.console import Console
 
-    from distckpt.bench.report import describe_missing, make_document, make_rows, make_tables
+    from distckpt.bench.report import make_rows, make_tables
+
+    # mpirun gives every rank a terminal of its own, which is not the user's: its colours and width mean nothing.
+    console = Console(force_terminal=False, width=_WIDTH)
+    for table in make_tables(make_rows(measured)):
+        console.print(table)
+    sys.stdout.flush()
+
+
+def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | None, plot_path: Path | None) -> None:
+    from distckpt.bench.report import describe_missing, make_document, make_rows
 
     rows = make_rows(outcome.results)
     if json_path is not None:
@@ -201,9 +214,5 @@ def _report(outcome: Outcome, setup: Setup, directory: Path, json_path: Path | N
         from distckpt.bench.plot import plot_rows
 
         plot_rows(rows, plot_path)
-    # mpirun gives every rank a terminal of its own, which is not the user's: its colours and width mean nothing.
-    console = Console(force_terminal=False, width=_WIDTH)
-    for table in make_tables(rows):
-        console.print(table)
     if outcome.missing:
         typer.echo(describe_missing(outcome.missing))

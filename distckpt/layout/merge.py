@@ -20,6 +20,7 @@ from distckpt.layout.records import (
 )
 from distckpt.layout.replicas import Comparison, compare_python_values, cover_tensors
 from distckpt.layout.ties import check_ties
+from distckpt.layout.tilings import tilings_of
 from distckpt.layout.unify import UnifiedGraph, group_ranks, unify
 from distckpt.layout.values import Holding, Value, collect_values, hold
 from distckpt.layout.wording import layout_error, rank_list
@@ -143,13 +144,36 @@ class _Items:
 
 
 def _items(holdings: Sequence[Holding], variables: Sequence[Variable], size: int) -> _Items:
-    by_rank: list[list[PlanItem]] = [[] for _ in range(size)]
+    """Rank by rank: going by variables would touch the items of all ranks again and again."""
+    tilings = tilings_of(variables)
     tensor_of = _tensor_ordinals(holdings, len(variables), size)
     checksums = index_checksums(variables)
-    for index, (variable, firsts) in enumerate(zip(variables, checksums.firsts, strict=True)):
-        for shard, first in zip(variable.shards, firsts, strict=True):
-            by_rank[shard.rank].append(PlanItem(tensor_of[shard.rank][index], shard.offset, shard.shape, first))
+    members: list[list[tuple[int, int]]] = [[] for _ in tilings.distinct]
+    for index, tiling in enumerate(tilings.which):
+        members[tiling].append((index, tiling))
+    by_rank: list[list[PlanItem]] = []
+    previous: list[int] = []
+    in_file_order: list[tuple[int, int]] = []
+    for rank, own in enumerate(_shards_by_rank(tilings.distinct, size)):
+        if list(own) != previous:  # else those of the rank before
+            previous = list(own)
+            in_file_order = sorted(member for tiling in own for member in members[tiling])
+        items = [
+            PlanItem(tensor_of[rank][index], shard.offset, shard.shape, checksums.firsts[index][number])
+            for index, tiling in in_file_order
+            for number, shard in own[tiling]
+        ]
+        by_rank.append(items)
     return _Items(by_rank, checksums.total)
+
+
+def _shards_by_rank(tilings: Sequence[Sequence[Shard]], size: int) -> list[dict[int, list[tuple[int, Shard]]]]:
+    """For each rank: index of each tiling in which it writes, to its shards there with their numbers."""
+    by_rank: list[dict[int, list[tuple[int, Shard]]]] = [{} for _ in range(size)]
+    for tiling, shards in enumerate(tilings):
+        for number, shard in enumerate(shards):
+            by_rank[shard.rank].setdefault(tiling, []).append((number, shard))
+    return by_rank
 
 
 def _tensor_ordinals(holdings: Sequence[Holding], n_variables: int, size: int) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib
 import io
 import itertools
@@ -52,15 +51,6 @@ from distckpt.cli.main import build
 from distckpt.errors import CollectiveError
 
 MIB = 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collections_are_quick() -> Iterator[None]:
-    """A collection before every trial need not look at what other tests and torch have left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +121,7 @@ def test_values_depend_on_variable_and_place_and_are_ordinary_floats(mesh: Devic
     assert state.wrong() == ["a", "b"]
     state.fill()
     assert state.wrong() == []
-    values = torch.stack(list(state.shards()))
+    values = torch.stack(list(state.shards))
     assert len(values.unique()) >= 25
     assert bool(((values >= 0) & (values < 2)).all())
     state.tensors["b"].to_local()[2, 3] += 0.5
@@ -453,9 +443,9 @@ def test_the_limit_of_a_copy_copies_everything(mesh: DeviceMesh) -> None:
     trial = MemcpyTrial(state)
     for _ in range(2):
         trial.prepare()
-    assert not any(map(torch.equal, trial.copies, state.shards()))
+    assert not any(map(torch.equal, trial.copies, state.shards))
     trial.run()
-    assert all(map(torch.equal, trial.copies, state.shards()))
+    assert all(map(torch.equal, trial.copies, state.shards))
 
 
 @pytest.mark.usefixtures("mesh")
