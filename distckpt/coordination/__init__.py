@@ -1,6 +1,6 @@
 """The only room that speaks MPI: arrival of the ranks, agreed steps, work on rank 0.
 
 From top to bottom: `coordinator` (the verbs) > `session` (what coordinators over one communicator share) > `arrival`
-(who is here, and does everybody agree) > `channel` (short messages). Beside them `collectives` (bytes and arrays),
-`outcome` and `agreement` (which error all ranks raise), `interrupts`, `job_end` and `launcher`.
+(who is here, and does everybody agree) > `channel` and `message` (short messages). Beside them `collectives` (bytes and
+arrays), `outcome` and `agreement` (which error all ranks raise), `interrupts`, `job_end` and `launcher`.
 """

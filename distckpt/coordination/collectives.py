@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from distckpt.coordination.channel import Buffer
+from distckpt.coordination.message import Buffer
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -42,6 +42,10 @@ class Interrupts:
         """Let interrupts through, a pending one at once."""
         return Region(self, allow=True)
 
+    def postpone(self) -> None:
+        """Take back an interrupt that was let through too early: it comes again where it is let through next."""
+        self._pending = self._handler is not None
+
     def begin(self, *, allow: bool) -> _Undo:
         """Begin a region; `Region` calls it."""
         if threading.get_ident() != threading.main_thread().ident:

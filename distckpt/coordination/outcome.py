@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from distckpt.coordination import agreement
-from distckpt.coordination.channel import Buffer
 from distckpt.coordination.collectives import Collectives
+from distckpt.coordination.message import Buffer
 
 # What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
 _PACKET_HEADER = struct.Struct("<?Q")

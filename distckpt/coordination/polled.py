@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distckpt.coordination.channel import Buffer
 from distckpt.coordination.collectives import CALL_LIMIT, starts_of
+from distckpt.coordination.message import Buffer
 from distckpt.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from distckpt.coordination.arrival import Call, arrival_over
-from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.arrival.teams import timing_of
+from distckpt.coordination.channel import Channel
 from distckpt.coordination.collectives import Collectives, MpiCollectives, SingleRank
 from distckpt.coordination.job_end import end_job_on_uncaught_timeout
 from distckpt.coordination.launcher import expected_size, singleton_message
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 #: On the duplicate, where nobody else sends messages.
 _ARRIVAL_TAG = 0
-_TIMING = Timing()
 _FREED = (
     "the communicator is null or has been freed: keep it until the last save or restore, and pass a communicator "
     "that this rank belongs to."
@@ -56,7 +56,7 @@ class Session:
         self._node: MPI.Intracomm | None = None
         self._freed = False
         tag_limit = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
-        self._arrival = arrival_over(Channel(comm, tag_limit - 1, _TIMING))
+        self._arrival = arrival_over(Channel(comm, tag_limit - 1, timing_of(self.size)))
 
     def require_alive(self) -> None:
         """Check that the communicator can still be used.
@@ -114,7 +114,7 @@ class Session:
         self.duplicate = self.duplicate_again("distckpt")
         self.collectives = MpiCollectives(self.duplicate)
         # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
-        self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, _TIMING))
+        self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, timing_of(self.size)))
 
 
 class Alone:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from distckpt.coordination.arrival import Arrival, Call, arrival_over
-from distckpt.coordination.channel import Channel, Kind, Message, Timing
+from distckpt.coordination.arrival import Arrival, Call, Teams, arrival_over
+from distckpt.coordination.channel import Channel, Timing
 from distckpt.coordination.interrupts import INTERRUPTS
+from distckpt.coordination.message import Kind, Message
 from distckpt.errors import RankTimeoutError
 
 MPI = pytest.importorskip("mpi4py.MPI")
@@ -49,8 +50,23 @@ class WatchedChannel(Channel):
         return super()._probe()
 
 
-def _protocol(comm: Any, *, grace: float = 0.5, notice: float = 1.0) -> Arrival:
-    return arrival_over(Channel(comm, TAG, Timing(grace=grace, notice=notice)))
+#: Ranks of a team: all, or two, so that with four ranks the third is a captain and the fourth its crew.
+STAR, TEAMS = 1 << 20, 2
+_four_ranks = pytest.mark.mpi(min_size=4)
+of_both_shapes = pytest.mark.parametrize("span", [STAR, pytest.param(TEAMS, marks=_four_ranks)])
+of_each_place = pytest.mark.parametrize(
+    ("span", "rank"),
+    [(STAR, 0), (STAR, 1), *(pytest.param(TEAMS, rank, marks=_four_ranks) for rank in range(4))],
+)
+
+
+def _timing(span: int, *, grace: float = 0.5, notice: float = 1.0, patience: float = 0.25) -> Timing:
+    return Timing(grace=grace, notice=notice, patience=patience if span == TEAMS else 0.0)
+
+
+def _protocol(comm: Any, span: int, *, grace: float = 0.5, notice: float = 1.0) -> Arrival:
+    channel = Channel(comm, TAG, _timing(span, grace=grace, notice=notice))
+    return arrival_over(channel, Teams(comm.size, span))
 
 
 def _arrive(protocol: Arrival, timeout: float, digest: int = 0, balance: int = 0) -> Outcome:
@@ -67,8 +83,9 @@ def _others(comm: Any, *ranks: int) -> tuple[int, ...]:
 # ---- all come ----------------------------------------------------------------------------------------------------
 
 
-def test_all_ranks_get_the_verdict(comm: Any, agree: Agree) -> None:
-    protocol, last = _protocol(comm), comm.rank == comm.size - 1
+@of_both_shapes
+def test_all_ranks_get_the_verdict(comm: Any, agree: Agree, span: int) -> None:
+    protocol, last = _protocol(comm, span), comm.rank == comm.size - 1
     for digest, balance, verdict in (
         (2**64 - 1, 0, True),
         (7 + last, 0, False),
@@ -80,20 +97,20 @@ def test_all_ranks_get_the_verdict(comm: Any, agree: Agree) -> None:
         agree(_arrive(protocol, PATIENT, digest, balance) is verdict, f"expected {verdict}")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_rank_may_come_late_within_the_timeout(comm: Any, agree: Agree, rank: int) -> None:
-    protocol = _protocol(comm)
+@of_each_place
+def test_rank_may_come_late_within_the_timeout(comm: Any, agree: Agree, span: int, rank: int) -> None:
+    protocol = _protocol(comm, span)
     if comm.rank == rank:
-        time.sleep(0.3)
+        time.sleep(0.3)  # longer than the patience of its team
     agree(_arrive(protocol, PATIENT) is True)
 
 
 # ---- some do not come --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_one_rank_calls(comm: Any, agree: Agree, rank: int) -> None:
-    protocol = _protocol(comm)
+@of_each_place
+def test_only_one_rank_calls(comm: Any, agree: Agree, span: int, rank: int) -> None:
+    protocol = _protocol(comm, span)
     if comm.rank == rank:
         start = time.monotonic()
         with pytest.raises(RankTimeoutError, match=r"save is collective: call it on every rank") as raised:
@@ -106,9 +123,15 @@ def test_only_one_rank_calls(comm: Any, agree: Agree, rank: int) -> None:
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (1, 2)])
-def test_present_ranks_name_the_absent_ones(comm: Any, agree: Agree, absent: tuple[int, ...]) -> None:
-    protocol, outcome = _protocol(comm), None
+@pytest.mark.parametrize(
+    ("span", "absent"),
+    [
+        *((STAR, absent) for absent in [(0,), (1,), (2,), (0, 1), (1, 2)]),
+        *(pytest.param(TEAMS, absent, marks=_four_ranks) for absent in [(0,), (2,), (3,), (0, 2), (0, 3), (2, 3)]),
+    ],
+)
+def test_present_ranks_name_the_absent_ones(comm: Any, agree: Agree, span: int, absent: tuple[int, ...]) -> None:
+    protocol, outcome = _protocol(comm, span), None
     comm.Barrier()
     if comm.rank not in absent:
         outcome = _arrive(protocol, 0.5)
@@ -116,10 +139,11 @@ def test_present_ranks_name_the_absent_ones(comm: Any, agree: Agree, absent: tup
     agree(_arrive(protocol, PATIENT) is True, "the next call must work")
 
 
+@of_both_shapes
 @pytest.mark.mpi(min_size=3)
-def test_root_that_came_later_than_a_member_still_decides(comm: Any, agree: Agree) -> None:
+def test_root_that_came_later_than_a_member_still_decides(comm: Any, agree: Agree, span: int) -> None:
     # Rank 1 comes to its deadline first, at 0.8 + 0.5 s, and root's would be at 1.6 s; rank 2 does not come at all.
-    protocol = _protocol(comm)
+    protocol = _protocol(comm, span)
     outcome, absent = None, (2,)
     comm.Barrier()
     if comm.rank not in absent:
@@ -129,9 +153,10 @@ def test_root_that_came_later_than_a_member_still_decides(comm: Any, agree: Agre
     agree(_arrive(protocol, PATIENT) is True, "the next call must work")
 
 
+@of_both_shapes
 @pytest.mark.mpi(min_size=3)
-def test_root_that_comes_during_the_roll_call_is_late(comm: Any, agree: Agree) -> None:
-    protocol = _protocol(comm, grace=0.8)
+def test_root_that_comes_during_the_roll_call_is_late(comm: Any, agree: Agree, span: int) -> None:
+    protocol = _protocol(comm, span, grace=0.8)
     comm.Barrier()
     time.sleep(0.2 + 0.8 + 0.3 if comm.rank == 0 else 0.0)
     outcome = _arrive(protocol, 0.2)
@@ -142,13 +167,13 @@ def test_root_that_comes_during_the_roll_call_is_late(comm: Any, agree: Agree) -
 # ---- some come when the others have given up -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_late_rank_alone_gets_its_error_soon(comm: Any, agree: Agree, late: int) -> None:
-    protocol = _protocol(comm)
-    if comm.rank != late:
+@of_each_place
+def test_late_rank_alone_gets_its_error_soon(comm: Any, agree: Agree, span: int, rank: int) -> None:
+    protocol = _protocol(comm, span)
+    if comm.rank != rank:
         _arrive(protocol, 0.2)
     comm.Barrier()
-    if comm.rank == late:
+    if comm.rank == rank:
         start = time.monotonic()
         with pytest.raises(RankTimeoutError, match="came when the others had given up") as raised:
             protocol.arrive(Call("save", 0, 0, PATIENT))
@@ -158,22 +183,23 @@ def test_late_rank_alone_gets_its_error_soon(comm: Any, agree: Agree, late: int)
     agree(_arrive(protocol, PATIENT) is True, "the next call must work")
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@of_each_place
 @pytest.mark.parametrize("pause", [0.0, 0.4])
-def test_late_rank_joins_a_newer_call(comm: Any, agree: Agree, late: int, pause: float) -> None:
-    protocol = _protocol(comm)
-    if comm.rank != late:
+def test_late_rank_joins_a_newer_call(comm: Any, agree: Agree, span: int, rank: int, pause: float) -> None:
+    protocol = _protocol(comm, span)
+    if comm.rank != rank:
         _arrive(protocol, 0.2)
     comm.Barrier()
-    if comm.rank == late:
+    if comm.rank == rank:
         time.sleep(pause)
     # Without a pause the late rank may come first.
     agree(_arrive(protocol, PATIENT) is True)
 
 
+@of_both_shapes
 @pytest.mark.mpi(min_size=3)
-def test_late_rank_waits_as_long_as_root_is_in_a_newer_call(comm: Any, agree: Agree) -> None:
-    protocol = _protocol(comm, notice=0.6)
+def test_late_rank_waits_as_long_as_root_is_in_a_newer_call(comm: Any, agree: Agree, span: int) -> None:
+    protocol = _protocol(comm, span, notice=0.6)
     if comm.rank != 1:
         _arrive(protocol, 0.2)
     comm.Barrier()
@@ -199,11 +225,19 @@ def interrupted_soon() -> Iterator[Callable[[float], None]]:
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.parametrize("leaver", [0, 1])
+@pytest.mark.parametrize(
+    ("span", "leaver", "absent"),
+    [
+        (STAR, 0, 2),
+        (STAR, 1, 2),
+        *(pytest.param(TEAMS, *who, marks=_four_ranks) for who in [(0, 1), (2, 1), (3, 1), (3, 0)]),
+    ],
+)
 def test_interrupted_rank_leaves_and_the_others_name_it(
-    comm: Any, agree: Agree, interrupted_soon: Callable[[float], None], leaver: int
+    comm: Any, agree: Agree, interrupted_soon: Callable[[float], None], span: int, leaver: int, absent: int
 ) -> None:
-    protocol, absent = _protocol(comm), 2
+    """With teams, the third and the fourth rank have confirmed to each other when one of them is interrupted."""
+    protocol = _protocol(comm, span)
     if comm.rank == leaver:
         interrupted_soon(0.3)
         with pytest.raises(KeyboardInterrupt), INTERRUPTS.held():
@@ -211,7 +245,7 @@ def test_interrupted_rank_leaves_and_the_others_name_it(
     elif comm.rank != absent:
         outcome = _arrive(protocol, 1.0)
         # Root can tell the others at once that it leaves; when a member leaves, root waits for its deadline.
-        assert outcome == ((0,) if leaver == 0 else (1, 2)), outcome
+        assert outcome == ((0,) if leaver == 0 else tuple(sorted((leaver, absent)))), outcome
     comm.Barrier()
     agree(_arrive(protocol, PATIENT) is True, "the next call must work")
 
@@ -305,11 +339,12 @@ def _find_mixed(results: list[Result]) -> str:
 
 
 @pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("span", [STAR, TEAMS])
 @pytest.mark.timeout(300)
-def test_random_rounds(comm: Any, agree: Agree) -> None:
-    timing = Timing(grace=RANDOM_GRACE, notice=RANDOM_NOTICE)
+def test_random_rounds(comm: Any, agree: Agree, span: int) -> None:
+    timing = _timing(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
     channel = WatchedChannel(comm, TAG, timing)
-    protocol, rng = arrival_over(channel), random.Random(20_240)
+    protocol, rng = arrival_over(channel, Teams(comm.size, span)), random.Random(20_240)
     checked = 0
     for number in range(ROUNDS):
         roles = [_random_role(rng) for _ in range(comm.size)]
@@ -326,9 +361,11 @@ def test_random_rounds(comm: Any, agree: Agree) -> None:
 
 
 @pytest.mark.mpi(min_size=4)
-def test_random_calls_never_mix(comm: Any, agree: Agree) -> None:
+@pytest.mark.parametrize("span", [STAR, TEAMS])
+def test_random_calls_never_mix(comm: Any, agree: Agree, span: int) -> None:
     """Without a rest between the calls: whatever happens, a call in which all agree is the same call on all ranks."""
-    protocol = _protocol(comm, grace=RANDOM_GRACE, notice=RANDOM_NOTICE)
+    timing = _timing(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
+    protocol = arrival_over(Channel(comm, TAG, timing), Teams(comm.size, span))
     rng, outcomes = random.Random(comm.rank), dict[int, Outcome]()
     for number in range(100):
         if rng.random() < 0.05:

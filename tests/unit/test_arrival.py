@@ -3,79 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 
-from distckpt.coordination.arrival import Arrival, Call, arrival_over
-from distckpt.coordination.channel import Channel, Kind, Message, Timing, decode, encode
+from distckpt.coordination.channel import Timing
+from distckpt.coordination.message import Kind, Message, decode, encode
 from distckpt.errors import RankTimeoutError
+from tests.unit.scripted_arrival import DEADLINE, SAVE, Rank, arrived, from_
 
-SIZE = 4
-SAVE = Call("save", digest=7, balance=0, timeout=600.0)
-#: In a script: nothing comes until the deadline.
-DEADLINE = None
-Script = list[Message | None]
-
-
-class ScriptedChannel(Channel):
-    """The inbox is a script, the outbox a list."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.size, self.timing = rank, SIZE, Timing()
-        self.earlier: list[Message] = []
-        self.script: Script = []
-        self.sent: list[tuple[int, Message]] = []
-        self.deadlines: list[float] = []
-
-    def send(self, destination: int, message: Message) -> None:
-        self.sent.append((destination, message))
-
-    def receive(self, deadline: float, *, interruptible: bool = False) -> Message | None:
-        self.deadlines.append(deadline)
-        return self.script.pop(0)
-
-    def drain(self) -> Iterator[Message]:
-        while self.earlier:
-            yield self.earlier.pop(0)
-
-
-class Rank:
-    """One rank's protocol, fed by a script."""
-
-    def __init__(self, rank: int) -> None:
-        self.channel = ScriptedChannel(rank)
-        self.protocol: Arrival = arrival_over(self.channel)
-
-    def call(self, *script: Message | None, earlier: tuple[Message, ...] = ()) -> bool | tuple[int, ...]:
-        """One call: the verdict, or the absent ranks it names. All of the script must be used."""
-        self.channel.earlier, self.channel.script = list(earlier), list(script)
-        self.channel.sent.clear()
-        self.channel.deadlines.clear()
-        try:
-            return self.protocol.arrive(SAVE)
-        except RankTimeoutError as error:
-            return error.absent
-        finally:
-            assert not self.channel.script
-
-    def sent(self, kind: Kind) -> dict[int, Message]:
-        return {rank: message for rank, message in self.channel.sent if message.kind is kind}
-
-    def kinds_sent(self) -> list[Kind]:
-        return [message.kind for _, message in self.channel.sent]
-
-
-def _from(source: int, kind: Kind, call: int = 1, generation: int = 0, **more: int | bool | tuple[int, ...]) -> Message:
-    return Message(kind, call, generation, source=source, **more)  # type: ignore[arg-type]
-
-
-def _arrive(source: int, call: int = 1, generation: int = 0, *, digest: int = 7, flag: bool = False) -> Message:
-    return Message(Kind.ARRIVE, call, generation, flag, digest, source=source)
-
-
-ARRIVED = (_arrive(1), _arrive(2), _arrive(3))
-CONFIRMED = tuple(_from(rank, Kind.CONFIRM) for rank in (1, 2, 3))
+ARRIVED = (arrived(1), arrived(2), arrived(3))
+CONFIRMED = tuple(from_(rank, Kind.CONFIRM) for rank in (1, 2, 3))
 
 
 @pytest.fixture
@@ -95,7 +32,8 @@ def root() -> Rank:
 def test_messages_survive_the_wire(absent: tuple[int, ...]) -> None:
     abort = Message(Kind.ABORT, 2**32 - 1, 2**31, True, absent=absent, source=5)
     arrive = Message(Kind.ARRIVE, 1, 2, False, 2**64 - 1, 2**63, source=5)
-    for message in (abort, arrive):
+    team = arrive._replace(last=999, differs=True)
+    for message in (abort, arrive, team):
         packed = encode(message, 1000)
         assert decode(packed + b"rest of an earlier message", len(packed), 5, 1000) == message
 
@@ -104,107 +42,107 @@ def test_messages_survive_the_wire(absent: tuple[int, ...]) -> None:
 
 
 def test_member_starts(member: Rank) -> None:
-    assert member.call(_from(0, Kind.GO), _from(0, Kind.START, flag=True)) is True
+    assert member.call(from_(0, Kind.GO), from_(0, Kind.START, flag=True)) is True
     assert member.kinds_sent() == [Kind.ARRIVE, Kind.CONFIRM]
     assert member.channel.deadlines[1] == math.inf, "who has confirmed must not leave"
-    assert member.call(_from(0, Kind.GO, 2), _from(0, Kind.START, 2, flag=False)) is False
+    assert member.call(from_(0, Kind.GO, 2), from_(0, Kind.START, 2, flag=False)) is False
 
 
 def test_member_waits_longer_than_root(member: Rank, root: Rank) -> None:
-    member.call(_from(0, Kind.ABORT, absent=(2,)))
+    member.call(from_(0, Kind.ABORT, absent=(2,)))
     root.call(DEADLINE)
     assert member.channel.deadlines[0] - root.channel.deadlines[0] == pytest.approx(Timing().grace, abs=0.2)
 
 
 def test_member_ignores_answers_to_an_earlier_call(member: Rank) -> None:
-    member.call(_from(0, Kind.ABORT, absent=(3,)))
-    earlier_call = [_from(0, kind, 1, 1) for kind in (Kind.GO, Kind.START, Kind.WAIT)]
-    assert member.call(*earlier_call, _from(0, Kind.GO, 2), earlier_call[1], _from(0, Kind.START, 2, flag=True)) is True
+    member.call(from_(0, Kind.ABORT, absent=(3,)))
+    earlier_call = [from_(0, kind, 1, 1) for kind in (Kind.GO, Kind.START, Kind.WAIT)]
+    assert member.call(*earlier_call, from_(0, Kind.GO, 2), earlier_call[1], from_(0, Kind.START, 2, flag=True)) is True
     assert member.kinds_sent() == [Kind.ARRIVE, Kind.CONFIRM]
 
 
-@pytest.mark.parametrize("before", [(), (_from(0, Kind.GO),)])
+@pytest.mark.parametrize("before", [(), (from_(0, Kind.GO),)])
 def test_member_takes_the_list_of_root(member: Rank, before: tuple[Message, ...]) -> None:
-    assert member.call(*before, _from(0, Kind.ABORT, absent=(2, 3))) == (2, 3)
+    assert member.call(*before, from_(0, Kind.ABORT, absent=(2, 3))) == (2, 3)
     assert Kind.ROLL not in member.kinds_sent()
 
 
 def test_member_among_the_absent_is_late(member: Rank) -> None:
-    member.channel.script = [_from(0, Kind.GO), _from(0, Kind.ABORT, absent=(1,))]
+    member.channel.script = [from_(0, Kind.GO), from_(0, Kind.ABORT, absent=(1,))]
     with pytest.raises(RankTimeoutError, match="rank 1 came when the others had given up"):
         member.protocol.arrive(SAVE)
 
 
 def test_member_calls_the_roll_when_root_does_not_answer(member: Rank) -> None:
-    assert member.call(DEADLINE, _from(3, Kind.ROLL, 9), DEADLINE) == (0, 2)
+    assert member.call(DEADLINE, from_(3, Kind.ROLL, 9), DEADLINE) == (0, 2)
     assert set(member.sent(Kind.ROLL)) == {0, 2, 3}
     assert member.kinds_sent()[-1] is Kind.WITHDRAW, "only after the answers are in"
-    member.call(_from(0, Kind.ABORT, 2, absent=(3,)))
+    member.call(from_(0, Kind.ABORT, 2, absent=(3,)))
     assert member.sent(Kind.ARRIVE)[0].generation == 1
 
 
 def test_member_that_waits_joins_a_roll_call(member: Rank) -> None:
-    assert member.call(_from(2, Kind.ROLL, 9, 4), _from(3, Kind.ROLL, 9, 4), DEADLINE) == (0,)
+    assert member.call(from_(2, Kind.ROLL, 9, 4), from_(3, Kind.ROLL, 9, 4), DEADLINE) == (0,)
     assert {message.generation for message in member.sent(Kind.ROLL).values()} == {4}
 
 
 def test_member_does_not_join_a_roll_call_that_is_over(member: Rank) -> None:
-    member.call(_from(0, Kind.ABORT, generation=3, absent=(2,)))
-    stale = _from(2, Kind.ROLL, 9, 3)
-    assert member.call(stale, _from(0, Kind.GO, 2), stale, _from(0, Kind.START, 2, flag=True)) is True
+    member.call(from_(0, Kind.ABORT, generation=3, absent=(2,)))
+    stale = from_(2, Kind.ROLL, 9, 3)
+    assert member.call(stale, from_(0, Kind.GO, 2), stale, from_(0, Kind.START, 2, flag=True)) is True
     assert Kind.ROLL not in member.kinds_sent()
 
 
 def test_member_returns_from_a_roll_call_that_is_over(member: Rank) -> None:
     # The ROLL was under way for so long that the others are in a newer call already.
-    stale = _from(2, Kind.ROLL, 9, 0)
+    stale = from_(2, Kind.ROLL, 9, 0)
     assert (
-        member.call(stale, _from(0, Kind.WAIT, 1, 1), stale, _from(0, Kind.GO), _from(0, Kind.START, flag=True)) is True
+        member.call(stale, from_(0, Kind.WAIT, 1, 1), stale, from_(0, Kind.GO), from_(0, Kind.START, flag=True)) is True
     )
     assert len(member.sent(Kind.ROLL)) == 3
 
 
 def test_list_of_root_replaces_that_of_the_roll_call(member: Rank) -> None:
-    assert member.call(DEADLINE, _from(2, Kind.ROLL, 9), _from(0, Kind.ABORT, absent=(3,))) == (3,)
+    assert member.call(DEADLINE, from_(2, Kind.ROLL, 9), from_(0, Kind.ABORT, absent=(3,))) == (3,)
 
 
 def test_root_that_comes_during_the_roll_call_decides(member: Rank) -> None:
-    assert member.call(DEADLINE, _from(0, Kind.GO), _from(0, Kind.ABORT, absent=(0,))) == (0,)
+    assert member.call(DEADLINE, from_(0, Kind.GO), from_(0, Kind.ABORT, absent=(0,))) == (0,)
     assert member.channel.deadlines[-1] == math.inf, "root has asked, so it will answer"
     assert Kind.CONFIRM not in member.kinds_sent(), "who has given up does not start"
 
 
 @pytest.mark.parametrize("kind", [Kind.ABORT, Kind.ROLL])
 def test_member_with_a_notice_waits_briefly(member: Rank, kind: Kind) -> None:
-    assert member.call(DEADLINE, earlier=(_from(0 if kind is Kind.ABORT else 2, kind, 0),)) == ()
+    assert member.call(DEADLINE, earlier=(from_(0 if kind is Kind.ABORT else 2, kind, 0),)) == ()
     assert member.sent(Kind.ARRIVE)[0].flag
     assert member.kinds_sent() == [Kind.ARRIVE, Kind.WITHDRAW]
     assert member.channel.deadlines[0] < member.protocol._notice_end + 1e-9
 
 
 def test_notice_may_come_after_the_arrival(member: Rank) -> None:
-    assert member.call(_from(0, Kind.ABORT, 0), DEADLINE) == ()
+    assert member.call(from_(0, Kind.ABORT, 0), DEADLINE) == ()
     first, second = member.channel.deadlines
     assert second < first - 100.0
 
 
 def test_member_with_a_notice_waits_when_root_says_so(member: Rank) -> None:
-    script = (_from(0, Kind.WAIT, 1, 1), _from(0, Kind.GO), _from(0, Kind.START, flag=True))
-    assert member.call(*script, earlier=(_from(0, Kind.ABORT, 0),)) is True
+    script = (from_(0, Kind.WAIT, 1, 1), from_(0, Kind.GO), from_(0, Kind.START, flag=True))
+    assert member.call(*script, earlier=(from_(0, Kind.ABORT, 0),)) is True
     first, second, _ = member.channel.deadlines
     assert second > first + 100.0
 
 
 def test_give_up_known_already_is_no_notice(member: Rank) -> None:
     member.call(DEADLINE, DEADLINE)
-    earlier = (_from(2, Kind.ROLL, 1), _from(0, Kind.ABORT, 0))
-    member.call(_from(0, Kind.ABORT, 2, absent=(3,)), earlier=earlier)
+    earlier = (from_(2, Kind.ROLL, 1), from_(0, Kind.ABORT, 0))
+    member.call(from_(0, Kind.ABORT, 2, absent=(3,)), earlier=earlier)
     assert not member.sent(Kind.ARRIVE)[0].flag
 
 
 def test_start_ends_all_give_ups_before_it(member: Rank) -> None:
-    member.call(_from(0, Kind.GO), _from(0, Kind.START, generation=5, flag=True))
-    member.call(_from(0, Kind.ABORT, 2, absent=(3,)), earlier=(_from(2, Kind.ROLL, 1, 4),))
+    member.call(from_(0, Kind.GO), from_(0, Kind.START, generation=5, flag=True))
+    member.call(from_(0, Kind.ABORT, 2, absent=(3,)), earlier=(from_(2, Kind.ROLL, 1, 4),))
     assert not member.sent(Kind.ARRIVE)[0].flag
 
 
@@ -220,19 +158,19 @@ def test_root_starts_when_all_have_confirmed(root: Rank, early: int) -> None:
 
 def test_root_counts_each_call_anew(root: Rank) -> None:
     for number in (1, 2, 3):
-        confirmed = tuple(_from(rank, Kind.CONFIRM, number) for rank in (1, 2, 3))
-        assert root.call(*(_arrive(rank, number) for rank in (1, 2, 3)), *confirmed) is True
+        confirmed = tuple(from_(rank, Kind.CONFIRM, number) for rank in (1, 2, 3))
+        assert root.call(*(arrived(rank, number) for rank in (1, 2, 3)), *confirmed) is True
         assert root.kinds_sent() == [Kind.GO] * 3 + [Kind.START] * 3
-    assert root.call(*(_arrive(rank, 4) for rank in (1, 2)), DEADLINE) == (3,)
+    assert root.call(*(arrived(rank, 4) for rank in (1, 2)), DEADLINE) == (3,)
 
 
 def test_root_says_when_digests_differ(root: Rank) -> None:
-    assert root.call(_arrive(1), _arrive(2, digest=8), _arrive(3), *CONFIRMED) is False
+    assert root.call(arrived(1), arrived(2, digest=8), arrived(3), *CONFIRMED) is False
     assert not any(message.flag for message in root.sent(Kind.START).values())
 
 
 def test_root_gives_up_for_all(root: Rank) -> None:
-    assert root.call(_arrive(2, 5), DEADLINE) == (1, 3)
+    assert root.call(arrived(2, 5), DEADLINE) == (1, 3)
     aborts = root.sent(Kind.ABORT)
     assert {rank: (message.call, message.absent) for rank, message in aborts.items()} == {
         1: (0, (1, 3)),
@@ -243,59 +181,59 @@ def test_root_gives_up_for_all(root: Rank) -> None:
 
 
 def test_root_forgets_who_has_left(root: Rank) -> None:
-    assert root.call(*ARRIVED[:2], _from(2, Kind.WITHDRAW), DEADLINE) == (2, 3)
-    assert root.call(DEADLINE, earlier=(_arrive(1, 2, 1), _from(1, Kind.WITHDRAW, 2, 1))) == (1, 2, 3)
+    assert root.call(*ARRIVED[:2], from_(2, Kind.WITHDRAW), DEADLINE) == (2, 3)
+    assert root.call(DEADLINE, earlier=(arrived(1, 2, 1), from_(1, Kind.WITHDRAW, 2, 1))) == (1, 2, 3)
 
 
 def test_root_keeps_who_has_come_again(root: Rank) -> None:
     # The WITHDRAW belongs to the call before.
-    assert root.call(_arrive(1), _from(1, Kind.WITHDRAW), _arrive(1, 2), _from(1, Kind.CONFIRM), DEADLINE) == (2, 3)
+    assert root.call(arrived(1), from_(1, Kind.WITHDRAW), arrived(1, 2), from_(1, Kind.CONFIRM), DEADLINE) == (2, 3)
 
 
 def test_roll_call_of_a_waiting_member_ends_the_wait_of_all(root: Rank) -> None:
-    assert root.call(*ARRIVED[:2], _from(1, Kind.ROLL)) == (3,)
+    assert root.call(*ARRIVED[:2], from_(1, Kind.ROLL)) == (3,)
     assert root.sent(Kind.ABORT)[1].call == root.sent(Kind.ABORT)[2].call == 1
 
 
 def test_root_that_comes_after_a_roll_call_is_late(root: Rank) -> None:
     # Rank 2 gave up before root came; 1 and 3 answer its ROLL, with lists in which root is absent.
-    rolls = (_from(1, Kind.ROLL), _from(3, Kind.ROLL))
-    assert root.call(*rolls, DEADLINE, earlier=(*ARRIVED, _from(2, Kind.ROLL))) == ()
+    rolls = (from_(1, Kind.ROLL), from_(3, Kind.ROLL))
+    assert root.call(*rolls, DEADLINE, earlier=(*ARRIVED, from_(2, Kind.ROLL))) == ()
     assert root.kinds_sent() == []
     first, _, third = root.channel.deadlines
     assert third < first - 100.0, "alone with a notice, root waits briefly"
 
 
 def test_root_with_a_notice_waits_for_a_member_in_a_newer_call(root: Rank) -> None:
-    earlier = (_arrive(1), _from(1, Kind.ROLL), _arrive(1, 2, 1))
+    earlier = (arrived(1), from_(1, Kind.ROLL), arrived(1, 2, 1))
     assert root.call(DEADLINE, earlier=earlier) == (2, 3)
     assert root.channel.deadlines[0] > root.protocol._notice_end + 100.0
 
 
 def test_roll_in_place_of_a_confirmation_names_the_last_rank(root: Rank) -> None:
-    answers = (CONFIRMED[0], _from(3, Kind.ROLL))
-    assert root.call(_arrive(1), _arrive(3), _arrive(2), *answers) == (2,)
+    answers = (CONFIRMED[0], from_(3, Kind.ROLL))
+    assert root.call(arrived(1), arrived(3), arrived(2), *answers) == (2,)
     assert set(root.sent(Kind.ABORT)) == {1, 2, 3}
-    assert root.call(DEADLINE, earlier=(_from(3, Kind.WITHDRAW),)) == (1, 2, 3)
+    assert root.call(DEADLINE, earlier=(from_(3, Kind.WITHDRAW),)) == (1, 2, 3)
     assert root.call(*CONFIRMED[:1], DEADLINE) == (1, 2, 3), "a late confirmation is no arrival"
 
 
 def test_roll_in_place_of_a_confirmation_counts_in_a_give_up_known_already(root: Rank) -> None:
     # Whoever has been asked waits for an answer.
-    earlier = (_from(3, Kind.ROLL, 0), *ARRIVED)
-    assert root.call(_from(1, Kind.ROLL), earlier=earlier) == ()
+    earlier = (from_(3, Kind.ROLL, 0), *ARRIVED)
+    assert root.call(from_(1, Kind.ROLL), earlier=earlier) == ()
     assert root.sent(Kind.ABORT)[1] == Message(Kind.ABORT, 1, 1, absent=(0,))
 
 
 def test_root_itself_may_be_the_last_rank(root: Rank) -> None:
-    root.channel.earlier, root.channel.script = list(ARRIVED), [CONFIRMED[0], _from(3, Kind.ROLL)]
+    root.channel.earlier, root.channel.script = list(ARRIVED), [CONFIRMED[0], from_(3, Kind.ROLL)]
     with pytest.raises(RankTimeoutError, match="rank 0 came when the others had given up"):
         root.protocol.arrive(SAVE)
     assert root.sent(Kind.ABORT)[1].absent == (0,)
 
 
 def test_rank_that_leaves_instead_of_confirming_may_come_again(root: Rank) -> None:
-    answers = (CONFIRMED[0], _from(3, Kind.WITHDRAW), _arrive(3, 2), _from(3, Kind.CONFIRM, 2))
+    answers = (CONFIRMED[0], from_(3, Kind.WITHDRAW), arrived(3, 2), from_(3, Kind.CONFIRM, 2))
     assert root.call(*ARRIVED, *answers, CONFIRMED[1]) is True
     assert [(rank, message.call) for rank, message in root.channel.sent if message.kind is Kind.GO] == [
         *((rank, 1) for rank in (1, 2, 3)),
@@ -305,32 +243,32 @@ def test_rank_that_leaves_instead_of_confirming_may_come_again(root: Rank) -> No
 
 
 def test_confirmation_of_an_earlier_call_does_not_count(root: Rank) -> None:
-    stale = _from(3, Kind.CONFIRM)
-    script = (stale, *ARRIVED[:2], _arrive(3, 2), stale, *CONFIRMED[:2], _from(3, Kind.WITHDRAW, 2), DEADLINE)
+    stale = from_(3, Kind.CONFIRM)
+    script = (stale, *ARRIVED[:2], arrived(3, 2), stale, *CONFIRMED[:2], from_(3, Kind.WITHDRAW, 2), DEADLINE)
     assert root.call(*script) == (3,)
 
 
 def test_rank_that_leaves_instead_of_confirming_is_named_at_the_deadline(root: Rank) -> None:
-    assert root.call(*ARRIVED, *CONFIRMED[:2], _from(3, Kind.WITHDRAW), DEADLINE) == (3,)
+    assert root.call(*ARRIVED, *CONFIRMED[:2], from_(3, Kind.WITHDRAW), DEADLINE) == (3,)
     assert {rank: message.call for rank, message in root.sent(Kind.ABORT).items()} == {1: 1, 2: 1, 3: 0}
     assert root.channel.deadlines[-2] == math.inf
     assert root.channel.deadlines[-1] == root.channel.deadlines[0]
 
 
-@pytest.mark.parametrize("arrival", [_arrive(1, 2, 1, flag=True), _arrive(1, 2, 0)])
+@pytest.mark.parametrize("arrival", [arrived(1, 2, 1, flag=True), arrived(1, 2, 0)])
 def test_root_tells_those_with_a_notice_to_wait(root: Rank, arrival: Message) -> None:
     root.call(DEADLINE)
     root.call(arrival, DEADLINE)
     assert root.sent(Kind.WAIT)[1].call == 2
-    root.call(_arrive(1, 3, 2), DEADLINE)
+    root.call(arrived(1, 3, 2), DEADLINE)
     assert not root.sent(Kind.WAIT), "no notice, no WAIT"
 
 
 def test_root_voids_roll_calls_that_are_over(root: Rank) -> None:
     # Rank 2 comes back from give-up 4. Rank 1 does not know of it yet, and answers an old ROLL.
-    script = (_arrive(1, 8, 4), _arrive(2, 9, 5), _from(1, Kind.ROLL, 8, 4), _arrive(3, 9, 5))
-    again = _from(1, Kind.ROLL, 8, 4)
-    answers = (_from(1, Kind.CONFIRM, 8), _from(2, Kind.CONFIRM, 9), _from(3, Kind.CONFIRM, 9))
+    script = (arrived(1, 8, 4), arrived(2, 9, 5), from_(1, Kind.ROLL, 8, 4), arrived(3, 9, 5))
+    again = from_(1, Kind.ROLL, 8, 4)
+    answers = (from_(1, Kind.CONFIRM, 8), from_(2, Kind.CONFIRM, 9), from_(3, Kind.CONFIRM, 9))
     assert root.call(*script, again, *answers) is True
     assert root.sent(Kind.WAIT)[1].call == 8
     assert root.sent(Kind.START)[1].generation == 5
@@ -339,7 +277,7 @@ def test_root_voids_roll_calls_that_are_over(root: Rank) -> None:
 
 def test_give_up_that_is_over_only_after_the_question(root: Rank) -> None:
     # Rank 3 has come back from the give-up for which rank 1, asked already, calls the roll.
-    answers = (_from(3, Kind.WITHDRAW), _arrive(3, 2, 1), _from(1, Kind.ROLL), _from(3, Kind.CONFIRM, 2))
+    answers = (from_(3, Kind.WITHDRAW), arrived(3, 2, 1), from_(1, Kind.ROLL), from_(3, Kind.CONFIRM, 2))
     assert root.call(*ARRIVED, *answers, *CONFIRMED[:2]) is True
     told = [message.kind for rank, message in root.channel.sent if rank == 1]
     assert told == [Kind.GO, Kind.WAIT, Kind.GO, Kind.START]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from distckpt.coordination.arrival import Call, Root
-from distckpt.coordination.channel import Buffer, Channel, Kind, Message, Timing, decode, encode
+from distckpt.coordination.arrival import ROOT, Call, Teams, arrival_over
+from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.message import Buffer, Kind, Message, decode, encode
 from distckpt.coordination.session import Spoken
 
 
@@ -89,53 +92,79 @@ class VirtualSession(Spoken):
 
     Attributes:
         brought: What each rank brings to the next arrival: what must be equal, and what must add up to 0.
+        nbytes: Bytes of all messages of the arrival protocol so far, between any two ranks.
+        seconds: Time of the last arrival: of the slowest captain, then of rank 0; without that of the network.
     """
 
     def __init__(self, ranks: VirtualRanks) -> None:
         super().__init__(ranks)
         self.brought: list[tuple[int, int]] = []
-        self._channel = _VirtualChannel(ranks.size)
-        self._root = Root(self._channel)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all messages of the arrival protocol so far."""
-        return self._channel.nbytes
+        self.nbytes = 0
+        self.seconds = 0.0
+        self._teams = Teams.of(ranks.size)
 
     def meets(self) -> bool:
-        """Let all ranks arrive, with the real protocol of rank 0; returns whether they agree."""
-        (shared, own), *others = self.brought
-        for rank, (digest, balance) in enumerate(others, 1):
-            self._channel.bring(rank, digest, balance)
-        return self._root.arrive(Call("save", shared, own, 600.0))
+        """Let all ranks arrive, with the real protocol of rank 0 and all captains; returns whether they agree."""
+        members = [Message(Kind.ARRIVE, 1, 0, digest=d, balance=b, source=r) for r, (d, b) in enumerate(self.brought)]
+        captains = range(self._teams.span, self.size, self._teams.span)
+        runs = [self._run(captain, members) for captain in captains]
+        arrivals = [run.arrival for run in runs if run.arrival is not None]
+        run = self._run(ROOT, [*members[: self._teams.span], *arrivals])
+        self.seconds = run.seconds + max((run.seconds for run in runs), default=0.0)
+        return run.verdict
+
+    def _run(self, rank: int, arrivals: Sequence[Message]) -> _Run:
+        """One rank's part, with those that speak with it: its crew, and for rank 0 the captains."""
+        channel = _VirtualChannel(rank, self.size)
+        protocol = arrival_over(channel, self._teams)
+        crew = arrivals[1:] if rank == ROOT else [arrivals[other] for other in self._teams.team_of(rank)[1:]]
+        for arrival in crew:
+            channel.post(arrival)
+        start = time.perf_counter()
+        verdict = protocol.arrive(Call("save", *self.brought[rank], 600.0))
+        self.nbytes += channel.nbytes
+        return _Run(verdict, channel.arrival, time.perf_counter() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One rank's part of an arrival: how it ended, what it told rank 0, and its time in seconds."""
+
+    verdict: bool
+    arrival: Message | None
+    seconds: float
 
 
 class _VirtualChannel(Channel):
-    """Rank 0's end, with members that come at once and confirm when they are asked."""
+    """The end of rank 0 or a captain: the crew has come and confirms when it is asked, and rank 0 starts the call.
 
-    def __init__(self, size: int) -> None:
-        self.rank = 0
+    Attributes:
+        nbytes: Bytes of all messages but those between a captain and rank 0, which rank 0's own end counts.
+        arrival: What a captain told rank 0.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
         self.size = size
-        self.timing = Timing()
+        self.timing = Timing(patience=math.inf)
         self.nbytes = 0
+        self.arrival: Message | None = None
         self._inbox: deque[tuple[int, bytes]] = deque()  # type: ignore[assignment]  # messages that are on their way
-        self._calls = [0] * size
 
-    def bring(self, rank: int, digest: int, balance: int) -> None:
-        """Let a member arrive."""
-        self._calls[rank] += 1
-        self._post(rank, Message(Kind.ARRIVE, self._calls[rank], 0, digest=digest, balance=balance))
-
-    def _post(self, rank: int, message: Message) -> None:
+    def post(self, message: Message) -> None:
+        """Let a message be on its way to this rank."""
         data = encode(message, self.size)
-        self.nbytes += len(data)
-        self._inbox.append((rank, data))
+        self._count(message.source, data)
+        self._inbox.append((message.source, data))
 
     def send(self, destination: int, message: Message) -> None:
         """See `Channel.send`."""
-        self.nbytes += len(encode(message, self.size))
-        if message.kind is Kind.GO:
-            self._post(destination, Message(Kind.CONFIRM, message.call, 0))
+        self._count(destination, encode(message, self.size))
+        if message.kind is Kind.ARRIVE:
+            self.arrival = message._replace(source=self.rank)
+        answer = _ANSWERS.get(message.kind)
+        if answer is not None:
+            self.post(Message(answer, message.call, 0, flag=True, source=destination))
 
     def receive(self, deadline: float, *, interruptible: bool = False) -> Message | None:
         """See `Channel.receive`."""
@@ -146,3 +175,11 @@ class _VirtualChannel(Channel):
         while self._inbox:
             source, data = self._inbox.popleft()
             yield decode(data, len(data), source, self.size)
+
+    def _count(self, peer: int, data: bytes) -> None:
+        if self.rank == ROOT or peer != ROOT:
+            self.nbytes += len(data)
+
+
+#: What a rank that is here answers.
+_ANSWERS = {Kind.ARRIVE: Kind.GO, Kind.GO: Kind.CONFIRM, Kind.CONFIRM: Kind.START}

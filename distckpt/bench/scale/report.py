@@ -57,7 +57,7 @@ def _columns(cost: Cost) -> dict[str, str]:
         "out\nKiB": f"{cost.sent_nbytes / _KIB:.1f}",
         "in\nKiB": f"{cost.received_nbytes / _KIB:.1f}",
         "unchanged\nbytes": f"{cost.unchanged_nbytes:.0f}",
-        "rank 0\ns": f"{cost.unchanged_seconds:.4f}",
+        "arrival\ns": f"{cost.unchanged_seconds:.4f}",
         "restore on\nranks": f"{cost.restore_ranks}",
         "manifest\nMiB": f"{cost.manifest_nbytes / _MIB:.2f}",
         "in\nMiB": f"{cost.broadcast_nbytes / _MIB:.2f}",
@@ -83,7 +83,7 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     times, sizes = figure.subplots(1, 2)
     times.plot(ranks, [cost.merge_seconds for cost in costs], "o-", label="first save: merge and plan, rank 0")
-    times.plot(ranks, [cost.unchanged_seconds for cost in costs], "o-", label="unchanged save: arrival, rank 0")
+    times.plot(ranks, [cost.unchanged_seconds for cost in costs], "o-", label="unchanged save: arrival")
     times.plot(ranks, [cost.open_seconds for cost in costs], "o-", label="restore: check, rank 0")
     times.plot(ranks, [cost.plan_seconds for cost in costs], "o-", label="restore: plan, each rank")
     times.set_ylabel("seconds")

@@ -48,8 +48,8 @@ class Cost:
         merge_nbytes: First save: memory of rank 0 beyond what it has before.
         sent_nbytes: First save: bytes that a rank sends.
         received_nbytes: First save: bytes that a rank receives.
-        unchanged_nbytes: Unchanged save: bytes that travel between a rank and rank 0, both ways.
-        unchanged_seconds: Unchanged save: rank 0's time in the arrival protocol, without the network's.
+        unchanged_nbytes: Unchanged save: bytes of all messages of the arrival, both ways.
+        unchanged_seconds: Unchanged save: a captain's and rank 0's time in the arrival, without the network's.
         restore_ranks: Number of ranks that restore.
         manifest_nbytes: Restore: the manifest.
         broadcast_nbytes: Restore: what each rank receives when the file is opened.
@@ -230,8 +230,9 @@ def simulate(job: Job, announce: Announce = _unheard) -> Cost:
     announce("unchanged save, plans of all ranks")
     simulation.prepare_unchanged_save()
     ranks.replies = []
-    unchanged = _measure(simulation.unchanged_save)
-    if not unchanged.value:
+    with collector_off():
+        agreed = simulation.unchanged_save()
+    if not agreed:
         raise ValueError("an unchanged save: expected ranks that agree. Got some that do not.")
     restore = _simulate_restore(first.value, job, announce)
     return Cost(
@@ -244,7 +245,7 @@ def simulate(job: Job, announce: Announce = _unheard) -> Cost:
         sent_nbytes=sent,
         received_nbytes=received,
         unchanged_nbytes=simulation.session.nbytes / others,
-        unchanged_seconds=unchanged.seconds,
+        unchanged_seconds=simulation.session.seconds,
         restore_ranks=restore.ranks,
         manifest_nbytes=restore.manifest_nbytes,
         broadcast_nbytes=restore.broadcast_nbytes,
