@@ -13,6 +13,7 @@ import msgspec
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import RestoreMismatchError
 from distckpt.exchange.reading import read_together
+from distckpt.exchange.taking import Want
 from distckpt.graph.assignment import Assignment
 from distckpt.graph.trackable import Trackable, tracking_of
 from distckpt.graph.view import LiveGraph
@@ -96,12 +97,12 @@ class Restorer:
         return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
 
     def _read(self, source: Source, assignment: Assignment, timer: Timer, *, verify: bool) -> None:
-        """Read all tensors: together with the other ranks of the node what they want, too. Collective."""
-        coordinator, node = self._coordinator, self._coordinator.node
+        """Read all tensors: together with the other ranks what they want, too. Collective."""
+        coordinator = self._coordinator
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
+            want = Want(source, assignment.reads, verify, progress)
             with timer.step("exchange"):
-                together = functools.partial(read_together, node, source, assignment.reads)
-                rest = Attempt.of(lambda: together(verify=verify, progress=progress))
+                rest = Attempt.of(functools.partial(read_together, coordinator, want))
             with coordinator.step("read"), timer.step("read"):
                 rest.require()
                 source.read(rest.value, verify=verify, progress=progress)

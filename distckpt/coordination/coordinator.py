@@ -14,8 +14,9 @@ import xxhash
 
 from distckpt.coordination import agreement, job_end, outcome
 from distckpt.coordination.arrival import Call
-from distckpt.coordination.collectives import Collectives
+from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
+from distckpt.coordination.nodes import Message, Nodes, swap
 from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.coordination.shared_memory import SharedMemory, allocate
 from distckpt.errors import LayoutError
@@ -103,6 +104,19 @@ class Coordinator:
             comm = session.node_communicator()
             self._node = self if comm is None else Coordinator(comm)
         return self._node
+
+    @property
+    def nodes(self) -> Nodes:
+        """Which ranks are on which node. Collective at its first use."""
+        self._connect("nodes")
+        session = self._open()
+        assert not isinstance(session, Spoken), "a thread in the background exchanges nothing"
+        return session.nodes()
+
+    @classmethod
+    def alone(cls) -> Self:
+        """A coordinator of this rank by itself. Local."""
+        return cls.over(Spoken(SingleRank()))
 
     # ---- who is here ---------------------------------------------------------------------------------------------
 
@@ -336,6 +350,15 @@ class Coordinator:
         with INTERRUPTS.held():
             collectives = self._connect("shared memory")
             return allocate(self._open().duplicate, collectives, nbytes)
+
+    def swap(self, outgoing: Message, incoming: Message) -> None:
+        """Send bytes to one rank and receive some from another one; for empty ones nothing is sent.
+
+        Not collective: the ranks that are sent to and received from call it, too, with the same sizes.
+        """
+        with INTERRUPTS.held():
+            self._connect("swap")
+            swap(self._open().duplicate, outgoing, incoming)
 
     # ---- steps that cannot be agreed on --------------------------------------------------------------------------
 

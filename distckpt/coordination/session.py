@@ -8,12 +8,15 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from distckpt.coordination.arrival import Call, arrival_over
 from distckpt.coordination.arrival.teams import timing_of
 from distckpt.coordination.channel import Channel
 from distckpt.coordination.collectives import Collectives, MpiCollectives, SingleRank
 from distckpt.coordination.job_end import end_job_on_uncaught_timeout
 from distckpt.coordination.launcher import expected_size, singleton_message
+from distckpt.coordination.nodes import Nodes
 from distckpt.errors import CheckpointError, RankTimeoutError
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Session:
         self.background: Background | None = None
         self._comm = comm
         self._node: MPI.Intracomm | None = None
+        self._nodes: Nodes | None = None
         self._freed = False
         tag_limit = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
         self._arrival = arrival_over(Channel(comm, tag_limit - 1, timing_of(self.size)))
@@ -89,6 +93,20 @@ class Session:
             self._node = cast("MPI.Intracomm", self.duplicate.Split_type(MPI.COMM_TYPE_SHARED))
             self._node.Set_errhandler(MPI.ERRORS_RETURN)
         return self._node
+
+    def nodes(self) -> Nodes:
+        """Which ranks are on which node. The first call is collective, on all ranks of the communicator."""
+        if self._nodes is None:
+            node, duplicate = self.node_communicator(), self.duplicate
+            assert duplicate is not None, "the ranks have met"
+            if node.size == self.size:  # the same on all ranks
+                self._nodes = Nodes([list(range(self.size))], 0)
+            else:
+                first, firsts = np.array([self.rank], np.int64), np.empty(self.size, np.int64)
+                node.Bcast(first)
+                duplicate.Allgather(first, firsts)
+                self._nodes = Nodes.of(firsts.tolist(), self.rank)
+        return self._nodes
 
     def release(self) -> None:
         """Free the duplicates, when the user frees the communicator."""
@@ -134,6 +152,10 @@ class Alone:
     def node_communicator(self) -> MPI.Intracomm | None:
         """See `Session.node_communicator`."""
         return None
+
+    def nodes(self) -> Nodes:
+        """See `Session.nodes`."""
+        return Nodes([[0]], 0)
 
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`."""

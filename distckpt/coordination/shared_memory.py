@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distckpt.coordination.collectives import Collectives
@@ -18,26 +19,38 @@ class SharedMemory:
 
     Attributes:
         parts: The memory of each rank.
+
+    Args:
+        window: The memory; None for a rank that is the only one of its node.
+        parts: Its parts.
     """
 
-    def __init__(self, window: MPI.Win, collectives: Collectives) -> None:
+    def __init__(self, window: MPI.Win | None, parts: list[memoryview]) -> None:
         self._window = window
-        self._collectives = collectives
-        self._window.Lock_all()
-        self.parts = [_bytes_of(window, rank) for rank in range(collectives.size)]
+        self.parts = parts
 
-    def fence(self, *, failed: bool) -> bool:
-        """Wait for all ranks of the node, and hear whether any has failed. Collective over the node."""
-        self._window.Sync()
-        any_failed = self._collectives.any_set(failed)
-        self._window.Sync()
+    def fence(self, any_set: Callable[[bool], bool], *, failed: bool) -> bool:
+        """Wait for all ranks, and hear whether any has failed. Collective.
+
+        Args:
+            any_set: `Coordinator.any_set` of the ranks that are waited for: those of the node, or more.
+            failed: Whether this one has.
+        """
+        self._sync()
+        any_failed = any_set(failed)
+        self._sync()
         return any_failed
 
     def free(self) -> None:
         """Give the memory back; nobody uses it any more. Collective over the node."""
         self.parts = []
-        self._window.Unlock_all()
-        self._window.Free()
+        if self._window is not None:
+            self._window.Unlock_all()
+            self._window.Free()
+
+    def _sync(self) -> None:
+        if self._window is not None:
+            self._window.Sync()
 
 
 def allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
@@ -46,17 +59,28 @@ def allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory |
     Returns:
         The memory, or None on all ranks where there is none to be had.
     """
-    memory = _allocate(comm, collectives, nbytes)
+    memory = _allocate(comm, collectives.size, nbytes)
     # What some ranks have got is left to the end of the job: to free it, all ranks must.
     return None if collectives.any_set(memory is None) else memory
 
 
-def _allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
+def _allocate(comm: Any, size: int, nbytes: int) -> SharedMemory | None:
+    if size == 1:
+        return _private(nbytes)
     from mpi4py import MPI
 
     try:
-        return SharedMemory(MPI.Win.Allocate_shared(nbytes, 1, comm=comm), collectives)
+        window = MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
+        window.Lock_all()
+        return SharedMemory(window, [_bytes_of(window, rank) for rank in range(size)])
     except (MPI.Exception, MemoryError):
+        return None
+
+
+def _private(nbytes: int) -> SharedMemory | None:
+    try:
+        return SharedMemory(None, [memoryview(bytearray(nbytes))])
+    except MemoryError:
         return None
 
 

@@ -1,1 +1,1 @@
-"""Reading and writing together: the ranks of one node move bytes between each other in shared memory."""
+"""Reading and writing together: ranks move bytes between each other, in shared memory and between nodes."""

@@ -1,4 +1,4 @@
-"""What both directions have in common: agreement of the ranks of a node, and the rounds."""
+"""What both directions have in common: agreement of the ranks that exchange, and the rounds."""
 
 from __future__ import annotations
 
@@ -11,95 +11,112 @@ from distckpt.layout.exchange import Unit
 from distckpt.log import log
 from distckpt.request import Attempt
 
-#: Bytes that a rank moves in one round. Two such units of every rank are in memory, and in the shared cache.
+#: Bytes that a rank moves in one round. Two such units of every rank are in memory, and in the shared cache; between
+#: nodes as many again for what arrives.
 UNIT_NBYTES = 2 << 20
 
 T = TypeVar("T")
 
 
 class FailedElsewhere(Exception):
-    """Another rank of the node has failed; it raises what happened in the next agreement of all ranks."""
+    """Another rank has failed; it raises what happened in the next agreement of all ranks."""
 
 
 class Round(NamedTuple):
     """One round.
 
     Attributes:
-        units: The unit of each rank of the node.
-        parts: The memory of each rank; all ranks see it.
+        units: The unit of each rank of those that exchange.
+        parts: The memory of each rank of the node, for its unit; all ranks of the node see it.
+        memory: All of the memory: of each rank two areas for its units, and whatever more was asked for.
     """
 
     units: list[Unit]
     parts: list[memoryview]
+    memory: SharedMemory
 
 
-def agreed(node: Coordinator, work: Callable[[], T]) -> T:
-    """Do local work; where it fails on a rank, all ranks of the node stop. Collective over the node.
+def area(part: memoryview, number: int) -> memoryview:
+    """Room for one unit in the memory of a rank."""
+    return part[number * UNIT_NBYTES : (number + 1) * UNIT_NBYTES]
+
+
+def agreed(ranks: Coordinator, work: Callable[[], T]) -> T:
+    """Do local work, or work of a node; where it fails on a rank, all ranks stop. Collective over `ranks`.
 
     Raises:
         FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
     """
     attempt = Attempt.of(work)
-    if node.any_set(attempt.error is not None):
+    if ranks.any_set(attempt.error is not None):
         attempt.require()
         raise FailedElsewhere
     return attempt.value
 
 
 def run_rounds(
+    ranks: Coordinator,
     node: Coordinator,
     rounds: Sequence[list[Unit]],
-    before: Callable[[Round], None],
-    after: Callable[[Round], None],
+    before: Callable[[Round], object],
+    after: Callable[[Round], object],
+    *,
+    n_areas: int = 2,
 ) -> bool:
-    """Fill the shared memory, wait for all ranks, empty it; again and again. Collective over the node.
+    """Fill the shared memory, wait for all ranks, empty it; again and again. Collective over `ranks`.
 
     Args:
-        node: The ranks of this node.
-        rounds: For each round the unit of each rank.
+        ranks: Those that exchange.
+        node: Those of them that are on this node; or the same.
+        rounds: For each round the unit of each of the ranks.
         before: Fills memory: this rank's part, or what it has of all parts.
-        after: Empties what `before` has filled on all ranks.
+        after: Empties what `before` has filled on all ranks. What it does together with other ranks it does in any
+            case, and raises at its end.
+        n_areas: Memory of a rank, in units.
 
     Returns:
-        False where there is no shared memory: nothing was done.
+        False where a node has no shared memory: nothing was done.
 
     Raises:
         FailedElsewhere: Another rank failed. On the rank that failed, what was raised.
     """
     if not rounds:
         return True
-    memory = node.shared_memory(2 * UNIT_NBYTES)
-    if memory is None:
-        log.warning("no shared memory on this node: every rank reads and writes for itself")
+    memory = node.shared_memory(n_areas * UNIT_NBYTES)
+    if memory is None if ranks is node else ranks.any_set(memory is None):
+        log.warning("no shared memory on a node: its ranks exchange messages, or read and write for themselves")
+        if memory is not None:
+            memory.free()
         return False
+    assert memory is not None, "or this rank would have said so"
     try:
-        failure = _run(memory, rounds, before, after)
+        failure = _run(ranks, memory, rounds, before, after)
     finally:
         memory.free()
-    if node.any_set(failure is not None):
+    if ranks.any_set(failure is not None):
         raise failure or FailedElsewhere
     return True
 
 
 def _run(
+    ranks: Coordinator,
     memory: SharedMemory,
     rounds: Sequence[list[Unit]],
-    before: Callable[[Round], None],
-    after: Callable[[Round], None],
+    before: Callable[[Round], object],
+    after: Callable[[Round], object],
 ) -> BaseException | None:
     """The rounds, which a failing rank leaves together with the others; returns what failed here.
 
-    The memory has two halves: while the slowest rank still empties one, the others fill the other one.
+    There are two areas for units: while the slowest rank still empties one, the others fill the other one.
     """
     failure: BaseException | None = None
     for number, units in enumerate(rounds):
-        start = number % 2 * UNIT_NBYTES
-        this = Round(units, [part[start : start + UNIT_NBYTES] for part in memory.parts])
+        this = Round(units, [area(part, number % 2) for part in memory.parts], memory)
         try:
             before(this)
         except BaseException as error:
             failure = error
-        if memory.fence(failed=failure is not None):
+        if memory.fence(ranks.any_set, failed=failure is not None):
             break
         try:
             after(this)

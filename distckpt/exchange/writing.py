@@ -10,7 +10,9 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, run_rounds
 from distckpt.layout.box import Box
-from distckpt.layout.exchange import InFile, Span, Wanted, filled_bands, hull, is_narrow, plan_rounds
+from distckpt.layout.exchange import InFile, Span, filled_bands, hull, is_narrow
+from distckpt.layout.parcels import cells_of
+from distckpt.layout.rounds import Party, Wanted, plan_rounds
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import Writeback
 from distckpt.storage.transfer import WriteJob, copy_bits
@@ -88,7 +90,8 @@ class _Writing:
         self._held: dict[int, list[Held]] = {}
         for job in self.own:
             self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor))
-        self._rounds = plan_rounds(self._files, filled, covered, node.size, UNIT_NBYTES)
+        party = Party(covered, range(node.size))
+        self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES)
 
     def run(self, fd: int, log: ChecksumLog | None) -> bool:
         """Join and write; False where there is no shared memory. Collective over the node."""
@@ -96,6 +99,7 @@ class _Writing:
             agreed(self._node, lambda: _log_checksums(self.own, log))
         writeback, rank = Writeback(fd), self._node.rank
         done = run_rounds(
+            self._node,
             self._node,
             self._rounds,
             before=self._put,
@@ -108,7 +112,7 @@ class _Writing:
     def _put(self, this: Round) -> None:
         """Copy what this rank has of all units."""
         for unit, part in zip(this.units, this.parts, strict=True):
-            for there, here in shared_parts(unit, part, self._files, self._held):
+            for there, here in shared_parts(cells_of(unit, self._files), part, self._held):
                 copy_bits(there, here)
 
 

@@ -1,20 +1,20 @@
-"""What the ranks of a node read or write together, and which rank moves which bytes when.
+"""What ranks read or write together.
 
 Several ranks may want the same bytes of a file (replicas), or narrow strips that lie between those of other ranks
 (columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank moves one unit
 of ranges between the file and memory that all ranks of the node see, and each rank takes what it wants from the units
-of all ranks, or puts there what it has. So each byte is read once per node, and file accesses are long.
+of all ranks, or puts there what it has. So each byte is read once, and file accesses are long. What ranks of another
+node want of a unit is sent to them (see `layout.parcels`).
 
 This is two-phase I/O (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective I/O in ROMIO, Frontiers '99) with
-shared memory in place of messages.
+shared memory in place of messages between the ranks of a node.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -128,7 +128,7 @@ def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
     return any(extent > 1 for extent in box.shape[:axis]) and math.prod(box.shape[axis:]) * itemsize < NARROW_NBYTES
 
 
-# ---- who moves what when -----------------------------------------------------------------------------------------
+# ---- as ranges of the file ---------------------------------------------------------------------------------------
 
 
 def piece_spans(variable: Variable, firsts: Iterable[int]) -> list[PieceSpan]:
@@ -157,19 +157,6 @@ def bands(spans: Sequence[Span]) -> list[Span]:
     return joined
 
 
-class Wanted:
-    """What some rank wants of a variable, roughly: the hulls of the boxes, joined."""
-
-    def __init__(self, boxes: Sequence[Box], shape: Shape) -> None:
-        self._spans = bands(sorted(hull(box, shape) for box in boxes))
-        self._starts = [span.start for span in self._spans]
-
-    def touches(self, span: Span) -> bool:
-        """Whether something of the span is wanted."""
-        before = bisect.bisect_left(self._starts, span.stop) - 1
-        return before >= 0 and self._spans[before].stop > span.start
-
-
 def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
     """The bands of disjoint boxes that have no hole: one rank can write each as one range of the file."""
     spans = sorted((hull(box, shape), box.numel) for box in boxes)
@@ -179,67 +166,3 @@ def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
     for span, numel in spans:
         held[bisect.bisect_right(starts, span.start) - 1] += numel
     return [band for band, numel in zip(joined, held, strict=True) if numel == band.stop - band.start]
-
-
-def plan_rounds(
-    files: Mapping[int, InFile],
-    moved: Mapping[int, Sequence[Span]],
-    wanted: Mapping[int, Wanted],
-    size: int,
-    unit_nbytes: int,
-) -> list[list[Unit]]:
-    """Divide spans among ranks and rounds, evenly by bytes.
-
-    Args:
-        files: The variables, by numbers in file order.
-        moved: Variable to spans of it, ascending; each is moved by one rank, in order.
-        wanted: Variable to what of it is wanted.
-        size: Number of ranks.
-        unit_nbytes: Most bytes that a rank moves in one round; at least the size of an element.
-
-    Returns:
-        For each round, for each rank, its unit; empty where it has nothing left to move.
-    """
-    total = sum((span.stop - span.start) * files[index].itemsize for index, spans in moved.items() for span in spans)
-    units = [_Units(unit_nbytes) for _ in range(size)]
-    done = 0
-    for index in sorted(moved):
-        itemsize, row = files[index].itemsize, math.prod(files[index].shape[1:])
-        for span in moved[index]:
-            of_rank = units[min(done * size // total, size - 1)]
-            done += (span.stop - span.start) * itemsize
-            for part in _cut(span, unit_nbytes // itemsize, row):
-                if wanted[index].touches(part):
-                    of_rank.add(index, part, itemsize)
-    rounds = itertools.zip_longest(*(of_rank.units for of_rank in units), fillvalue=[])
-    return [list(of_ranks) for of_ranks in rounds]
-
-
-class _Units:
-    """The units of one rank, as they are filled."""
-
-    def __init__(self, unit_nbytes: int) -> None:
-        self.units: list[Unit] = []
-        self._unit_nbytes = unit_nbytes
-        self._used = unit_nbytes  # of the last unit, in bytes
-
-    def add(self, variable: int, span: Span, itemsize: int) -> None:
-        nbytes = (span.stop - span.start) * itemsize
-        place = -(-self._used // itemsize) * itemsize
-        if place + nbytes > self._unit_nbytes:
-            self.units.append([])
-            place = 0
-        self.units[-1].append(Range(variable, span, place))
-        self._used = place + nbytes
-
-
-def _cut(span: Span, max_numel: int, row: int) -> Iterator[Span]:
-    """Cut a span, between rows where they are short enough."""
-    start = span.start
-    while start < span.stop:
-        stop = min(start + max_numel, span.stop)
-        at_row = stop // row * row
-        if stop < span.stop and at_row > start:
-            stop = at_row
-        yield Span(start, stop)
-        start = stop

@@ -5,8 +5,7 @@ See `layout.exchange` for what a unit is.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ import torch
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Box, first_element, flat_boxes
 from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit
+from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, require_checksum
 from distckpt.storage.reading import ReadReport
@@ -35,31 +35,42 @@ class Held(msgspec.Struct, frozen=True):
 
 
 def shared_parts(
-    unit: Unit, memory: memoryview, variables: Mapping[int, InFile], held: Mapping[int, Sequence[Held]]
+    cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What a unit and this rank have in common.
+    """What some memory and this rank have in common.
 
     Args:
-        unit: The unit of some rank.
-        memory: Where that rank has its bytes.
-        variables: The variables by index.
+        cells: What is where in the memory.
+        memory: The bytes.
         held: What this rank has or wants, by index of the variable.
 
     Yields:
         Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
     """
     everything = torch.frombuffer(memory, dtype=torch.uint8)
-    for variable, span, place in unit:
-        own = held.get(variable)
-        if own is None:
-            continue
-        shape, itemsize = variables[variable].shape, variables[variable].itemsize
-        for box, block in itertools.product(flat_boxes(Box.whole(shape), span.start, span.stop), own):
+    for variable, box, place in cells:
+        for block in held.get(variable, ()):
             common = box.intersect(block.box)
             if common is not None:
-                start = place + (first_element(box, shape) - span.start) * itemsize
-                there = everything.narrow(0, start, box.numel * itemsize).view(block.tensor.dtype).view(box.shape)
+                nbytes = box.numel * block.tensor.element_size()
+                there = everything.narrow(0, place, nbytes).view(block.tensor.dtype).view(box.shape)
                 yield sub_tensor(there, common, box), sub_tensor(block.tensor.detach(), common, block.box)
+
+
+def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], message: memoryview) -> None:
+    """Put together what is sent of a unit.
+
+    Args:
+        parcel: What is sent.
+        unit: The bytes of the unit.
+        variables: The variables by index.
+        message: Takes the bytes; at least `parcel.nbytes`.
+    """
+    for (variable, box, place), origin in zip(parcel.cells, parcel.origins, strict=True):
+        dtype = f"V{variables[variable].itemsize}"
+        within = box.relative_to(origin.box)
+        source = np.ndarray(origin.box.shape, dtype, unit, origin.place)
+        np.copyto(np.ndarray(box.shape, dtype, message, place), source[_slices(within)])
 
 
 def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int, int, int]]:
@@ -97,6 +108,10 @@ def write_unit(
             key = variables[unit[0].variable].key
             raise OSError(error.errno, f"{error.strerror}: {key}, {nbytes} bytes at byte {offset}") from error
         writeback.add(offset, nbytes)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + extent) for start, extent in zip(*box, strict=True))
 
 
 class UnitReader:
@@ -207,8 +222,7 @@ class _OpenPiece:
                 start = (first_element(box, variable.shape) - span.start) * variable.itemsize
                 array = np.ndarray(box.shape, f"V{variable.itemsize}", data, start)
                 within = common.relative_to(box)
-                rows = tuple(slice(a, a + n) for a, n in zip(*within, strict=True))
-                self._update(np.ascontiguousarray(array[rows]).reshape(-1).view(np.uint8).data)
+                self._update(np.ascontiguousarray(array[_slices(within)]).reshape(-1).view(np.uint8).data)
 
     def _update(self, data: memoryview) -> None:
         self.hasher.update(data)

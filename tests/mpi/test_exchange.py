@@ -11,7 +11,6 @@ import torch
 
 from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
 from distckpt.coordination import shared_memory
-from distckpt.coordination.session import Session
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.source import Source
 from distckpt.storage import rawio
@@ -63,28 +62,6 @@ def test_each_byte_is_read_once_and_verified(comm: Any, mpi_dir: Path, sources: 
     assert comm.allreduce(source.bytes_read) == comm.allreduce(source.bytes_verified) == NBYTES
 
 
-def test_the_ranks_of_each_node_read_together(
-    comm: Any, mpi_dir: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def two_nodes(session: Session) -> Any:
-        if session._node is None:
-            assert session.duplicate is not None
-            session._node = session.duplicate.Split(session.rank % 2)
-        return session._node
-
-    own = comm.Dup()
-    monkeypatch.setattr(Session, "node_communicator", two_nodes)
-    path = saved(comm, mpi_dir)
-    twin = Twin(own)
-    assert not twin.is_restored()
-    twin.checkpoint.read(path).assert_consumed()
-    assert twin.is_restored()
-    (source,) = sources
-    # The columns of a node's two ranks lie apart, so they are read on both nodes with what is between them.
-    assert 1.5 * NBYTES <= comm.allreduce(source.bytes_read) <= 2 * NBYTES
-    own.Free()
-
-
 @pytest.mark.parametrize("damaged", [0, 1, 2, 3])
 def test_damage_is_one_error_on_all_ranks(comm: Any, mpi_dir: Path, sources: list[Source], damaged: int) -> None:
     path = saved(comm, mpi_dir)
@@ -103,16 +80,19 @@ def test_damage_is_one_error_on_all_ranks(comm: Any, mpi_dir: Path, sources: lis
     assert len(set(comm.allgather(str(raised.value)))) == 1
 
 
-def test_without_shared_memory_every_rank_reads_for_itself(
-    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_shared_memory_everything_goes_by_messages(
+    comm: Any, mpi_dir: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
     assert not twin.is_restored()
     window = None if comm.rank == 2 else object()  # one rank without is enough
-    monkeypatch.setattr(shared_memory, "_allocate", lambda *_: window)
+    allocate = shared_memory._allocate
+    monkeypatch.setattr(shared_memory, "_allocate", lambda *args: allocate(*args) if args[1] == 1 else window)
     twin.checkpoint.read(path).assert_consumed()
     assert twin.is_restored()
+    (source,) = sources
+    assert comm.allreduce(source.bytes_read) == NBYTES
     assert "no shared memory" in caplog.text
 
 

@@ -33,6 +33,7 @@ import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
+from distckpt.exchange import taking
 from distckpt.storage import creation, hdf5, manifest, mpio, rawio, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
@@ -369,13 +370,14 @@ RESTORE_FAULTS = [
     Fault("open the file on every rank", distckpt.source, "open_shared", EVERY),
     Fault("match", distckpt.restoration, "bind", EVERY),
     Fault("match", distckpt.restoration, "assign", EVERY),
-    Fault("read", distckpt.exchange.reading, "_hulls", EVERY),
-    Fault("read", distckpt.exchange.reading, "_meeting", EVERY),
-    Fault("read", distckpt.exchange.reading, "_encode_boxes", EVERY),
-    Fault("read", distckpt.exchange.reading, "plan_rounds", EVERY),
+    Fault("read", taking.Own, "of", EVERY),
+    Fault("read", distckpt.exchange.reading, "hulls_that_meet", EVERY),
+    Fault("read", taking.Own, "boxes", EVERY),
+    Fault("read", distckpt.exchange.reading, "decode_boxes", EVERY),
+    Fault("read", taking, "plan_rounds", EVERY),
     Fault("read", distckpt.source.Source, "unit_reader", EVERY),
     Fault("read", units.UnitReader, "read", EVERY),
-    Fault("read", distckpt.exchange.reading, "shared_parts", EVERY),
+    Fault("read", taking, "shared_parts", EVERY),
     Fault("read", distckpt.source, "read_jobs", EVERY),
     Fault("read", rawio, "read_vector", EVERY),
     Fault("assign", Meter, "load_state_dict", EVERY),

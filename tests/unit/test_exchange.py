@@ -21,16 +21,16 @@ from distckpt.layout.exchange import (
     InFile,
     Range,
     Span,
-    Wanted,
     bands,
     filled_bands,
     hull,
     hulls_that_meet,
     is_worth_exchanging,
     piece_spans,
-    plan_rounds,
 )
+from distckpt.layout.parcels import cells_of
 from distckpt.layout.records import Shard, Variable
+from distckpt.layout.rounds import Party, Wanted, plan_rounds
 from distckpt.storage.units import Held, UnitReader, shared_parts, transfers
 
 ITEMSIZE = 4
@@ -145,7 +145,7 @@ def test_rounds_move_all_that_is_wanted_once(size: int, unit_nbytes: int, data: 
     moved = {i: [Span(0, math.prod(shape))] for i, (shape, _) in enumerate(cases)}
     wanted = {i: Wanted(boxes, shape) for i, (shape, boxes) in enumerate(cases)}
     seen = {i: np.zeros(math.prod(shape), int) for i, (shape, _) in enumerate(cases)}
-    for units in plan_rounds(files_of(variables), moved, wanted, size, unit_nbytes):
+    for units in plan_rounds(files_of(variables), moved, [Party(wanted, range(size))], size, unit_nbytes):
         assert len(units) == size
         for unit in units:
             free = 0
@@ -166,7 +166,7 @@ def test_rounds_are_balanced() -> None:
     variables = [Variable(str(i), "int32", (256, 16), 0, []) for i in range(8)]
     spans = {i: [Span(start, start + 512) for start in range(0, 4096, 512)] for i in range(8)}
     wanted = {i: Wanted([Box.whole((256, 16))], (256, 16)) for i in range(8)}
-    rounds = plan_rounds(files_of(variables), spans, wanted, 4, 4096)
+    rounds = plan_rounds(files_of(variables), spans, [Party(wanted, range(4))], 4, 4096)
     moved = [sum(r.span.stop - r.span.start for units in rounds for r in units[rank]) for rank in range(4)]
     assert moved == [8 * 4096 / 4] * 4
 
@@ -205,7 +205,7 @@ class Exchange:
     def read(self, unit_nbytes: int, size: int = 2) -> tuple[list[torch.Tensor], list[UnitReader]]:
         moved = {i: bands([piece.span for piece in pieces]) for i, pieces in self.pieces.items()}
         wanted = {i: Wanted([Box.whole(v.shape)], v.shape) for i, v in enumerate(self.variables)}
-        rounds = plan_rounds(self.files, moved, wanted, size, unit_nbytes)
+        rounds = plan_rounds(self.files, moved, [Party(wanted, range(size))], size, unit_nbytes)
         live = [torch.full_like(value, -1) for value in self.values]
         held = {i: [Held(Box.whole(v.shape), live[i])] for i, v in enumerate(self.variables)}
         fd = os.open(self.path, os.O_RDONLY)
@@ -215,7 +215,7 @@ class Exchange:
                 for reader, unit in zip(readers, units, strict=True):
                     memory = bytearray(unit_nbytes)
                     reader.read(unit, memoryview(memory))
-                    for there, here in shared_parts(unit, memoryview(memory), self.files, held):
+                    for there, here in shared_parts(cells_of(unit, self.files), memoryview(memory), held):
                         here.copy_(there)
         finally:
             os.close(fd)

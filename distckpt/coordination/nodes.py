@@ -1,0 +1,70 @@
+"""Which ranks are on which node, and bytes between ranks of different nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from distckpt.coordination.channel import Buffer
+
+_TAG = 2
+
+
+class Nodes(NamedTuple):
+    """The nodes of a job.
+
+    Attributes:
+        ranks: Of each node its ranks, ascending; nodes in the order of their first ranks.
+        own: The node of this rank.
+    """
+
+    ranks: list[list[int]]
+    own: int
+
+    @classmethod
+    def of(cls, firsts: Sequence[int], rank: int) -> Nodes:
+        """From the first rank of each rank's node."""
+        ranks: dict[int, list[int]] = {first: [] for first in sorted(set(firsts))}
+        for each, first in enumerate(firsts):
+            ranks[first].append(each)
+        return cls(list(ranks.values()), list(ranks).index(firsts[rank]))
+
+    @classmethod
+    def single(cls, size: int, rank: int) -> Nodes:
+        """Every rank as a node of its own."""
+        return cls([[each] for each in range(size)], rank)
+
+    @property
+    def leaders(self) -> list[int]:
+        """The first rank of each node."""
+        return [ranks[0] for ranks in self.ranks]
+
+    @property
+    def n_lanes(self) -> int:
+        """The size of the smallest node: so many ranks of each node have a counterpart on all others."""
+        return min(map(len, self.ranks))
+
+    def lanes(self, node: int) -> list[int]:
+        """The ranks of a node that have a counterpart, the rank of the same place, on all others."""
+        return self.ranks[node][: self.n_lanes]
+
+
+class Message(NamedTuple):
+    """Bytes to or from a rank.
+
+    Attributes:
+        rank: The other rank.
+        data: The bytes, or memory for them.
+    """
+
+    rank: int
+    data: Buffer
+
+
+def swap(comm: Any, outgoing: Message, incoming: Message) -> None:
+    """See `Coordinator.swap`."""
+    from mpi4py import MPI
+
+    to = outgoing.rank if len(outgoing.data) else MPI.PROC_NULL
+    source = incoming.rank if len(incoming.data) else MPI.PROC_NULL
+    comm.Sendrecv((outgoing.data, MPI.BYTE), to, _TAG, (incoming.data, MPI.BYTE), source, _TAG)
