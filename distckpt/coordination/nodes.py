@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from distckpt.coordination.channel import Buffer
+from distckpt.coordination.message import Buffer
 
 _TAG = 2
 
