@@ -52,10 +52,10 @@ class Timing(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Steps of a save: "walk" the objects, "digest" what they hold, "agree": wait for the last rank to come; when the
     layout is new, "merge" those of all ranks and take in the "plan"; "create" the file, "stage": copy for the
-    background, "open" the file, "exchange" narrow strips in the node, "write" with checksums, "fsync", "commit". Of a
-    restore: "walk", "agree", "open" and check, "plan" what goes where, "exchange": read with the ranks of the node,
-    "read" the rest, "assign". Waiting for other ranks counts in "agree" and "exchange" only; the collective open and
-    close of parallel HDF5 count nowhere.
+    background, "open" the file, "exchange" narrow strips and write them, "write" with checksums, "fsync", "commit".
+    Of a restore: "walk", "agree", "open" and check, "plan" what goes where, "exchange": read together with other
+    ranks, "read" the rest, "assign". Waiting for other ranks counts in "agree" and "exchange" only; the collective
+    open and close of parallel HDF5 count nowhere.
 
     Attributes:
         seconds: From the call to the end, on rank 0. In a file: until its manifest was written.
