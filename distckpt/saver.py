@@ -12,6 +12,7 @@ import torch
 
 from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts
 from distckpt.draft import Created, log_saved
 from distckpt.errors import LayoutError
 from distckpt.flight import Epilogue, Flight, OnCommit
@@ -197,7 +198,7 @@ class Saver:
                 raise captured.error
             layout = captured.value.layout
             message = encode_message(request.encode(), layout)
-        reply = coordinator.merge("layout", message, lambda messages: self._merge(call, messages))
+        reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages))
         with coordinator.step("plan"), timer.step("plan"):
             plan = decode_reply(reply)
             weights = weights_of(plan)
@@ -208,7 +209,7 @@ class Saver:
         self._agreed[call.family] = agreed
         return agreed
 
-    def _merge(self, call: SaveCall, messages: Sequence[bytes]) -> list[bytes]:
+    def _merge(self, call: SaveCall, messages: Sequence[Parts]) -> list[Parts]:
         """Merge the layouts of all ranks. Rank 0 only."""
         with call.timer.step("merge"):
             merged = merge_messages(messages, trust_lowest=call.options.replicas == "first")

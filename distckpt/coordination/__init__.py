@@ -2,5 +2,6 @@
 
 From top to bottom: `coordinator` (the verbs) > `session` (what coordinators over one communicator share) > `arrival`
 (who is here, and does everybody agree) > `channel` and `message` (short messages). Beside them `collectives` (bytes and
-arrays), `outcome` and `agreement` (which error all ranks raise), `interrupts`, `job_end` and `launcher`.
+arrays), `merging` (values to rank 0, replies back), `outcome` and `agreement` (which error all ranks raise),
+`interrupts`, `job_end` and `launcher`.
 """

@@ -37,13 +37,19 @@ class Collectives(Protocol):
         """Fill the buffer with that of rank 0, of the same length."""
 
     def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """Put the values of all ranks behind one another into the buffer of rank 0; others pass an empty one."""
+        """Put the values of all ranks behind one another into the buffer of rank 0; others pass an empty one.
+
+        Rank 0 passes the length of each value; others may pass any lengths with the same sum.
+        """
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """The rows of all ranks, of the same length and type, on rank 0; None on the others."""
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """Hand out rank 0's values, which lie behind one another; others pass none. Fills the buffer."""
+        """Hand out rank 0's values, which lie behind one another; others pass none. Fills the buffer.
+
+        Rank 0 passes the length of each value; others may pass any lengths with the same sum.
+        """
 
 
 class SingleRank:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, cast
 
 import msgspec
 import numpy as np
 import xxhash
 
-from distckpt.coordination import agreement, job_end, outcome
+from distckpt.coordination import agreement, job_end, merging, outcome
 from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
+from distckpt.coordination.merging import Parts
 from distckpt.coordination.nodes import Message, Nodes, swap
 from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.coordination.shared_memory import SharedMemory, allocate
@@ -243,27 +243,18 @@ class Coordinator:
         Raises:
             CheckpointError: As the class describes, when the function failed.
         """
+
+        def merge(values: list[Parts]) -> list[Parts]:
+            return [Parts(b"", reply) for reply in fn([bytes(value.own) for value in values])]
+
+        return bytes(self.merge_parts(name, Parts(b"", value), merge, remedy=remedy).own)
+
+    def merge_parts(
+        self, name: str, value: Parts, fn: Callable[[list[Parts]], Sequence[Parts]], *, remedy: str = ""
+    ) -> Parts:
+        """`merge`, where much of the values, and of the replies, is the same on many ranks: that travels once."""
         with INTERRUPTS.held():
-            collectives = self._connect(name)
-            lengths = collectives.lengths(len(value))
-            values = outcome.allocate(collectives, name, sum(lengths) if collectives.rank == 0 else 0)
-            collectives.gather(value, lengths, values)
-            replies, own = _Replies(b"", b""), None
-            if collectives.rank == 0:
-                try:
-                    with INTERRUPTS.allowed():
-                        replies = _pack_replies(fn(outcome.split(values, lengths)), collectives.size)
-                except BaseException as error:
-                    own = error
-            del values
-            try:
-                announced = outcome.announce(collectives, name, replies.lengths, own, remedy)
-            finally:
-                own = None
-            lengths = np.frombuffer(announced, dtype=np.int64).tolist()
-            reply = outcome.allocate(collectives, name, lengths[collectives.rank])
-            collectives.scatter(replies.joined, lengths, reply)
-            return bytes(reply)
+            return merging.merge(self._connect(name), name, value, fn, remedy)
 
     # ---- bytes and arrays ----------------------------------------------------------------------------------------
 
@@ -394,21 +385,6 @@ class Coordinator:
         texts = outcome.gather_texts(self._connect(operation), operation.encode())
         if len(set(texts)) > 1:
             raise LayoutError(_different_operations([text.decode() for text in texts]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Replies:
-    """What rank 0 hands out: all replies behind one another, and their lengths as int64."""
-
-    joined: bytes
-    lengths: bytes
-
-
-def _pack_replies(replies: Sequence[bytes], size: int) -> _Replies:
-    if len(replies) != size:
-        raise ValueError(f"expected one reply per rank, {size} in all. Got {len(replies)}.")
-    lengths = np.array([len(reply) for reply in replies], dtype=np.int64)
-    return _Replies(b"".join(replies), lengths.tobytes())
 
 
 class _ArrayType(msgspec.Struct, frozen=True, array_like=True):

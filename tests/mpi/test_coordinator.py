@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from distckpt.coordination import coordinator as coordinator_module
+from distckpt.coordination import outcome
 from distckpt.coordination.collectives import MpiCollectives
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts
 from distckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -112,6 +114,22 @@ def test_merge_gives_every_rank_its_reply(coordinator: Coordinator, agree: Agree
     reply = coordinator.merge("layout", value, lambda values: [b"<" + value + b">" for value in values[::-1]])
     mirrored = size - 1 - rank
     agree(reply == b"<" + bytes([mirrored]) * nbytes * mirrored + b">")
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 1000])
+def test_merge_of_parts_that_some_ranks_have_alike(coordinator: Coordinator, agree: Agree, kinds: int) -> None:
+    rank, size = coordinator.rank, coordinator.size
+    values = [Parts(b"%d" % (other % kinds) * 5000, bytes([other]) * other) for other in range(size)]
+    gathered: list[Parts] = []
+
+    def mirror(received: list[Parts]) -> list[Parts]:
+        gathered.extend(Parts(common, bytes(own)) for common, own in received)
+        assert all(received[other].common is received[other % kinds].common for other in range(size))
+        return received[::-1]
+
+    reply = coordinator.merge_parts("layout", values[rank], mirror)
+    agree((reply.common, bytes(reply.own)) == values[size - 1 - rank])
+    agree(gathered == (values if rank == 0 else []))
 
 
 @pytest.mark.parametrize("limit", [1, 7, 1 << 30])
@@ -294,9 +312,16 @@ def _fail(*_values: object) -> list[bytes]:
     raise OSError("inside")
 
 
+def _fail_parts(_values: list[Parts]) -> list[Parts]:
+    raise OSError("inside")
+
+
 VERBS: dict[str, Callable[[Coordinator, bool], object]] = {
     "on_root": lambda coordinator, fail: coordinator.on_root("verb", _fail if fail else list, list),
     "merge": lambda coordinator, fail: coordinator.merge("verb", b"", _fail if fail else list),
+    "merge_parts": lambda coordinator, fail: coordinator.merge_parts(
+        "verb", Parts(b"common", b""), _fail_parts if fail else list
+    ),
     "gather_all": lambda coordinator, _: coordinator.gather_all("verb", b""),
     "gather_rows": lambda coordinator, _: coordinator.gather_rows(np.zeros(2)),
     "share": lambda coordinator, fail: coordinator.share(None if fail else np.arange(3)),
@@ -325,6 +350,23 @@ def test_failure_before_a_verb(coordinator: Coordinator, agree: Agree, verb: str
 def test_failure_inside_a_verb(coordinator: Coordinator, agree: Agree, verb: str) -> None:
     raised = _raised(lambda: VERBS[verb](coordinator, coordinator.rank == 0))
     agree(raised is not None and list(raised.failures) == [0], f"{raised}")
+    agree(_works(coordinator), "the next operation must work")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rank_without_memory_for_what_others_send(
+    coordinator: Coordinator, agree: Agree, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    def small_bytearray(nbytes: int = 0) -> bytearray:
+        if nbytes > 50_000:
+            raise MemoryError
+        return bytearray(nbytes)
+
+    if coordinator.rank == failing:
+        monkeypatch.setattr(outcome, "bytearray", small_bytearray, raising=False)
+    raised = _raised(lambda: coordinator.merge_parts("layout", Parts(b"a" * 100_000, b""), list))
+    monkeypatch.undo()
+    agree(raised is not None and raised.failures == {failing: "MemoryError"}, f"{raised}")
     agree(_works(coordinator), "the next operation must work")
 
 

@@ -372,8 +372,8 @@ class Counted:
 @pytest.fixture
 def merges(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """Gatherings of all ranks' layouts."""
-    counted = Counted(Coordinator.merge)
-    monkeypatch.setattr(Coordinator, "merge", lambda *args, **kwargs: counted(*args, **kwargs))
+    counted = Counted(Coordinator.merge_parts)
+    monkeypatch.setattr(Coordinator, "merge_parts", lambda *args, **kwargs: counted(*args, **kwargs))
     return counted
 
 

@@ -18,6 +18,8 @@ from distckpt.bench.scale.simulation import Simulation, manifest_of, open_manife
 from distckpt.bench.scale.virtual import LAYOUTS, Job, Stage, layouts_of
 from distckpt.cli.main import build
 from distckpt.coordination.arrival import Teams
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts
 from distckpt.coordination.message import Kind, Message, encode
 from distckpt.layout.box import Box
 from distckpt.layout.merge import merge
@@ -41,8 +43,7 @@ def test_virtual_ranks_merge_as_real_ones(layout: str, ranks: int) -> None:
     assert merged.object_graph == expected.object_graph
     assert len(merged.variables) == VARIABLES
     assert not [problem for variable in merged.variables for problem in validate_shards(variable)]
-    replies = [bytes(reply) for reply in simulation.ranks.replies]
-    assert replies == [msgspec.msgpack.encode(plan) for plan in expected.plans]
+    assert [decode_reply(reply) for reply in simulation.ranks.replies()] == expected.plans
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,12 +53,34 @@ def test_bytes_are_those_of_the_real_messages(layout: str) -> None:
     simulation.first_save()
     request = simulation.request.encode()
     messages = [encode_message(request, holding) for holding in layouts_of(job)]
-    replies = simulation.ranks.replies
     others = job.ranks - 1
-    # Beside the messages: their lengths, one failure flag for the buffers at both ends, and the lengths of the replies.
-    framing = simulation.ranks.sent - sum(map(len, messages[1:]))
-    assert framing == others * (8 + 1 + 1)
-    assert simulation.ranks.received > sum(len(reply) for reply in replies[1:]) + 2 * 8 * job.ranks * others
+    # Beside the messages: a header of 32 bytes, and whether there is memory for them, for the replies, for common ones.
+    framing = simulation.ranks.sent - sum(len(message.own) for message in messages[1:])
+    graphs = {message.common for message in messages} - {messages[0].common}
+    assert framing == others * (32 + 3) + sum(map(len, graphs))
+    replies = list(simulation.ranks.replies())[1:]
+    commons = sum(map(len, {reply.common for reply in [*simulation.ranks.replies()]}))
+    expected = sum(len(reply.own) for reply in replies) + others * commons
+    assert 0 < simulation.ranks.received - expected < others * 5000
+
+
+def test_what_most_ranks_have_alike_travels_once() -> None:
+    simulation = Simulation(Job(64, VARIABLES, "fsdp"))
+    simulation.first_save()
+    graph = next(simulation.messages()).common
+    assert simulation.ranks.sent < 63 * len(graph)
+
+
+def test_what_few_ranks_have_alike_is_not_told_to_all() -> None:
+    ranks = VirtualRanks(64)
+    # Half of the ranks are alike, four others are, and the rest is not.
+    commons = [b"%d" % (0 if rank < 32 else 1 if rank < 36 else rank) * 5000 for rank in range(64)]
+    ranks.values = lambda: iter([Parts(common, b"own") for common in commons])
+    ranks.merge(Coordinator.over(VirtualSession(ranks)), "layout", lambda values: values)
+    assert [reply.common for reply in ranks.replies()] == commons
+    told_all = 63 * (len(commons[0]) + len(commons[32]))
+    told_some = sum(map(len, commons[36:]))
+    assert told_all + told_some < ranks.received < told_all + told_some + 63 * 6000
 
 
 def test_an_unchanged_save_exchanges_four_messages_per_rank() -> None:
@@ -117,7 +140,7 @@ def test_balances_of_virtual_ranks_add_up() -> None:
     job = Job(16, VARIABLES, "hsdp")
     simulation = Simulation(job)
     simulation.first_save()
-    plans = [decode_reply(bytes(reply)) for reply in simulation.ranks.replies]
+    plans = [decode_reply(reply) for reply in simulation.ranks.replies()]
     balances = [balance_of(held, weights_of(plan)) for held, plan in zip(layouts_of(job), plans, strict=True)]
     assert any(balances)
     assert sum(balances) % 2**64 == 0

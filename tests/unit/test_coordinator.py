@@ -18,6 +18,7 @@ import pytest
 
 from distckpt.coordination import session
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts
 from distckpt.errors import CheckpointError, CollectiveError, LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,9 @@ def test_verbs_alone(alone: Coordinator) -> None:
     assert alone.on_root("read", lambda: b"x" * 100_000, bytes) == b"x" * 100_000
     assert alone.on_root("commit", lambda: None, type(None)) is None
     assert alone.merge("layout", b"abc", lambda values: [values[0] * 2]) == b"abcabc"
+    parts = Parts(b"common", b"own")
+    turned = alone.merge_parts("layout", parts, lambda values: [Parts(bytes(values[0].own), values[0].common)])
+    assert turned == (b"own", b"common")
     assert alone.gather_all("report", b"abc") == [b"abc"]
     np.testing.assert_array_equal(alone.gather_rows(np.array([1.0, 2.0])), [[1.0, 2.0]])
     np.testing.assert_array_equal(alone.share(np.arange(3)), np.arange(3))

@@ -13,6 +13,8 @@ import numpy as np
 
 from distckpt.coordination.arrival import ROOT, Call, Teams, arrival_over
 from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts, header_of, letter_of, reply_of
 from distckpt.coordination.message import Buffer, Kind, Message, decode, encode
 from distckpt.coordination.session import Spoken
 
@@ -21,9 +23,8 @@ class VirtualRanks:
     """Collectives of rank 0 with ranks that exist only as the messages they send; see `Collectives`.
 
     Attributes:
-        messages: What all ranks bring to the next gather, in rank order. Called twice for each gather, so that no more
-            of it is in memory than a real rank 0 would have.
-        replies: What rank 0 scattered last.
+        values: What all ranks bring to the next merge, in rank order. Called twice, so that no more of it is in memory
+            than a real rank 0 would have.
         sent: Bytes that all other ranks sent so far.
         received: Bytes that all other ranks received so far.
         seconds: Time spent on making the messages.
@@ -33,11 +34,28 @@ class VirtualRanks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.messages: Callable[[], Iterator[bytes]] = lambda: iter(())
-        self.replies: list[memoryview] = []
+        self.values: Callable[[], Iterator[Parts]] = lambda: iter(())
         self.sent = 0
         self.received = 0
         self.seconds = 0.0
+        self._broadcasts: list[Buffer] = []
+        self._scatters: list[list[memoryview]] = []
+
+    def merge(self, coordinator: Coordinator, step: str, fn: Callable[[list[Parts]], Sequence[Parts]]) -> None:
+        """Let rank 0 merge the values of all ranks with the real code."""
+        self.forget()
+        coordinator.merge_parts(step, next(self.values()), fn)
+
+    def forget(self) -> None:
+        """Drop what was told."""
+        self._broadcasts.clear()
+        self._scatters.clear()
+
+    def replies(self) -> Iterator[Parts]:
+        """What each rank was told in the last merge."""
+        _, records, letters = self._scatters
+        for record, letter in zip(records, letters, strict=True):
+            yield reply_of(record, letter, self._broadcasts[-1])
 
     def any_set(self, flag: bool) -> bool:
         """See `Collectives.any_set`."""
@@ -50,35 +68,38 @@ class VirtualRanks:
 
     def lengths(self, length: int) -> list[int]:
         """See `Collectives.lengths`."""
-        start = time.perf_counter()
-        lengths = [len(message) for message in self.messages()]
-        self.seconds += time.perf_counter() - start
         self._count(sent=8, received=8 * self.size)
-        return lengths
+        return [length] * self.size
 
     def broadcast(self, buffer: Buffer) -> None:
         """See `Collectives.broadcast`."""
         self._count(received=len(buffer))
+        self._broadcasts.append(buffer)
 
     def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """See `Collectives.gather`."""
+        """See `Collectives.gather`. What rank 0 has ordered of the values."""
         start, position = time.perf_counter(), 0
-        for message in self.messages():
-            buffer[position : position + len(message)] = message
-            position += len(message)
+        for own, order in zip(self.values(), self._scatters[-1], strict=True):
+            letter = letter_of(own, order)
+            buffer[position : position + len(letter)] = letter
+            position += len(letter)
         self.seconds += time.perf_counter() - start
         self.sent += sum(lengths) - lengths[0]
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """See `Collectives.gather_rows`."""
+        """See `Collectives.gather_rows`. What a merge begins with."""
+        start = time.perf_counter()
+        rows = np.array([header_of(own) for own in self.values()])
+        self.seconds += time.perf_counter() - start
         self._count(sent=row.nbytes)
-        return np.tile(row, (self.size, 1))
+        return rows
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
         """See `Collectives.scatter`."""
         view, ends = memoryview(values), np.cumsum(lengths).tolist()
-        self.replies = [view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        buffer[:] = self.replies[0]
+        scattered = [view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        self._scatters.append(scattered)
+        buffer[:] = scattered[0]
         self.received += sum(lengths) - lengths[0]
 
     def _count(self, *, sent: int = 0, received: int = 0) -> None:

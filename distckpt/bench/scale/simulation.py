@@ -15,6 +15,7 @@ from distckpt.bench.memory import peak_nbytes
 from distckpt.bench.scale.ranks import VirtualRanks, VirtualSession
 from distckpt.bench.scale.virtual import Job, Stage, layouts_of
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.coordination.merging import Parts
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.collector import collector_off
@@ -101,31 +102,31 @@ class Simulation:
         self._coordinator = Coordinator.over(self.session)
         self.request = Request.of("save", _PATH, SaveOptions(), save_counter=0, checkpoint_number=None)
 
-    def messages(self) -> Iterator[bytes]:
+    def messages(self) -> Iterator[Parts]:
         """What the ranks send in a first save, in rank order."""
         request = self.request.encode()
         return (encode_message(request, layout) for layout in layouts_of(self.job))
 
     def first_save(self) -> Merged:
-        """Merge and plan; afterwards `ranks.replies` has what each rank was told."""
+        """Merge and plan; afterwards `ranks.replies()` are what each rank was told."""
         merged: list[Merged] = []
 
-        def merge(messages: Sequence[bytes]) -> list[bytes]:
+        def merge(messages: Sequence[Parts]) -> list[Parts]:
             self._announce("first save, merge and plan")
             merged.append(merge_messages(messages, trust_lowest=False))
             return encode_replies(merged[0])
 
         self._announce("first save, messages of all ranks")
-        self.ranks.messages = self.messages
+        self.ranks.values = self.messages
         with collector_off():
-            self._coordinator.merge("layout", next(self.messages()), merge)
+            self.ranks.merge(self._coordinator, "layout", merge)
         return merged[0]
 
     def prepare_unchanged_save(self) -> None:
         """What each rank does on its own before it arrives: compare its layout with the agreed one."""
         brought = self.session.brought = []
-        for layout, reply in zip(layouts_of(self.job), self.ranks.replies, strict=True):
-            plan = decode_reply(bytes(reply))
+        for layout, reply in zip(layouts_of(self.job), self.ranks.replies(), strict=True):
+            plan = decode_reply(reply)
             brought.append((self.request.digest ^ plan.plan_id, balance_of(layout, weights_of(plan))))
 
     def unchanged_save(self) -> bool:
@@ -229,7 +230,7 @@ def simulate(job: Job, announce: Announce = _unheard) -> Cost:
     sent, received = ranks.sent / others, ranks.received / others
     announce("unchanged save, plans of all ranks")
     simulation.prepare_unchanged_save()
-    ranks.replies = []
+    ranks.forget()
     with collector_off():
         agreed = simulation.unchanged_save()
     if not agreed:

@@ -1,0 +1,201 @@
+"""Values of all ranks to rank 0, and its replies back; what is the same on many ranks travels once.
+
+    gather     headers -> which of them send their common part -> values, each with it or without
+    hand out   common parts that many get, broadcast -> replies, each with its common part or without
+
+Every function that takes `collectives` is collective over the communicator; the others are local.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from distckpt.coordination import outcome
+from distckpt.coordination.collectives import Collectives
+from distckpt.coordination.interrupts import INTERRUPTS
+from distckpt.coordination.message import Buffer
+
+#: A common part of replies is broadcast if at least one of so many ranks gets it, so that no rank gets more than that.
+_BROADCAST_SHARE = 16
+# From rank 0: whether to send the common part, and the bytes that all ranks send.
+_ORDER = struct.Struct("<?Q")
+# From rank 0: bytes of the own part, and of a common part behind it; else where that is in what is broadcast.
+_REPLY = struct.Struct("<QQQQ")
+# From rank 0: bytes of all that is handed out to single ranks, and of what is broadcast.
+_TOTALS = struct.Struct("<QQ")
+
+
+class Parts(NamedTuple):
+    """A value in two parts.
+
+    Attributes:
+        common: What other ranks may have, too. Equal ones are the same object on rank 0.
+        own: The rest.
+    """
+
+    common: bytes
+    own: Buffer
+
+
+def merge(
+    collectives: Collectives, step: str, value: Parts, fn: Callable[[list[Parts]], Sequence[Parts]], remedy: str = ""
+) -> Parts:
+    """Gather a value of every rank on rank 0, run a function on them there, and hand out its replies.
+
+    Args:
+        collectives: Between the ranks.
+        step: Name of the step, for the error.
+        value: This rank's value.
+        fn: Run on rank 0 only: all values in rank order to one reply per rank.
+        remedy: The way out, for the error.
+
+    Returns:
+        This rank's reply.
+    """
+    values = _gather(collectives, step, value)
+    replies, own = _Replies(), None
+    if collectives.rank == 0:
+        try:
+            with INTERRUPTS.allowed():
+                replies = _pack(fn(values), collectives.size)
+        except BaseException as error:
+            own = error
+    del values
+    try:
+        totals = outcome.announce(collectives, step, replies.totals, own, remedy)
+    finally:
+        own = None
+    return _hand_out(collectives, step, replies, *_TOTALS.unpack(totals))
+
+
+# ---- to rank 0 ---------------------------------------------------------------------------------------------------
+
+
+def header_of(value: Parts) -> np.ndarray[Any, Any]:
+    """What rank 0 hears of a value first: bytes of the own and of the common part, and a digest of the common one.
+
+    Nobody compares the parts themselves, so it has 128 bits. Four uint64.
+    """
+    digest = np.frombuffer(xxhash.xxh3_128_digest(value.common), np.uint64)
+    return np.array([len(value.own), len(value.common), *digest], np.uint64)
+
+
+def letter_of(value: Parts, order: Buffer) -> bytes:
+    """What rank 0 hears of a value next, as it has ordered."""
+    with_common, _ = _ORDER.unpack(order)
+    return bytes(value.own) + value.common if with_common else bytes(value.own)
+
+
+def _gather(collectives: Collectives, step: str, value: Parts) -> list[Parts]:
+    """The values of all ranks on rank 0; none on the others."""
+    size, is_root = collectives.size, collectives.rank == 0
+    orders = _Orders(collectives.gather_rows(header_of(value)))
+    order = bytearray(_ORDER.size)
+    collectives.scatter(orders.packed, [_ORDER.size] * size, order)
+    letters = outcome.allocate(collectives, step, sum(orders.lengths))
+    collectives.gather(letter_of(value, order), orders.lengths if is_root else [_ORDER.unpack(order)[1]], letters)
+    return orders.open(letters)
+
+
+class _Orders:
+    """Who sends what to rank 0: the lowest of the ranks with the same common part sends it. Empty on other ranks.
+
+    Attributes:
+        lengths: Bytes that each rank sends.
+        packed: What each rank is told, one behind the other.
+    """
+
+    def __init__(self, headers: np.ndarray[Any, Any] | None) -> None:
+        rows: list[list[int]] = [] if headers is None else headers.tolist()
+        self._headers = [(own, common, (low, high)) for own, common, low, high in rows]
+        senders = dict[tuple[int, int], int]()
+        for rank, (_, _, digest) in enumerate(self._headers):
+            senders.setdefault(digest, rank)
+        self._sends = [senders[digest] == rank for rank, (_, _, digest) in enumerate(self._headers)]
+        self.lengths = [
+            own + (common if sends else 0) for (own, common, _), sends in zip(self._headers, self._sends, strict=True)
+        ]
+        total = sum(self.lengths)
+        self.packed = b"".join(_ORDER.pack(sends, total) for sends in self._sends)
+
+    def open(self, letters: bytearray) -> list[Parts]:
+        """Take apart what the ranks have sent."""
+        view, position, commons = memoryview(letters).toreadonly(), 0, dict[tuple[int, int], bytes]()
+        values: list[Parts] = []
+        for (own, common, digest), sends in zip(self._headers, self._sends, strict=True):
+            middle = position + own
+            if sends:
+                commons[digest] = bytes(view[middle : middle + common])
+            values.append(Parts(commons[digest], view[position:middle]))
+            position = middle + (common if sends else 0)
+        return values
+
+
+# ---- from rank 0 -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Replies:
+    """What rank 0 hands out. Empty on other ranks.
+
+    Attributes:
+        totals: Bytes of `letters` and `commons`.
+        commons: Common parts of many replies, one behind the other.
+        records: For each rank, what its reply consists of.
+        letters: For each rank, what only it gets.
+        lengths: Bytes of each letter.
+    """
+
+    totals: bytes = b""
+    commons: bytes = b""
+    records: bytes = b""
+    letters: bytes = b""
+    lengths: Sequence[int] = ()
+
+
+def _pack(replies: Sequence[Parts], size: int) -> _Replies:
+    if len(replies) != size:
+        raise ValueError(f"expected one reply per rank, {size} in all. Got {len(replies)}.")
+    users = Counter(reply.common for reply in replies)
+    commons = [common for common, n in users.items() if 1 < n and size <= n * _BROADCAST_SHARE]
+    starts = dict(zip(commons, itertools.accumulate(map(len, commons), initial=0), strict=False))
+    records, letters = list[bytes](), list[bytes]()
+    for common, own in replies:
+        if common in starts:
+            records.append(_REPLY.pack(len(own), 0, starts[common], len(common)))
+            letters.append(bytes(own))
+        else:
+            records.append(_REPLY.pack(len(own), len(common), 0, 0))
+            letters.append(bytes(own) + common)
+    lengths = [len(letter) for letter in letters]
+    joined = b"".join(commons)
+    return _Replies(_TOTALS.pack(sum(lengths), len(joined)), joined, b"".join(records), b"".join(letters), lengths)
+
+
+def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters: int, n_commons: int) -> Parts:
+    """This rank's reply."""
+    size, is_root = collectives.size, collectives.rank == 0
+    record = bytearray(_REPLY.size)
+    collectives.scatter(replies.records, [_REPLY.size] * size, record)
+    own, inline, _, _ = _REPLY.unpack(record)
+    letter = outcome.allocate(collectives, step, own + inline)
+    collectives.scatter(replies.letters, replies.lengths if is_root else [n_letters], letter)
+    commons: Buffer = outcome.allocate(collectives, step, 0 if is_root else n_commons)
+    commons = replies.commons if is_root else commons
+    collectives.broadcast(commons)
+    return reply_of(record, letter, commons)
+
+
+def reply_of(record: Buffer, letter: Buffer, commons: Buffer) -> Parts:
+    """A rank's reply, from all that it has received."""
+    own, inline, start, length = _REPLY.unpack(record)
+    common = memoryview(letter)[own:] if inline else memoryview(commons)[start : start + length]
+    return Parts(bytes(common), memoryview(letter)[:own])
