@@ -19,9 +19,11 @@ from distckpt.graph.match import Binding, Mismatch
 from distckpt.graph.python_value import decode, holds_nothing
 from distckpt.graph.rename import rename
 from distckpt.graph.selection import select
+from distckpt.graph.sharding import process_number
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
+from distckpt.layout.meshes import Spread, Spreads, disagreements
 from distckpt.layout.wording import rank_list
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
@@ -38,6 +40,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
         mismatched: (key, saved, live).
         ambiguous: One sentence each.
         warnings: What the user should know at once.
+        spreads: How it spreads the tensors of `Restoration.keys` that it is about to read.
     """
 
     taken: bytes
@@ -46,6 +49,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     mismatched: list[tuple[str, str, str]]
     ambiguous: list[str]
     warnings: list[str]
+    spreads: Spreads
 
 
 #: Restores of this process that wait for something, whatever Checkpoint they are of.
@@ -206,6 +210,7 @@ class Restoration:
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             warnings=binding.warnings,
+            spreads=Spreads.of(process_number(), self.keys, _spreads(assignment)),
         )
 
     def _conflicts(self, binding: Binding) -> Iterator[str]:
@@ -221,6 +226,10 @@ class Restoration:
             holder = self._holders.get(match.key)
             if holder is not None and holder() is not match.node.obj:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
+
+
+def _spreads(assignment: Assignment) -> dict[str, Spread]:
+    return {read.key: read.target.spread for read in assignment.reads if read.target.spread is not None}
 
 
 def _still_waits(restoration: Restoration | None, key: str) -> bool:
@@ -263,6 +272,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         pending={key: waits[key] for key in unexpected if key in waits},
         mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
+        disputed=tuple(disagreements(restoration.keys, [report.spreads for report in reports])),
     )
 
 

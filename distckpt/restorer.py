@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.errors import RestoreMismatchError
+from distckpt.errors import LayoutError, RestoreMismatchError
 from distckpt.exchange.reading import read_together
 from distckpt.exchange.taking import Want
 from distckpt.graph.assignment import Assignment
@@ -126,6 +126,9 @@ class Restorer:
     def _refuse(self, restoration: Restoration, report: Report) -> None:
         """Raise for what the options do not allow; the same on all ranks, before anything was changed."""
         options, path = restoration.options, restoration.source.path
+        if report.disputed:
+            lines = "\n  ".join(report.disputed[:20])
+            raise LayoutError(f"{path}: ranks disagree on tensors. Nothing was changed.\n  {lines}")
         if report.mismatched and options.on_mismatch == "error":
             raise RestoreMismatchError(describe_mismatches(path, report.mismatched))
         if report.ambiguous and options.strict:

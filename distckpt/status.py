@@ -51,6 +51,7 @@ class Report:
         mismatched: Values skipped by option.
         ambiguous: One saved node met by two live objects, or the reverse, or an object replaced after it was restored;
             one sentence each.
+        disputed: Tensors that ranks of one mesh spread differently; one sentence each.
     """
 
     restored: int
@@ -60,6 +61,7 @@ class Report:
     pending: dict[str, str] = field(default_factory=dict)
     mismatched: tuple[ValueMismatch, ...] = ()
     ambiguous: tuple[str, ...] = ()
+    disputed: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""

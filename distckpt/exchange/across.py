@@ -171,7 +171,13 @@ class _Relay:
     def run(self) -> list[TensorRead] | None:
         """Read and hand on; see `read_across`. Collective."""
         done = run_rounds(
-            self._ranks, self._node, self._taking.rounds, before=self._read, after=self._hand_on, n_areas=_N_AREAS
+            self._ranks,
+            self._node,
+            self._taking.rounds,
+            before=self._read,
+            after=self._hand_on,
+            last=self._taking.settle,
+            n_areas=_N_AREAS,
         )
         return agreed(self._ranks, self._taking.finish) if done else None
 

@@ -26,14 +26,21 @@ class Round(NamedTuple):
     """One round.
 
     Attributes:
+        number: Its number, from 0 on.
         units: The unit of each rank of those that exchange.
         parts: The memory of each rank of the node, for its unit; all ranks of the node see it.
         memory: All of the memory: of each rank two areas for its units, and whatever more was asked for.
     """
 
+    number: int
     units: list[Unit]
     parts: list[memoryview]
     memory: SharedMemory
+
+    @classmethod
+    def of(cls, rounds: Sequence[list[Unit]], number: int, memory: SharedMemory) -> Round:
+        """There are two areas for units: while the slowest rank still empties one, the others fill the other one."""
+        return cls(number, rounds[number], [area(part, number % 2) for part in memory.parts], memory)
 
 
 def area(part: memoryview, number: int) -> memoryview:
@@ -61,6 +68,7 @@ def run_rounds(
     before: Callable[[Round], object],
     after: Callable[[Round], object],
     *,
+    last: Callable[[], object],
     n_areas: int = 2,
 ) -> bool:
     """Fill the shared memory, wait for all ranks, empty it; again and again. Collective over `ranks`.
@@ -72,6 +80,7 @@ def run_rounds(
         before: Fills memory: this rank's part, or what it has of all parts.
         after: Empties what `before` has filled on all ranks. What it does together with other ranks it does in any
             case, and raises at its end.
+        last: Called after the rounds, whatever happened.
         n_areas: Memory of a rank, in units.
 
     Returns:
@@ -91,6 +100,7 @@ def run_rounds(
     assert memory is not None, "or this rank would have said so"
     try:
         failure = _run(ranks, memory, rounds, before, after)
+        failure = Attempt.of(last).error or failure
     finally:
         memory.free()
     if ranks.any_set(failure is not None):
@@ -105,13 +115,10 @@ def _run(
     before: Callable[[Round], object],
     after: Callable[[Round], object],
 ) -> BaseException | None:
-    """The rounds, which a failing rank leaves together with the others; returns what failed here.
-
-    There are two areas for units: while the slowest rank still empties one, the others fill the other one.
-    """
+    """The rounds, which a failing rank leaves together with the others; returns what failed here."""
     failure: BaseException | None = None
-    for number, units in enumerate(rounds):
-        this = Round(units, [area(part, number % 2) for part in memory.parts], memory)
+    for number in range(len(rounds)):
+        this = Round.of(rounds, number, memory)
         try:
             before(this)
         except BaseException as error:

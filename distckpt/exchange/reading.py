@@ -72,6 +72,7 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
         taking.rounds,
         before=lambda this: taking.read(this.units[node.rank], this.parts[node.rank]),
         after=lambda this: _take(taking, this),
+        last=taking.settle,
     )
     return taking.finish() if done else None
 

@@ -16,7 +16,8 @@ from distckpt.layout.exchange import Span, Unit, bands, hull
 from distckpt.layout.parcels import Cell
 from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
-from distckpt.storage.transfer import Progress, copy_bits
+from distckpt.storage.room import Arrivals
+from distckpt.storage.transfer import Progress
 from distckpt.storage.units import Held, shared_parts
 
 
@@ -108,6 +109,7 @@ class Taking:
         self._want = want
         self._own = own
         self._reader = source.unit_reader(pieces, verify=want.verify)
+        self._arrivals = Arrivals()
         reads = {index: own.reads[index] for index in variables if index in own.reads}
         self._held: Mapping[int, Sequence[Held]] = {
             index: [Held(*block) for block in read.target.blocks()] for index, read in reads.items()
@@ -125,9 +127,13 @@ class Taking:
     def take(self, cells: Iterable[Cell], memory: memoryview) -> None:
         """Copy what this rank wants of some memory."""
         for there, here in shared_parts(cells, memory, self._held):
-            copy_bits(here, there)
+            self._arrivals.pass_on(here, there)
             if self._want.progress is not None:
                 self._want.progress(here.numel() * here.element_size())
+
+    def settle(self) -> None:
+        """See that all that was taken is in the tensors, those on GPUs too; called whatever happened."""
+        self._arrivals.finish()
 
     def finish(self) -> list[TensorRead]:
         """Add to what the source has counted; returns the reads that are left to this rank alone."""

@@ -15,7 +15,8 @@ from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted, plan_rounds
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import Writeback
-from distckpt.storage.transfer import WriteJob, copy_bits
+from distckpt.storage.room import Departing, Departures
+from distckpt.storage.transfer import WriteJob
 from distckpt.storage.units import Held, shared_parts, write_unit
 from distckpt.storage.writing import PieceBytes, pieces_of
 
@@ -87,6 +88,7 @@ class _Writing:
         filled = {number: filled_bands(boxes[file], file.shape) for number, file in self._files.items()}
         covered = {number: Wanted(boxes[file], file.shape) for number, file in self._files.items()}
         self.own = [job for job in narrow if _lies_in(job, filled[number_of[_in_file(job)]])]
+        self._departures = Departures()
         self._held: dict[int, list[Held]] = {}
         for job in self.own:
             self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor))
@@ -97,23 +99,39 @@ class _Writing:
         """Join and write; False where there is no shared memory. Collective over the node."""
         if log is not None:
             agreed(self._node, lambda: _log_checksums(self.own, log))
-        writeback, rank = Writeback(fd), self._node.rank
+        writeback = Writeback(fd)
         done = run_rounds(
             self._node,
             self._node,
             self._rounds,
             before=self._put,
-            after=lambda this: write_unit(fd, this.units[rank], this.parts[rank], self._files, writeback),
+            after=lambda this: self._write(this, fd, writeback),
+            last=self._departures.finish,
         )
         writeback.flush()
         return done
 
-    @torch.no_grad()
     def _put(self, this: Round) -> None:
-        """Copy what this rank has of all units."""
-        for unit, part in zip(this.units, this.parts, strict=True):
-            for there, here in shared_parts(cells_of(unit, self._files), part, self._held):
-                copy_bits(there, here)
+        """Copy what this rank has of all units; what GPUs have of it has been under way since the round before."""
+        if this.number == 0:
+            self._start(this)
+        with torch.no_grad():
+            self._departures.arrive()
+
+    def _write(self, this: Round, fd: int, writeback: Writeback) -> None:
+        """Write this rank's unit, while GPUs send what belongs into the next ones."""
+        if this.number + 1 < len(self._rounds):
+            self._start(Round.of(self._rounds, this.number + 1, this.memory))
+        rank = self._node.rank
+        write_unit(fd, this.units[rank], this.parts[rank], self._files, writeback)
+
+    @torch.no_grad()
+    def _start(self, this: Round) -> None:
+        self._departures.start(
+            Departing(here, there)
+            for unit, part in zip(this.units, this.parts, strict=True)
+            for there, here in shared_parts(cells_of(unit, self._files), part, self._held)
+        )
 
 
 def _lies_in(job: WriteJob, filled: Sequence[Span]) -> bool:
@@ -123,8 +141,10 @@ def _lies_in(job: WriteJob, filled: Sequence[Span]) -> bool:
 
 def _log_checksums(jobs: Sequence[WriteJob], log: ChecksumLog) -> bool:
     source = PieceBytes(log)
-    for piece in pieces_of(jobs):
-        if source.needs_flush(piece):
-            source.flushed()
-        source.get(piece)
+    for batch in source.batches(pieces_of(jobs)):
+        for piece in batch:
+            if source.needs_flush(piece):
+                source.flushed()
+            source.get(piece)
+        source.flushed()
     return True

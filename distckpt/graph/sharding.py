@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from distckpt.graph.values import TensorValue, UnsaveableError, replicated
 from distckpt.layout.box import Box, Shape
+from distckpt.layout.meshes import Spread, strides
 from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
 from distckpt.layout.wording import rank_list
@@ -78,6 +80,11 @@ def new_plain(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cp
     return tensor, replicated(tensor)
 
 
+def process_number() -> int:
+    """This rank's number in torch.distributed; -1 where that was not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else -1
+
+
 def _require_plain(tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsaveableError("a tensor on the meta device has no data. Call to_empty() and initialise it first.")
@@ -93,8 +100,8 @@ def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
     local = tensor.to_local() if not torch.is_grad_enabled() else _local_of(tensor)
     _require_plain(local)
     shape = tuple(tensor.shape)
-    boxes, sharding = _shard(shape, tuple(local.shape), tensor.device_mesh, tensor.placements)
-    return TensorValue(name, local, shape, boxes, in_place, sharding=sharding)
+    boxes, spread = _shard(shape, tuple(local.shape), tensor.device_mesh, tensor.placements)
+    return TensorValue(name, local, shape, boxes, in_place, spread=spread)
 
 
 @torch.no_grad()
@@ -104,10 +111,10 @@ def _local_of(tensor: DTensor) -> torch.Tensor:
 
 
 class _Shard(NamedTuple):
-    """Boxes of this rank, and placements and mesh in words."""
+    """Boxes of this rank, and placements and mesh."""
 
     boxes: tuple[Box, ...]
-    sharding: str
+    spread: Spread
 
 
 @functools.lru_cache(maxsize=4096)  # models repeat few shapes
@@ -115,9 +122,10 @@ def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placem
     """What a DTensor is of which this rank holds a tensor of shape `held`."""
     sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
     _require_shards(placements, sharding)
+    spread = Spread(sharding, strides(mesh.mesh.flatten().tolist()))
     coordinate = mesh.get_coordinate()
     if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
-        return _Shard((Box((0,) * len(shape), held if len(held) == len(shape) else (0,) * len(shape)),), sharding)
+        return _Shard((Box((0,) * len(shape), held if len(held) == len(shape) else (0,) * len(shape)),), spread)
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
         if not isinstance(placement, Replicate):
@@ -126,7 +134,7 @@ def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placem
     if len(held) == len(shape):
         intervals = [_intervals(size, own, along) for size, own, along in zip(shape, held, cuts, strict=True)]
         if local_shape(intervals) == held:
-            return _Shard(boxes_of(intervals), sharding)
+            return _Shard(boxes_of(intervals), spread)
     raise UnsaveableError(
         f"a DTensor's local shape is {held}, which is not what {sharding} gives this rank of the global shape {shape}. "
         "Use ShardedVariable(local, global_shape, offset) to say where it lies."

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.parameter import UninitializedTensorMixin as _Uninitialised  # type: ignore[attr-defined]  # not in the stubs
 
 from distckpt.layout.box import Box, Shape
+from distckpt.layout.meshes import Spread
 from distckpt.layout.placement import joined
 from distckpt.layout.records import OWN_VALUE
 
@@ -56,7 +57,7 @@ class TensorValue(msgspec.Struct, frozen=True):
         buffer: Replicas may differ.
         numpy: The live object is a NumPy array.
         holder: The DTensor that `tensor` is the local shard of, where restore has to make a new one like it.
-        sharding: Placements and mesh in words, for errors; "" where there are none.
+        spread: Placements and mesh; None where there are none.
     """
 
     name: str
@@ -67,7 +68,12 @@ class TensorValue(msgspec.Struct, frozen=True):
     buffer: bool = False
     numpy: bool = False
     holder: torch.Tensor | None = None
-    sharding: str = ""
+    spread: Spread | None = None
+
+    @property
+    def sharding(self) -> str:
+        """Placements and mesh in words, for errors; "" where there are none."""
+        return self.spread.words if self.spread is not None else ""
 
     def blocks(self) -> list[Block]:
         """The boxes that have elements, each with its part of `tensor`."""

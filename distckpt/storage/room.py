@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 import torch
@@ -90,6 +92,10 @@ class Arrivals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """See that all that was put is in the tensors, whatever happened; what the end of the context does."""
         try:
             self._start()
         finally:
@@ -113,6 +119,16 @@ class Arrivals:
         else:
             self._waiting.append(Copy(gpu, target, room.tensor))
 
+    def pass_on(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy other memory of the CPU, at most `PINNED_NBYTES`, which may change as soon as this returns."""
+        if gpu_of(target) is None:
+            copy_bits(target, source)
+        else:
+            self.make_room(_nbytes(target))
+            room = self.take(target)
+            copy_bits(room.tensor, source)
+            self.put(target, room)
+
     def _change_buffers(self) -> None:
         before, self._ticket = self._ticket, self._start()
         before.wait()
@@ -122,3 +138,73 @@ class Arrivals:
     def _start(self) -> Ticket:
         copies, self._waiting = self._waiting, []
         return self._copies.start(copies)
+
+
+class Departing(NamedTuple):
+    """A tensor and where its elements go: other memory, of the same shape and dtype.
+
+    Attributes:
+        source: The tensor; at most `PINNED_NBYTES`, any strides, any device.
+        target: The memory, of the CPU.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+class Departures:
+    """The way of tensors into memory that GPUs do not reach, through one pinned buffer.
+
+    The order of calls: `start`, other work, `arrive`, and again; `finish` at the end, whatever happened.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = Buffer(PINNED_NBYTES, pinned=True)
+        self._copies = DeviceCopies()
+        self._at_once: list[Departing] = []
+        self._left: deque[Departing] = deque()
+        self._under_way: list[Departing] = []  # from the buffer into other memory
+        self._ticket = Ticket([])
+
+    def start(self, tensors: Iterable[Departing]) -> None:
+        """Begin to copy what GPUs hold of some tensors, as much as there is room for."""
+        for departing in tensors:
+            (self._at_once if gpu_of(departing.source) is None else self._left).append(departing)
+        self._fill()
+
+    def arrive(self) -> None:
+        """Put all tensors into their places."""
+        for source, target in self._at_once:
+            copy_bits(target, source)
+        self._at_once.clear()
+        while self._under_way:
+            self._ticket.wait()
+            for source, target in self._under_way:
+                copy_bits(target, source)
+            self._fill()
+
+    def finish(self) -> None:
+        """Wait for all copies that were begun."""
+        self._copies.finish()
+
+    def _fill(self) -> None:
+        """Begin to copy the next ones into the buffer, which is not used any more."""
+        self._buffer.clear()
+        self._under_way.clear()
+        copies = []
+        while self._left and self._buffer.has_room(padded(_nbytes(self._left[0].source))):
+            source, target = self._left.popleft()
+            room = self._buffer.take(source)
+            copies.append(Copy(_gpu(source), room.tensor, source))
+            self._under_way.append(Departing(room.tensor, target))
+        self._ticket = self._copies.start(copies)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gpu(tensor: torch.Tensor) -> torch.device:
+    gpu = gpu_of(tensor)
+    assert gpu is not None, "those of the CPU are copied at once"
+    return gpu

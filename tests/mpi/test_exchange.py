@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distckpt import Checkpoint, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
+from distckpt import Checkpoint, CollectiveError, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
 from distckpt.coordination import shared_memory
+from distckpt.exchange import node, taking, writing
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.source import Source
 from distckpt.storage import rawio
 from distckpt.storage.verify import verify_file
+from tests.imitated_gpu import Machine
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
 
+POSIX = SaveOptions(durable=False, transport="posix")
 SHAPE = (64, 4096)
 FULL = torch.arange(SHAPE[0] * SHAPE[1], dtype=torch.int32).reshape(SHAPE)
 
@@ -120,6 +124,61 @@ def test_narrow_strips_are_written_as_long_ranges(comm: Any, mpi_dir: Path, monk
         assert verify_file(path) == []
         for dtype in own:
             assert torch.equal(load_variable(path, f"x{dtype.itemsize}"), FULL.to(dtype))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_tensors_on_gpus_go_through_pinned_memory(
+    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr(node, "UNIT_NBYTES", 40_000)  # many rounds
+    monkeypatch.setattr(taking, "UNIT_NBYTES", 40_000)
+    monkeypatch.setattr(writing, "UNIT_NBYTES", 40_000)
+    machine = Machine(late=late)
+    machine.install(monkeypatch)
+    columns = SHAPE[1] // comm.size
+    expected = FULL[:, columns * comm.rank : columns * (comm.rank + 1)]
+    own = machine.put(expected.clone())
+    shard = ShardedVariable(own, SHAPE, (0, columns * comm.rank))
+    path = Checkpoint(comm=comm, x=shard, y=machine.put(FULL.clone(), 1)).write(mpi_dir / "x", options=POSIX)
+    assert machine.copied >= 2 * own.nbytes  # for the checksums, and into the shared memory
+    if comm.rank == 0:
+        assert verify_file(path) == []
+        assert torch.equal(load_variable(path, "x"), FULL)
+    comm.Barrier()
+    own.zero_()
+    replica, machine.copied, machine.buffers = machine.put(torch.zeros_like(FULL), 1), 0, []
+    Checkpoint(comm=comm, x=shard, y=replica).read(path).assert_consumed()
+    assert torch.equal(own, expected)
+    assert torch.equal(replica, FULL)
+    assert machine.copied == own.nbytes + replica.nbytes
+    assert len(machine.buffers) == 1  # all of it fits
+    assert len(machine.of("start")) == len(machine.of("wait"))
+
+
+@pytest.mark.parametrize("operation", ["write", "read"])
+def test_a_gpu_that_fails_is_one_error_on_all_ranks(
+    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    machine = Machine(late=True)
+    machine.install(monkeypatch)
+    columns = SHAPE[1] // comm.size
+    own = machine.put(FULL[:, columns * comm.rank : columns * (comm.rank + 1)].clone())
+    checkpoint = Checkpoint(comm=comm, x=ShardedVariable(own, SHAPE, (0, columns * comm.rank)))
+    path = checkpoint.write(mpi_dir / "x", options=POSIX)
+    for ahead in (0, 1):
+        if comm.rank == 1:
+            machine.fails_at = next(machine.n_starts) + 1 + ahead
+        with pytest.raises(CollectiveError, match="out of memory") if reaches(operation, ahead) else nullcontext():
+            checkpoint.write(mpi_dir / "y", options=POSIX) if operation == "write" else checkpoint.read(path)
+        assert len(machine.of("start")) == len(machine.of("wait"))
+    machine.fails_at = -1
+    checkpoint.write(mpi_dir / "y", options=POSIX)
+    checkpoint.read(path).assert_consumed()
+
+
+def reaches(operation: str, ahead: int) -> bool:
+    """Whether so many batches of copies come before another one: a save has one for checksums and one for the rest."""
+    return operation == "write" or ahead == 0
 
 
 def test_many_restores_leave_nothing_behind(comm: Any, mpi_dir: Path) -> None:

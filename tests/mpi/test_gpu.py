@@ -55,3 +55,19 @@ def test_fsdp_on_nccl(mpi_dir: Path, subcomm: Any, agree: Callable[..., None], c
         finally:
             dist.destroy_process_group()
     agree(equal)
+
+
+def test_strips_and_replicas_are_exchanged(mpi_dir: Path, agree: Callable[..., None], comm: Any) -> None:
+    """Columns, narrow enough to be joined with those of other ranks, and what all ranks want; many rounds."""
+    device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    full = torch.arange(5000 * 1024, dtype=torch.float32).reshape(5000, 1024)
+    bounds = [1024 * rank // comm.size for rank in range(comm.size + 1)]
+    start, stop = bounds[comm.rank : comm.rank + 2]
+    strip, replica = full[:, start:stop].to(device), full.to(device)
+    shard = distckpt.ShardedVariable(strip, tuple(full.shape), (0, start))
+    checkpoint = distckpt.Checkpoint(comm=comm, strip=shard, replica=replica)
+    path = checkpoint.write(mpi_dir / "ckpt")
+    strip.zero_()
+    replica.zero_()
+    checkpoint.read(path).assert_consumed()
+    agree(torch.equal(strip.cpu(), full[:, start:stop]) and torch.equal(replica.cpu(), full))

@@ -160,6 +160,46 @@ def test_a_pending_reduction_is_not_restored_into(comm: Any, mpi_dir: Path, row:
     assert not live.to_local().any()
 
 
+def error_of_read(comm: Any, path: str, live: DTensor, **more: object) -> str:
+    """The text of the error that restoring gives on all ranks; nothing was changed."""
+    other = torch.zeros(3)
+    with pytest.raises(LayoutError) as error:
+        Checkpoint(comm=comm, v=other, w=live, **more).read(path)
+    assert len(set(comm.allgather(str(error.value)))) == 1
+    assert not other.any()
+    assert not live.to_local().any()
+    return str(error.value)
+
+
+def test_ranks_that_disagree_on_the_mesh_restore_nothing(comm: Any, mpi_dir: Path, row: DeviceMesh) -> None:
+    path = Checkpoint(comm=comm, v=torch.ones(3), w=torch.ones(8, 3)).write(mpi_dir / "good", options=FAST)
+    reordered = own_mesh([0, 1, 2, 3] if comm.rank < 3 else [3, 2, 1, 0])
+    text = error_of_read(comm, path, dtensor(torch.zeros(2, 3), reordered, Shard(0), (8, 3)))
+    assert "w: the ranks of a mesh disagree on it." in text
+    assert "placements (Shard(dim=0)) on the mesh [0, 1, 2, 3] on ranks 0-2" in text
+    assert "placements (Shard(dim=0)) on the mesh [3, 2, 1, 0] on rank 3" in text
+    smaller = own_mesh([0, 1, 2, 3] if comm.rank < 3 else [0, 3])
+    text = error_of_read(comm, path, dtensor(torch.zeros(2 if comm.rank < 3 else 4, 3), smaller, Shard(0), (8, 3)))
+    assert "mesh [0, 3] on rank 3" in text
+    halved = comm.rank < 2
+    live = dtensor(torch.zeros(2 if halved else 8, 3), row, Shard(0) if halved else Replicate(), (8, 3))
+    text = error_of_read(comm, path, live)
+    assert "(Shard(dim=0)) on the mesh [0, 1, 2, 3] ('data',) on ranks 0-1, placements (Replicate())" in text
+    good = dtensor(torch.zeros(2, 3), row, Shard(0), (8, 3))
+    Checkpoint(comm=comm, v=torch.zeros(3), w=good).read(path).assert_consumed()
+    assert good.to_local().all()
+
+
+def test_meshes_of_their_own_are_no_disagreement(comm: Any, mpi_dir: Path) -> None:
+    """Two replicas of a model, each sharded over its two ranks, one of them otherwise than the other."""
+    path = Checkpoint(comm=comm, w=torch.ones(8, 4)).write(mpi_dir / "good", options=FAST)
+    mesh = own_mesh([0, 1] if comm.rank < 2 else [2, 3])
+    placement = Shard(0) if comm.rank < 2 else Shard(1)
+    live = dtensor(torch.zeros((4, 4) if comm.rank < 2 else (8, 2)), mesh, placement, (8, 4))
+    Checkpoint(comm=comm, w=live).read(path).assert_consumed()
+    assert live.to_local().all()
+
+
 def test_ranges_that_do_not_follow_each_other(comm: Any, mpi_dir: Path) -> None:
     start = 6 * comm.rank - (comm.rank == 2)
     text = error_of_save(comm, mpi_dir, w=ShardedVariable.flat(torch.ones(6), (4, 6), start))

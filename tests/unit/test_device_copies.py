@@ -1,8 +1,4 @@
-"""The order of copies from and to GPUs, on imitated ones: tensors of the CPU that only their streams may touch.
-
-Their copies are made as early as CUDA could, at the start, or as late, when somebody waits. With the one, a buffer
-whose bytes are still needed must not be copied into; with the other, no byte is used or overwritten before the wait.
-"""
+"""The order of copies from and to GPUs, on imitated ones (see imitated_gpu.py)."""
 
 from __future__ import annotations
 
@@ -16,119 +12,24 @@ import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
-from distckpt.storage import device, hdf5, rawio, reading, room, writing
+from distckpt.storage import hdf5, rawio, reading
 from distckpt.storage.checksum import digest
-from distckpt.storage.device import Copy, Ticket
+from distckpt.storage.device import Ticket
 from distckpt.storage.reading import read, read_through_hdf5
-from distckpt.storage.transfer import ReadJob, WriteJob, copy_bits, is_packed
+from distckpt.storage.room import Arrivals, Departing, Departures
+from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import bits, save
+from tests.imitated_gpu import Machine
 
 N_PIECE = MAX_PIECE_NBYTES // 4  # float32 elements
-
-
-class Machine:
-    """GPUs, and what happened in which order.
-
-    Attributes:
-        log: "start k": copies of batch k begin; "wait k": they have ended; "write", "read": a system call.
-        buffers: The pinned memory that was asked for.
-    """
-
-    def __init__(self, *, late: bool) -> None:
-        self.late = late
-        self.log: list[str] = []
-        self.buffers: list[torch.Tensor] = []
-        self.n_starts = itertools.count()
-        self.fails_at = -1
-        self._places: dict[int, torch.device] = {}
-
-    def put(self, tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
-        """The tensor, which is from now on on a GPU."""
-        self._places[tensor.untyped_storage().data_ptr()] = torch.device("cuda", index)
-        return tensor
-
-    def gpu_of(self, tensor: torch.Tensor) -> torch.device | None:
-        return self._places.get(tensor.untyped_storage().data_ptr())
-
-    def is_packed(self, tensor: torch.Tensor) -> bool:
-        return self.gpu_of(tensor) is None and is_packed(tensor)
-
-    def pinned_memory(self, nbytes: int) -> torch.Tensor:
-        self.buffers.append(torch.full((nbytes,), 0xAA, dtype=torch.uint8))
-        return self.buffers[-1]
-
-    def of(self, kind: str) -> list[int]:
-        """The places of a kind of entry in the log."""
-        return [place for place, entry in enumerate(self.log) if entry.split()[0] == kind]
-
-
-class Stream:
-    """A side stream of an imitated GPU."""
-
-    def __init__(self, machine: Machine, gpu: torch.device) -> None:
-        self.machine, self.gpu = machine, gpu
-        self.queue: list[Mark] = []
-
-    def start(self, copies: list[Copy]) -> Mark:
-        number = next(self.machine.n_starts)
-        if number == self.machine.fails_at:
-            raise RuntimeError("CUDA error: out of memory")
-        assert all(copy.gpu == self.gpu for copy in copies)
-        sides = [self.machine.gpu_of(tensor) for copy in copies for tensor in (copy.target, copy.source)]
-        assert len([side for side in sides if side is None]) == len(copies)  # the other sides are in host memory
-        self.machine.log.append(f"start {number}")
-        mark = Mark(self, number, list(copies))
-        self.queue.append(mark)
-        if not self.machine.late:
-            mark.run()
-        return mark
-
-    def finish(self) -> None:
-        for mark in list(self.queue):
-            mark.synchronize()
-
-
-class Mark:
-    """The end of a batch of copies in a stream."""
-
-    def __init__(self, stream: Stream, number: int, copies: list[Copy]) -> None:
-        self.stream, self.number, self.copies = stream, number, copies
-
-    def run(self) -> None:
-        for copy in self.copies:
-            copy_bits(copy.target, copy.source, non_blocking=True)
-        self.copies.clear()
-
-    def synchronize(self) -> None:
-        while self in self.stream.queue:
-            first = self.stream.queue.pop(0)
-            first.run()
-            self.stream.machine.log.append(f"wait {first.number}")
 
 
 @pytest.fixture(params=["early", "late"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(late=request.param == "late")
-    for module in (writing, room):
-        monkeypatch.setattr(module, "gpu_of", made.gpu_of)
-    for module in (writing, reading):
-        monkeypatch.setattr(module, "is_packed", made.is_packed)
-    monkeypatch.setattr(room, "pinned_memory", made.pinned_memory)
-    monkeypatch.setattr(device, "SideStream", lambda gpu: Stream(made, gpu))
-    log_calls(monkeypatch, made, "write_vector", "write")
-    log_calls(monkeypatch, made, "read_into", "read")
+    made.install(monkeypatch)
     return made
-
-
-def log_calls(monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str, entry: str) -> None:
-    call = getattr(rawio, name)
-
-    def logged(*args: object) -> None:
-        machine.log.append(entry)
-        call(*args)
-
-    monkeypatch.setattr(rawio, name, logged)
 
 
 @pytest.fixture
@@ -295,7 +196,57 @@ def test_chunked_datasets_are_read_onto_gpus(machine: Machine, tmp_path: Path) -
     assert len(machine.buffers) == 2
 
 
+# ---- through other memory
+
+
+def test_memory_may_change_as_soon_as_it_was_passed_on(machine: Machine) -> None:
+    whole = torch.rand(5, 700_000)  # more than both buffers
+    columns, host, target = machine.put(torch.zeros(9, 30).T), torch.zeros(30, 9), machine.put(torch.zeros(5, 700_000))
+    with Arrivals() as arrivals:
+        for number in range(5):
+            memory = whole[number].clone()
+            arrivals.pass_on(target[number], memory)
+            memory.fill_(-1)
+        for tensor in (columns, host):
+            memory = whole[0, :270].reshape(30, 9).clone()
+            arrivals.pass_on(tensor, memory)
+            memory.fill_(-1)
+    assert torch.equal(target, whole)
+    assert torch.equal(columns, whole[0, :270].reshape(30, 9))
+    assert torch.equal(host, columns)
+    assert [buffer.nbytes for buffer in machine.buffers] == [MAX_PIECE_NBYTES] * 2
+
+
+def test_departures_are_under_way_before_they_are_waited_for(machine: Machine) -> None:
+    tensors = [machine.put(torch.rand(3, 500_000)[:, ::2], number % 2) for number in range(2)]
+    tensors += [torch.rand(4), machine.put(torch.rand(N_PIECE)), machine.put(torch.rand(7))]
+    targets = [torch.zeros_like(tensor) for tensor in tensors]
+    departures = Departures()
+    departures.start([Departing(*pair) for pair in zip(tensors, targets, strict=True)])
+    assert machine.log == ["start 0", "start 1"]  # one for each GPU, as much as fits
+    assert not any(target.any() for target in targets)
+    departures.arrive()
+    assert values(targets) == values(tensors)
+    assert [buffer.nbytes for buffer in machine.buffers] == [MAX_PIECE_NBYTES]
+    departures.start([Departing(tensors[0], targets[1])])  # and again
+    departures.arrive()
+    assert values(targets[1:2]) == values(tensors[:1])
+    departures.finish()
+    assert len(machine.of("wait")) == len(machine.of("start"))
+
+
 # ---- failures
+
+
+def test_no_departure_goes_on_after_a_failure(machine: Machine) -> None:
+    machine.fails_at = 1
+    tensors = [machine.put(torch.rand(N_PIECE)) for _ in range(3)]
+    departures = Departures()
+    departures.start([Departing(tensor, torch.zeros(N_PIECE)) for tensor in tensors])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        departures.arrive()
+    departures.finish()
+    assert len(machine.of("wait")) == len(machine.of("start"))
 
 
 def test_tensors_before_a_damaged_one_have_their_values_when_the_read_has_failed(machine: Machine, fd: int) -> None:
