@@ -159,7 +159,7 @@ class _Work:
         n_calls = self._count_collective_calls(len(pieces.large))
         communicator = coordinator.communicator
         with coordinator.watchdog("open parallel HDF5", timeout):
-            file = self._open_parallel(communicator)
+            file = self._open_parallel(communicator, collective=n_calls is not None)
         with self.timer.step("write"):
             written = Attempt.of(lambda: self._fill(file, pieces, n_calls))
         with coordinator.watchdog("close parallel HDF5", timeout):
@@ -168,7 +168,7 @@ class _Work:
                 written.require()
                 closed.require()
 
-    def _open_parallel(self, communicator: Any) -> mpio.ParallelFile:
+    def _open_parallel(self, communicator: Any, *, collective: bool) -> mpio.ParallelFile:
         """Open the file on all ranks or, in the end, on none. Collective.
 
         Not in the body of the step, where Ctrl-C could stop one rank: the others would wait for it in the open.
@@ -177,6 +177,8 @@ class _Work:
         try:
             with self.coordinator.step("open parallel HDF5"):
                 opened.require()
+                if collective:
+                    opened.value.prepare_collective()
         except BaseException:
             if opened.result is not None:
                 opened.result.close()

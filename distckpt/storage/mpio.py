@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class ParallelFile:
     def __init__(self, path: str, comm: Any, hints: Mapping[str, str] | None = None) -> None:
         from h5py import h5f, h5p
 
+        self._nothing: _Nothing | None = None
         info = _info(comm, hints or {})
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fapl_mpio(comm, info)
@@ -63,8 +64,17 @@ class ParallelFile:
             access.close()
             info.Free()
 
+    def prepare_collective(self) -> None:
+        """Get ready to take part in collective transfers without data, whatever fails then. Local.
+
+        Raises:
+            OSError: HDF5 cannot open a dataset of the file.
+        """
+        self._nothing = _Nothing.of(self._file)
+
     def close(self) -> None:
         """Close the file. Collective over the communicator."""
+        self._nothing = None
         self._file.close()
 
     def write(self, pieces: Iterable[Piece], fd: int, log: ChecksumLog | None, progress: Progress | None) -> None:
@@ -80,7 +90,8 @@ class ParallelFile:
     ) -> None:
         """Write contiguous pieces in `n_calls` collective transfers. Collective over the communicator.
 
-        A rank that has no piece left, or that failed, takes part in the remaining transfers without data.
+        A rank that has no piece left, or that failed, takes part in the remaining transfers without data, for which
+        `prepare_collective` has been called.
 
         Args:
             pieces: At most `n_calls` pieces of this rank.
@@ -90,6 +101,7 @@ class ParallelFile:
             progress: Called with the number of bytes just written.
         """
         failure: BaseException | None = None
+        assert self._nothing is not None, "prepared first"
         with _Transfer(self._file, collective=True) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
             stream = itertools.chain.from_iterable(source.batches(pieces))
@@ -97,13 +109,44 @@ class ParallelFile:
             while transfer.calls < n_calls:
                 try:
                     piece = next(stream, None) if failure is None else None
-                    transfer.run(piece, source)
-                    if piece is not None:
+                    if piece is None:
+                        transfer.skip(self._nothing)
+                    else:
+                        transfer.run(piece, source)
                         _finish(piece, writeback, progress)
                 except BaseException as error:  # raised below, when all transfers have been made
                     failure = failure or error
         if failure is not None:
             raise failure
+
+
+class _Nothing(NamedTuple):
+    """What a transfer without data needs, made before: then nothing is left that could fail.
+
+    Attributes:
+        dataset: Any one.
+        in_memory: No elements.
+        in_file: No elements.
+        data: None.
+        datatype: Of the dataset.
+    """
+
+    dataset: Any
+    in_memory: Any
+    in_file: Any
+    data: np.ndarray
+    datatype: Any
+
+    @classmethod
+    def of(cls, file: Any) -> _Nothing:
+        """Over the dataset that every checkpoint has."""
+        from h5py import h5d, h5s
+
+        dataset = h5d.open(file, MANIFEST.encode())
+        in_memory, in_file = h5s.create_simple((1,)), dataset.get_space()
+        in_memory.select_none()
+        in_file.select_none()
+        return cls(dataset, in_memory, in_file, np.empty(0, np.uint8), dataset.get_type())
 
 
 class _Transfer:
@@ -125,27 +168,28 @@ class _Transfer:
     def __exit__(self, *exception: object) -> None:
         self._close()
 
-    def run(self, piece: Piece | None, source: PieceBytes) -> None:
-        """Write a piece; None takes part in a collective transfer without data."""
+    def run(self, piece: Piece, source: PieceBytes) -> None:
+        """Write a piece."""
         from h5py import h5s
 
-        dataset = self._open(MANIFEST if piece is None else piece.job.key)
-        in_file, datatype, options = dataset.get_space(), dataset.get_type(), self._options
-        if piece is None:
-            data = np.empty(0, np.uint8)
-            in_memory = h5s.create_simple((1,))
-            in_memory.select_none()
-            in_file.select_none()
-        else:
-            source.flushed()
-            data = np.frombuffer(source.get(piece), np.uint8)
-            in_memory = h5s.create_simple((piece.block.box.numel,))
-            if piece.block.box.shape:
-                in_file.select_hyperslab(*piece.block.box)
-        write = dataset.write
+        dataset = self._open(piece.job.key)
+        source.flushed()
+        data = np.frombuffer(source.get(piece), np.uint8)
+        in_memory, in_file = h5s.create_simple((piece.block.box.numel,)), dataset.get_space()
+        if piece.block.box.shape:
+            in_file.select_hyperslab(*piece.block.box)
+        self._write(dataset.write, in_memory, in_file, data, dataset.get_type())
+
+    def skip(self, nothing: _Nothing) -> None:
+        """Take part in a collective transfer without data."""
+        dataset, *arguments = nothing
+        self._write(dataset.write, *arguments)
+
+    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+        options = self._options
         # In the try there is nothing but the call: `calls` is right even when a signal handler raises.
         try:
-            write(in_memory, in_file, data, datatype, options)
+            write(*arguments, options)
         finally:
             self.calls += 1
 

@@ -250,6 +250,8 @@ SAVE_FAULTS = [
     Fault("open parallel HDF5", mpio, "ParallelFile", EVERY, transports=("mpio",), together=True),
     Fault("write", rawio, "write_vector", EVERY),
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",)),
+    Fault("open parallel HDF5", mpio.ParallelFile, "prepare_collective", EVERY, transports=("mpio",), collective=True),
+    Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",), collective=True),
     Fault("write", mpio, "_finish", EVERY, transports=("mpio",), collective=True),
     Fault("write", ChecksumLog, "write", EVERY, transports=BOTH),
     Fault("fsync", distckpt.draft, "with_timing", ROOT),

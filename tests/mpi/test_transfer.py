@@ -103,6 +103,7 @@ class Save:
         pieces = mpio.split_pieces(self.jobs, threshold)
         n_calls = max(self.comm.allgather(len(pieces.large))) if collective else None
         file = mpio.ParallelFile(self.path, self.comm, hints)
+        file.prepare_collective()
         try:
             log = mpio.write_mpio(file, self.fd, pieces, checksums=True, n_collective_calls=n_calls)
         finally:
@@ -205,6 +206,7 @@ def test_a_rank_that_fails_does_not_hang_the_others(
     pieces = mpio.split_pieces(save.jobs)
     n_calls = max(comm.allgather(len(pieces.large))) if collective else None
     file = mpio.ParallelFile(save.path, comm)
+    file.prepare_collective()
     seen: BaseException | None = None
     try:
         progress = Broken(error) if comm.rank == failing else None
@@ -236,6 +238,7 @@ def test_a_tensor_that_cannot_be_read_fails_before_its_transfer(
     pieces = mpio.split_pieces(save.jobs)
     n_calls = max(comm.allgather(len(pieces.large)))
     file = mpio.ParallelFile(save.path, comm)
+    file.prepare_collective()
     failed = False
     try:
         mpio.write_mpio(file, save.fd, pieces, checksums=True, n_collective_calls=n_calls)
