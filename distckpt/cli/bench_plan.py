@@ -34,7 +34,7 @@ def plan(
     """Simulate a first save, an unchanged save and a restore on half the ranks, in one process, without MPI.
 
     The merge, the plans and the messages are those of real jobs; no data is written. 16,384 ranks with 1,000 variables
-    take two to three minutes and 7 GiB of memory, all smaller sizes included.
+    take two to three minutes and 4 GiB of memory, all smaller sizes included.
     """
     # Torch takes seconds to import, and other commands have no use for it.
     from rich.console import Console
