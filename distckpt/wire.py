@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from distckpt.coordination.merging import Parts
+from distckpt.coordination.merging import Parts, Reply
 from distckpt.layout.merge import Merged, merge
 from distckpt.layout.records import LocalLayout, PlanItem, SavePlan
 from distckpt.request import check_agreement
@@ -58,7 +58,7 @@ def encode_replies(merged: Merged) -> list[Parts]:
     return replies
 
 
-def decode_reply(reply: Parts) -> SavePlan:
+def decode_reply(reply: Reply) -> SavePlan:
     """This rank's plan. Local."""
     plan_id, keys, variables = _COMMON_REPLY.decode(reply.common)
     items, weights, watched = _OWN_REPLY.decode(reply.own)

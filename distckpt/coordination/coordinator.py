@@ -15,7 +15,7 @@ from distckpt.coordination import agreement, job_end, merging, outcome
 from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
-from distckpt.coordination.merging import Parts
+from distckpt.coordination.merging import Parts, Reply
 from distckpt.coordination.nodes import Message, Nodes, swap
 from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.coordination.shared_memory import SharedMemory, allocate
@@ -251,7 +251,7 @@ class Coordinator:
 
     def merge_parts(
         self, name: str, value: Parts, fn: Callable[[list[Parts]], Sequence[Parts]], *, remedy: str = ""
-    ) -> Parts:
+    ) -> Reply:
         """`merge`, where much of the values, and of the replies, is the same on many ranks: that travels once."""
         with INTERRUPTS.held():
             return merging.merge(self._connect(name), name, value, fn, remedy)

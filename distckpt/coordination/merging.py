@@ -8,6 +8,7 @@ Every function that takes `collectives` is collective over the communicator; the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import struct
 from collections import Counter
@@ -45,9 +46,16 @@ class Parts(NamedTuple):
     own: Buffer
 
 
+class Reply(NamedTuple):
+    """As `Parts`, on the rank that gets it."""
+
+    common: Buffer
+    own: Buffer
+
+
 def merge(
     collectives: Collectives, step: str, value: Parts, fn: Callable[[list[Parts]], Sequence[Parts]], remedy: str = ""
-) -> Parts:
+) -> Reply:
     """Gather a value of every rank on rank 0, run a function on them there, and hand out its replies.
 
     Args:
@@ -60,15 +68,15 @@ def merge(
     Returns:
         This rank's reply.
     """
-    values = _gather(collectives, step, value)
+    gathered = _gather(collectives, step, value)
     replies, own = _Replies(), None
     if collectives.rank == 0:
         try:
             with INTERRUPTS.allowed():
-                replies = _pack(fn(values), collectives.size)
+                replies = _pack(fn(gathered.open()), collectives.size)
         except BaseException as error:
             own = error
-    del values
+    del gathered
     try:
         totals = outcome.announce(collectives, step, replies.totals, own, remedy)
     finally:
@@ -94,15 +102,16 @@ def letter_of(value: Parts, order: Buffer) -> bytes:
     return bytes(value.own) + value.common if with_common else bytes(value.own)
 
 
-def _gather(collectives: Collectives, step: str, value: Parts) -> list[Parts]:
+def _gather(collectives: Collectives, step: str, value: Parts) -> _Gathered:
     """The values of all ranks on rank 0; none on the others."""
     size, is_root = collectives.size, collectives.rank == 0
     orders = _Orders(collectives.gather_rows(header_of(value)))
     order = bytearray(_ORDER.size)
     collectives.scatter(orders.packed, [_ORDER.size] * size, order)
-    letters = outcome.allocate(collectives, step, sum(orders.lengths))
-    collectives.gather(letter_of(value, order), orders.lengths if is_root else [_ORDER.unpack(order)[1]], letters)
-    return orders.open(letters)
+    make = functools.partial(outcome.make, collectives, step)
+    letter, letters = make(lambda: (letter_of(value, order), bytearray(sum(orders.lengths))))
+    collectives.gather(letter, orders.lengths if is_root else [_ORDER.unpack(order)[1]], letters)
+    return _Gathered(orders, letters)
 
 
 class _Orders:
@@ -137,6 +146,17 @@ class _Orders:
             values.append(Parts(commons[digest], view[position:middle]))
             position = middle + (common if sends else 0)
         return values
+
+
+class _Gathered(NamedTuple):
+    """What rank 0 has received."""
+
+    orders: _Orders
+    letters: bytearray
+
+    def open(self) -> list[Parts]:
+        """The values of all ranks."""
+        return self.orders.open(self.letters)
 
 
 # ---- from rank 0 -------------------------------------------------------------------------------------------------
@@ -180,7 +200,7 @@ def _pack(replies: Sequence[Parts], size: int) -> _Replies:
     return _Replies(_TOTALS.pack(sum(lengths), len(joined)), joined, b"".join(records), b"".join(letters), lengths)
 
 
-def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters: int, n_commons: int) -> Parts:
+def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters: int, n_commons: int) -> Reply:
     """This rank's reply."""
     size, is_root = collectives.size, collectives.rank == 0
     record = bytearray(_REPLY.size)
@@ -194,8 +214,8 @@ def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters:
     return reply_of(record, letter, commons)
 
 
-def reply_of(record: Buffer, letter: Buffer, commons: Buffer) -> Parts:
-    """A rank's reply, from all that it has received."""
+def reply_of(record: Buffer, letter: Buffer, commons: Buffer) -> Reply:
+    """A rank's reply, from all that it has received; nothing is copied."""
     own, inline, start, length = _REPLY.unpack(record)
     common = memoryview(letter)[own:] if inline else memoryview(commons)[start : start + length]
-    return Parts(bytes(common), memoryview(letter)[:own])
+    return Reply(common, memoryview(letter)[:own])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 from distckpt.coordination import agreement
 from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.message import Buffer
+
+T = TypeVar("T")
 
 # What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
 _PACKET_HEADER = struct.Struct("<?Q")
@@ -68,13 +70,19 @@ def announce(collectives: Collectives, step: str, value: bytes, own: BaseExcepti
 
 def allocate(collectives: Collectives, step: str, nbytes: int) -> bytearray:
     """Make a buffer on every rank, or on none: a rank without memory must not miss the transfer that follows."""
-    buffer, own = bytearray(), None
+    return make(collectives, step, lambda: bytearray(nbytes))
+
+
+def make(collectives: Collectives, step: str, fn: Callable[[], T]) -> T:
+    """Make what a transfer needs on every rank, or on none."""
+    made: list[T] = []
+    own: BaseException | None = None
     try:
-        buffer = bytearray(nbytes)
+        made.append(fn())
     except MemoryError as error:
         own = error
     agree(collectives, step, own)
-    return buffer
+    return made[0]
 
 
 def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:

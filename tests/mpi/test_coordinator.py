@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from distckpt.coordination import coordinator as coordinator_module
-from distckpt.coordination import outcome
+from distckpt.coordination import merging, outcome
 from distckpt.coordination.collectives import MpiCollectives
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
@@ -363,8 +363,28 @@ def test_rank_without_memory_for_what_others_send(
         return bytearray(nbytes)
 
     if coordinator.rank == failing:
-        monkeypatch.setattr(outcome, "bytearray", small_bytearray, raising=False)
+        for module in (outcome, merging):
+            monkeypatch.setattr(module, "bytearray", small_bytearray, raising=False)
     raised = _raised(lambda: coordinator.merge_parts("layout", Parts(b"a" * 100_000, b""), list))
+    monkeypatch.undo()
+    agree(raised is not None and raised.failures == {failing: "MemoryError"}, f"{raised}")
+    agree(_works(coordinator), "the next operation must work")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "failing"),
+    [(merging, "letter_of", 0), (merging, "letter_of", 1), (merging._Orders, "open", 0)],
+    ids=["root's own", "what another sends", "what root takes apart"],
+)
+def test_rank_without_memory_for_copies_of_a_merge(
+    coordinator: Coordinator, agree: Agree, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, failing: int
+) -> None:
+    def without(*_: object) -> object:
+        raise MemoryError
+
+    if coordinator.rank == failing:
+        monkeypatch.setattr(owner, name, without)
+    raised = _raised(lambda: coordinator.merge_parts("layout", Parts(b"a" * 1000, b"b"), list))
     monkeypatch.undo()
     agree(raised is not None and raised.failures == {failing: "MemoryError"}, f"{raised}")
     agree(_works(coordinator), "the next operation must work")

@@ -14,7 +14,7 @@ import numpy as np
 from distckpt.coordination.arrival import ROOT, Call, Teams, arrival_over
 from distckpt.coordination.channel import Channel, Timing
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.coordination.merging import Parts, header_of, letter_of, reply_of
+from distckpt.coordination.merging import Parts, Reply, header_of, letter_of, reply_of
 from distckpt.coordination.message import Buffer, Kind, Message, decode, encode
 from distckpt.coordination.session import Spoken
 
@@ -51,7 +51,7 @@ class VirtualRanks:
         self._broadcasts.clear()
         self._scatters.clear()
 
-    def replies(self) -> Iterator[Parts]:
+    def replies(self) -> Iterator[Reply]:
         """What each rank was told in the last merge."""
         _, records, letters = self._scatters
         for record, letter in zip(records, letters, strict=True):
