@@ -24,14 +24,12 @@ from distckpt.layout.parcels import NO_PARCEL, Parcel, cells_of, parcel_of
 from distckpt.layout.rounds import Party, Wanted
 from distckpt.request import Attempt
 from distckpt.source import Source
+from distckpt.storage.room import padded
 from distckpt.storage.units import pack
 
 #: In the memory of a rank: two areas for units it reads, and two for what arrives.
 _N_AREAS = 4
 _ARRIVALS = 2
-
-#: Parcels in memory begin at multiples of the largest element. In bytes.
-_ALIGNMENT = 16
 
 
 def read_across(ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want) -> list[TensorRead] | None:
@@ -132,19 +130,23 @@ def _plan_batches(wants: _Wants, nodes: Nodes, lane: int | None, units: Sequence
     """
     own, n_nodes = nodes.own, len(nodes.ranks)
     batches: list[list[_Step]] = []
+    parcels: dict[int, Parcel] = {}  # by identity of what is wanted: nodes that want the same get the same
     used = 0
     for distance in range(1, n_nodes):
         sources, targets = nodes.lanes((own - distance) % n_nodes), nodes.lanes((own + distance) % n_nodes)
         incoming = [parcel_of(units[rank], wants.files, wants.of(own)) for rank in sources]
         outgoing = NO_PARCEL
         if lane is not None:
-            outgoing = parcel_of(units[nodes.ranks[own][lane]], wants.files, wants.of((own + distance) % n_nodes))
+            wanted = wants.of((own + distance) % n_nodes)
+            if id(wanted) not in parcels:
+                parcels[id(wanted)] = parcel_of(units[nodes.ranks[own][lane]], wants.files, wanted)
+            outgoing = parcels[id(wanted)]
         most = max(parcel.nbytes for parcel in incoming)
         if not batches or used + most > UNIT_NBYTES:
             batches.append([])
             used = 0
         batches[-1].append(_Step(targets[lane or 0], outgoing, sources[lane or 0], incoming, used))
-        used += -(-most // _ALIGNMENT) * _ALIGNMENT
+        used += padded(most)
     return batches
 
 
