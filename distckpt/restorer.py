@@ -128,7 +128,11 @@ class Restorer:
         options, path = restoration.options, restoration.source.path
         if report.disputed:
             lines = "\n  ".join(report.disputed[:20])
-            raise LayoutError(f"{path}: ranks disagree on tensors. Nothing was changed.\n  {lines}")
+            more = f"\n  ... and {len(report.disputed) - 20} more" if len(report.disputed) > 20 else ""
+            raise LayoutError(
+                f"{path}: ranks disagree on tensors. Nothing was changed.\n  {lines}{more}\n"
+                "Give a tensor the same mesh and placements on every rank of its mesh."
+            )
         if report.mismatched and options.on_mismatch == "error":
             raise RestoreMismatchError(describe_mismatches(path, report.mismatched))
         if report.ambiguous and options.strict:

@@ -93,7 +93,13 @@ def run_rounds(
         return True
     memory = node.shared_memory(n_areas * UNIT_NBYTES)
     if memory is None if ranks is node else ranks.any_set(memory is None):
-        log.warning("no shared memory on a node: its ranks exchange messages, or read and write for themselves")
+        if memory is None and node.rank == 0:
+            log.warning(
+                "rank %d: MPI has no %d bytes of shared memory on this node. Its ranks exchange messages, or read and "
+                "write for themselves. Make /dev/shm larger.",
+                ranks.rank,
+                node.size * n_areas * UNIT_NBYTES,
+            )
         if memory is not None:
             memory.free()
         return False
