@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import xxhash
 
 from distckpt.coordination.agreement import clear_frames
@@ -192,7 +191,7 @@ class Flight:
                 )
             with coordinator.step("wait for the write"):
                 self._work_done.wait(timeout)
-            if coordinator.any(np.array([not self._work_done.is_set()]))[0]:
+            if coordinator.any_set(not self._work_done.is_set()):
                 return False
             self.end(coordinator)
         return True

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.flight import Flight
 
@@ -51,4 +49,4 @@ class InFlight:
     def _was_asked(self, flight: Flight, operation: str, timeout: float) -> bool:
         """Whether anybody was given the result, on any rank. Collective."""
         self._coordinator.arrive(f"{operation} after a failed save", 0, 0, timeout)
-        return bool(self._coordinator.any(np.array([flight.asked]))[0])
+        return self._coordinator.any_set(flight.asked)

@@ -23,9 +23,6 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from distckpt.coordination.collectives import SingleRank
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.polled import PolledCollectives
 from distckpt.coordination.session import Alone, Session, Spoken
@@ -102,7 +99,7 @@ class Background:
 
     def speak_alone(self) -> None:
         """Let the thread end tasks of a communicator of one rank: it needs no MPI for it."""
-        self._coordinator = Coordinator.over(Spoken(SingleRank()))
+        self._coordinator = Coordinator.alone()
         self.speaks = True
 
     def speak_over(self, duplicate: MPI.Intracomm) -> None:
@@ -200,7 +197,7 @@ def _let_speak(background: Background, coordinator: Coordinator, session: Sessio
         background.speak_alone()
     elif isinstance(session, Session):
         _finish_before_finalize()
-        if not coordinator.any(np.array([not threads_may_speak()]))[0]:
+        if not coordinator.any_set(not threads_may_speak()):
             _give_duplicate(background, coordinator, session)
 
 
