@@ -25,11 +25,12 @@ from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
+from distckpt.storage.piece_checks import PieceVerifier
 from distckpt.storage.rawio import open_shared
 from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.reading import read as read_jobs
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
-from distckpt.storage.units import UnitReader
+from distckpt.storage.units import Held, UnitReader, taken_verifier
 from distckpt.timing import Timer
 
 
@@ -147,10 +148,22 @@ class Source:
         """The pieces of a variable, as an exchange needs them."""
         return piece_spans(self.manifest.variables[index], self._firsts[index])
 
-    def unit_reader(self, pieces: Mapping[int, list[PieceSpan]], *, verify: bool) -> UnitReader:
-        """A reader of units of these variables."""
-        variables = {index: self.in_file(index) for index in pieces}
+    def unit_reader(
+        self, variables: Mapping[int, InFile], pieces: Mapping[int, list[PieceSpan]], *, verify: bool
+    ) -> UnitReader:
+        """A reader of units of these variables, that verifies these pieces of them."""
         return UnitReader(self._fd, variables, pieces, self._checksums if verify else None)
+
+    def taken_verifier(
+        self,
+        variables: Mapping[int, InFile],
+        pieces: Mapping[int, list[PieceSpan]],
+        held: Mapping[int, Sequence[Held]],
+        *,
+        verify: bool,
+    ) -> PieceVerifier:
+        """What verifies those of these pieces that the holder of some tensors takes whole."""
+        return taken_verifier(variables, pieces, held, self._checksums if verify else None)
 
     def count(self, report: ReadReport) -> None:
         """Add to `bytes_read` and `bytes_verified`."""

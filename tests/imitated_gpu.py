@@ -11,7 +11,8 @@ import itertools
 import pytest
 import torch
 
-from distckpt.storage import device, rawio, reading, room, writing
+from distckpt.exchange import taking
+from distckpt.storage import device, rawio, reading, room, units, writing
 from distckpt.storage.device import Copy
 from distckpt.storage.transfer import copy_bits, is_packed
 
@@ -55,7 +56,7 @@ class Machine:
         """Let the package see these GPUs, and log its system calls."""
         for module in (writing, room):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
-        for module in (writing, reading):
+        for module in (writing, reading, units, taking):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
         monkeypatch.setattr(room, "pinned_memory", self.pinned_memory)
         monkeypatch.setattr(device, "SideStream", lambda gpu: Stream(self, gpu))

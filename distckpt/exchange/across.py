@@ -15,8 +15,8 @@ from typing import NamedTuple
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Message, Nodes
 from distckpt.exchange.node import UNIT_NBYTES, Round, agreed, area, run_rounds
-from distckpt.exchange.taking import Own, Taking, Want, decode_boxes
-from distckpt.exchange.wants import Distinct, gather_distinct, join_boxes, join_hulls, variables_that_meet
+from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes
+from distckpt.exchange.wants import Distinct, gather_distinct, join_hulls, join_wishes, variables_that_meet
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
 from distckpt.layout.exchange import InFile, Unit, is_worth_exchanging
@@ -52,9 +52,9 @@ def read_across(ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want)
     meeting = agreed(ranks, lambda: variables_that_meet(hulls))
     if not meeting:
         return list(want.reads)
-    encoded = agreed(ranks, lambda: own.boxes(meeting))
-    boxes = gather_distinct(ranks, nodes, "boxes", lambda: join_boxes(node.gather_all("boxes", encoded)))
-    relay = agreed(ranks, lambda: _Relay(ranks, node, nodes, want, own, boxes))
+    encoded = agreed(ranks, lambda: own.wishes(meeting))
+    wishes = gather_distinct(ranks, nodes, "wishes", lambda: join_wishes(node.gather_all("wishes", encoded)))
+    relay = agreed(ranks, lambda: _Relay(ranks, node, nodes, want, own, wishes))
     return relay.run()
 
 
@@ -66,18 +66,20 @@ class _Wants:
 
     Attributes:
         files: Where the variables are in the file, by index.
+        wishes: What any rank wants, by variable.
         parties: Nodes that want the same, and what.
     """
 
-    def __init__(self, source: Source, nodes: Nodes, boxes: Distinct) -> None:
-        everything = [decode_boxes([value]) for value in boxes.values]
+    def __init__(self, source: Source, nodes: Nodes, wishes: Distinct) -> None:
+        everything = [boxes_of(decode_wishes([value])) for value in wishes.values]
         indices = {index for found in everything for index in found}
         files = {index: source.in_file(index) for index in sorted(indices)}
-        holders = [boxes.nodes(number) for number in range(len(everything))]
+        holders = [wishes.nodes(number) for number in range(len(everything))]
         worth = {index for index, file in files.items() if _is_worth(index, file, everything, holders)}
         self.files = {index: files[index] for index in files if index in worth}
         self._boxes = [{index: found[index] for index in found if index in worth} for found in everything]
-        self._number_of = boxes.number_of
+        self.wishes = decode_wishes(wishes.values)
+        self._number_of = wishes.number_of
         movers = [[rank for node in held for rank in nodes.lanes(node)] for held in holders]
         self.parties = [
             Party({index: Wanted(of_one, files[index].shape) for index, of_one in found.items()}, ranks)
@@ -99,21 +101,33 @@ def _is_worth(index: int, file: InFile, boxes: Sequence[dict[int, list[Box]]], h
 # ---- what goes where in a round ----------------------------------------------------------------------------------
 
 
+class _Incoming(NamedTuple):
+    """What a rank receives.
+
+    Attributes:
+        mover: The rank that has read it, and sends it.
+        unit: What that rank has read.
+        parcel: What is sent of it.
+    """
+
+    mover: int
+    unit: Unit
+    parcel: Parcel
+
+
 class _Step(NamedTuple):
     """What this rank and the others of its node have to do between nodes that are equally far apart.
 
     Attributes:
         to: The rank that this one sends to.
         outgoing: What it sends.
-        source: The rank that it receives from.
         incoming: What the ranks of this node receive, by lane.
         place: Where they put it in their areas for what arrives.
     """
 
     to: int
     outgoing: Parcel
-    source: int
-    incoming: list[Parcel]
+    incoming: list[_Incoming]
     place: int
 
 
@@ -134,18 +148,20 @@ def _plan_batches(wants: _Wants, nodes: Nodes, lane: int | None, units: Sequence
     used = 0
     for distance in range(1, n_nodes):
         sources, targets = nodes.lanes((own - distance) % n_nodes), nodes.lanes((own + distance) % n_nodes)
-        incoming = [parcel_of(units[rank], wants.files, wants.of(own)) for rank in sources]
+        incoming = [
+            _Incoming(rank, units[rank], parcel_of(units[rank], wants.files, wants.of(own))) for rank in sources
+        ]
         outgoing = NO_PARCEL
         if lane is not None:
             wanted = wants.of((own + distance) % n_nodes)
             if id(wanted) not in parcels:
                 parcels[id(wanted)] = parcel_of(units[nodes.ranks[own][lane]], wants.files, wanted)
             outgoing = parcels[id(wanted)]
-        most = max(parcel.nbytes for parcel in incoming)
+        most = max(each.parcel.nbytes for each in incoming)
         if not batches or used + most > UNIT_NBYTES:
             batches.append([])
             used = 0
-        batches[-1].append(_Step(targets[lane or 0], outgoing, sources[lane or 0], incoming, used))
+        batches[-1].append(_Step(targets[lane or 0], outgoing, incoming, used))
         used += padded(most)
     return batches
 
@@ -157,14 +173,14 @@ class _Relay:
     """One exchange: its plan, which is the same on all ranks, and this rank's part of the rounds."""
 
     def __init__(
-        self, ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want, own: Own, boxes: Distinct
+        self, ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want, own: Own, wishes: Distinct
     ) -> None:
         self._ranks = ranks
         self._node = node
         self._nodes = nodes
         self._lane = node.rank if node.rank < nodes.n_lanes else None
-        self._wants = _Wants(want.source, nodes, boxes)
-        self._taking = Taking(want, own, self._wants.parties, ranks.size)
+        self._wants = _Wants(want.source, nodes, wishes)
+        self._taking = Taking(want, own, self._wants.wishes, self._wants.parties, ranks.size)
         self._message = memoryview(bytearray(UNIT_NBYTES))
         self._packed: Parcel | None = None
         self._batches: list[list[_Step]] = []
@@ -191,12 +207,12 @@ class _Relay:
     def _hand_on(self, this: Round) -> None:
         """Take from the units of this node, then send and receive; all of it whatever fails, which is raised then."""
         for rank, part in zip(self._nodes.lanes(self._nodes.own), this.parts, strict=False):
-            self._try(self._take_unit, this.units[rank], part)
+            self._try(self._take_unit, rank, this.units[rank], part)
         for number, batch in enumerate(self._batches):
             arrived = [area(part, _ARRIVALS + number % 2) for part in this.memory.parts]
             for step in batch:
                 self._swap(step, this, arrived[self._node.rank])
-            if any(parcel.nbytes for step in batch for parcel in step.incoming):
+            if any(each.parcel.nbytes for step in batch for each in step.incoming):
                 this.memory.fence(self._node.any_set, failed=False)
                 self._try(self._take_batch, batch, arrived)
         if self._failures:
@@ -206,8 +222,9 @@ class _Relay:
         """Send and receive what one step asks for."""
         if self._lane is not None:
             data = self._data_of(step.outgoing, this.parts[self._node.rank])
-            room = arrived[step.place : step.place + step.incoming[self._lane].nbytes]
-            self._ranks.swap(Message(step.to, data), Message(step.source, room))
+            source, _, parcel = step.incoming[self._lane]
+            room = arrived[step.place : step.place + parcel.nbytes]
+            self._ranks.swap(Message(step.to, data), Message(source, room))
 
     def _data_of(self, parcel: Parcel, unit: memoryview) -> memoryview:
         """The bytes of a parcel; where they cannot be put together others, for the receiver waits for as many."""
@@ -218,14 +235,14 @@ class _Relay:
             self._try(pack, parcel, unit, self._wants.files, self._message)
         return self._message[: parcel.nbytes]
 
-    def _take_unit(self, unit: Unit, part: memoryview) -> None:
-        self._taking.take(cells_of(unit, self._wants.files), part)
+    def _take_unit(self, mover: int, unit: Unit, part: memoryview) -> None:
+        self._taking.take(mover, unit, cells_of(unit, self._wants.files), part)
 
     def _take_batch(self, batch: Sequence[_Step], arrived: Sequence[memoryview]) -> None:
         for step in batch:
-            for parcel, part in zip(step.incoming, arrived, strict=False):
+            for (mover, unit, parcel), part in zip(step.incoming, arrived, strict=False):
                 if parcel.nbytes:
-                    self._taking.take(parcel.cells, part[step.place : step.place + parcel.nbytes])
+                    self._taking.take(mover, unit, parcel.cells, part[step.place : step.place + parcel.nbytes])
 
     def _try(self, work: Callable[..., object], *arguments: object) -> None:
         """Do local work; what it raises waits until the other ranks do not need this one any more."""

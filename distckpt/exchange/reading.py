@@ -8,7 +8,7 @@ from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
 from distckpt.exchange.across import read_across
 from distckpt.exchange.node import FailedElsewhere, Round, agreed, run_rounds
-from distckpt.exchange.taking import Own, Taking, Want, decode_boxes, stack_hulls
+from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes, stack_hulls
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
 from distckpt.layout.parcels import cells_of
@@ -64,8 +64,8 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
     meeting = agreed(node, lambda: hulls_that_meet(stack_hulls(gathered)))
     if not meeting:
         return list(want.reads)
-    boxes = node.gather_all("boxes", agreed(node, lambda: own.boxes(meeting)))
-    taking = agreed(node, lambda: _plan(node, want, own, boxes))
+    wishes = node.gather_all("wishes", agreed(node, lambda: own.wishes(meeting)))
+    taking = agreed(node, lambda: _plan(node, want, own, wishes))
     done = run_rounds(
         node,
         node,
@@ -79,16 +79,16 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
 
 def _plan(node: Coordinator, want: Want, own: Own, encoded: Sequence[bytes]) -> Taking:
     """The same on all ranks of the node, but for what each takes."""
-    boxes = decode_boxes(encoded)
-    files = {index: want.source.in_file(index) for index in boxes}
+    wishes = decode_wishes(encoded)
+    files = {index: want.source.in_file(index) for index in wishes}
     wanted = {
         index: Wanted(found, files[index].shape)
-        for index, found in boxes.items()
+        for index, found in boxes_of(wishes).items()
         if is_worth_exchanging(found, files[index].shape, files[index].itemsize)
     }
-    return Taking(want, own, [Party(wanted, range(node.size))], node.size)
+    return Taking(want, own, wishes, [Party(wanted, range(node.size))], node.size)
 
 
 def _take(taking: Taking, this: Round) -> None:
-    for unit, part in zip(this.units, this.parts, strict=True):
-        taking.take(cells_of(unit, taking.files), part)
+    for mover, (unit, part) in enumerate(zip(this.units, this.parts, strict=True)):
+        taking.take(mover, unit, cells_of(unit, taking.files), part)

@@ -12,12 +12,12 @@ import torch
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
-from distckpt.layout.exchange import Span, Unit, bands, hull
+from distckpt.layout.exchange import PieceSpan, Span, Unit, bands, hull, strided_pieces_within
 from distckpt.layout.parcels import Cell
 from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
 from distckpt.storage.room import Arrivals
-from distckpt.storage.transfer import Progress
+from distckpt.storage.transfer import Progress, is_packed
 from distckpt.storage.units import Held, shared_parts
 
 
@@ -56,19 +56,42 @@ class Own(NamedTuple):
         hulls[list(reads)] = [_hull(read) for read in reads.values()] or np.empty((0, 2))
         return cls(reads, hulls.tobytes())
 
-    def boxes(self, variables: Iterable[int]) -> bytes:
-        """The boxes of some variables, for `decode_boxes`."""
+    def wishes(self, variables: Iterable[int]) -> bytes:
+        """What this rank wants of some variables, for `decode_wishes`."""
         reads = [(index, self.reads[index]) for index in variables if index in self.reads]
-        return msgspec.msgpack.encode([(index, block.box) for index, read in reads for block in read.target.blocks()])
+        return msgspec.msgpack.encode(
+            [
+                (index, Wish(block.box, is_packed(block.tensor)))
+                for index, read in reads
+                for block in read.target.blocks()
+            ]
+        )
 
 
-def decode_boxes(encoded: Iterable[bytes]) -> dict[int, list[Box]]:
-    """Variable to the boxes of it, from those of several ranks."""
-    boxes: dict[int, list[Box]] = {}
+class Wish(NamedTuple):
+    """A box of a variable that a rank wants.
+
+    Attributes:
+        box: The elements.
+        is_packed: The rank has their bytes together when it has taken them: it verifies them then.
+    """
+
+    box: Box
+    is_packed: bool
+
+
+def decode_wishes(encoded: Iterable[bytes]) -> dict[int, list[Wish]]:
+    """Variable to what is wanted of it, from the wishes of several ranks."""
+    wishes: dict[int, list[Wish]] = {}
     for of_rank in encoded:
-        for index, box in msgspec.msgpack.decode(of_rank, type=list[tuple[int, Box]]):
-            boxes.setdefault(index, []).append(box)
-    return boxes
+        for index, wish in msgspec.msgpack.decode(of_rank, type=list[tuple[int, Wish]]):
+            wishes.setdefault(index, []).append(wish)
+    return wishes
+
+
+def boxes_of(wishes: Mapping[int, Iterable[Wish]]) -> dict[int, list[Box]]:
+    """Just the boxes."""
+    return {index: [wish.box for wish in found] for index, found in wishes.items()}
 
 
 def stack_hulls(encoded: Sequence[bytes]) -> np.ndarray:
@@ -95,11 +118,14 @@ class Taking:
     Args:
         want: What this rank wants.
         own: The same, as far as it can come from others.
+        wishes: What any rank wants, by variable.
         parties: Who wants what of the variables.
         size: Number of ranks.
     """
 
-    def __init__(self, want: Want, own: Own, parties: Sequence[Party], size: int) -> None:
+    def __init__(
+        self, want: Want, own: Own, wishes: Mapping[int, Sequence[Wish]], parties: Sequence[Party], size: int
+    ) -> None:
         source = want.source
         variables = sorted({index for party in parties for index in party.wanted})
         pieces = {index: source.pieces(index) for index in variables}
@@ -108,15 +134,18 @@ class Taking:
         self.rounds = plan_rounds(self.files, moved, parties, size, UNIT_NBYTES)
         self._want = want
         self._own = own
-        self._reader = source.unit_reader(pieces, verify=want.verify)
-        self._arrivals = Arrivals()
         reads = {index: own.reads[index] for index in variables if index in own.reads}
         self._held: Mapping[int, Sequence[Held]] = {
-            index: [Held(*block) for block in read.target.blocks()] for index, read in reads.items()
+            index: [Held(box, tensor.detach()) for box, tensor in read.target.blocks()] for index, read in reads.items()
         }
+        taken = {index: _taken_whole(found, wishes[index]) for index, found in pieces.items()}
+        read = {index: [piece for piece in found if piece not in taken[index]] for index, found in pieces.items()}
+        self._reader = source.unit_reader(self.files, read, verify=want.verify)
+        self._verifier = source.taken_verifier(self.files, taken, self._held, verify=want.verify)
+        self._arrivals = Arrivals()
 
     def read(self, unit: Unit, memory: memoryview) -> None:
-        """Read a unit, and verify the pieces that end in it.
+        """Read a unit, and verify the pieces that end in it; but for those that their takers verify.
 
         Raises:
             CorruptCheckpointError: The file is too short, or a checksum is wrong.
@@ -124,12 +153,23 @@ class Taking:
         self._reader.read(unit, memory)
 
     @torch.no_grad()
-    def take(self, cells: Iterable[Cell], memory: memoryview) -> None:
-        """Copy what this rank wants of some memory."""
+    def take(self, mover: int, unit: Unit, cells: Iterable[Cell], memory: memoryview) -> None:
+        """Copy what this rank wants of some memory, and verify the pieces that it has whole then.
+
+        Args:
+            mover: The rank that has read it.
+            unit: What was read.
+            cells: What this node wants of it, and where that is in the memory.
+            memory: The bytes.
+
+        Raises:
+            CorruptCheckpointError: A checksum is wrong.
+        """
         for there, here in shared_parts(cells, memory, self._held):
             self._arrivals.pass_on(here, there)
             if self._want.progress is not None:
                 self._want.progress(here.numel() * here.element_size())
+        self._verifier.feed(unit, memory, mover)
 
     def settle(self) -> None:
         """See that all that was taken is in the tensors, those on GPUs too; called whatever happened."""
@@ -138,7 +178,13 @@ class Taking:
     def finish(self) -> list[TensorRead]:
         """Add to what the source has counted; returns the reads that are left to this rank alone."""
         self._want.source.count(self._reader.report)
+        self._want.source.count(self._verifier.report)
         own = self._own.reads
         return [
             read for read in self._want.reads if read.variable not in self.files or own.get(read.variable) is not read
         ]
+
+
+def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> list[PieceSpan]:
+    """The pieces that some rank verifies when it has taken them."""
+    return list(strided_pieces_within(pieces, (wish.box for wish in wishes if wish.is_packed)))

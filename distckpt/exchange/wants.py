@@ -12,7 +12,7 @@ import xxhash
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
 from distckpt.exchange.node import agreed
-from distckpt.exchange.taking import decode_boxes, stack_hulls
+from distckpt.exchange.taking import decode_wishes, stack_hulls
 from distckpt.layout.exchange import hulls_that_meet
 
 
@@ -79,7 +79,7 @@ class _Found(NamedTuple):
         return cls([digests.index(digest) for digest in numbers], [numbers[digest] for digest in digests])
 
 
-# ---- hulls and boxes of a node -----------------------------------------------------------------------------------
+# ---- hulls and wishes of a node ----------------------------------------------------------------------------------
 
 
 def join_hulls(of_ranks: Sequence[bytes]) -> bytes:
@@ -91,10 +91,10 @@ def join_hulls(of_ranks: Sequence[bytes]) -> bytes:
     return np.stack([start, stop], axis=1).tobytes()
 
 
-def join_boxes(of_ranks: Sequence[bytes]) -> bytes:
-    """The boxes that ranks of a node want, each once, in an order that depends on nothing else; for `decode_boxes`."""
-    boxes = decode_boxes(of_ranks)
-    return msgspec.msgpack.encode([(index, box) for index in sorted(boxes) for box in sorted(set(boxes[index]))])
+def join_wishes(of_ranks: Sequence[bytes]) -> bytes:
+    """What ranks of a node want, each once, in an order that depends on nothing else; for `decode_wishes`."""
+    wishes = decode_wishes(of_ranks)
+    return msgspec.msgpack.encode([(index, wish) for index in sorted(wishes) for wish in sorted(set(wishes[index]))])
 
 
 def variables_that_meet(hulls: Distinct) -> list[int]:

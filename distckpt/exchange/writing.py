@@ -91,7 +91,7 @@ class _Writing:
         self._departures = Departures()
         self._held: dict[int, list[Held]] = {}
         for job in self.own:
-            self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor))
+            self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor.detach()))
         party = Party(covered, range(node.size))
         self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES)
 

@@ -168,6 +168,32 @@ def first_element(box: Box, global_shape: Shape) -> int:
     return position
 
 
+@lru_cache(maxsize=1 << 14)  # models repeat few shapes
+def row_major_strides(shape: Shape) -> Shape:
+    """In elements, of a packed tensor."""
+    strides = [1]
+    for extent in shape[:0:-1]:
+        strides.append(strides[-1] * extent)
+    return tuple(reversed(strides[: len(shape)]))
+
+
+def elements_before(box: Box, global_shape: Shape, position: int) -> int:
+    """How many elements of a box come before a position in the flattened dataset."""
+    coordinates = []
+    for size in reversed(global_shape):
+        position, coordinate = divmod(position, size)
+        coordinates.append(coordinate)
+    if position:  # behind the last element
+        return box.numel
+    before, row_numel = 0, box.numel
+    for coordinate, start, extent in zip(reversed(coordinates), *box, strict=True):
+        row_numel //= extent
+        before += min(max(coordinate - start, 0), extent) * row_numel
+        if not start <= coordinate < start + extent:
+            break
+    return before
+
+
 def run_axis(box: Box, global_shape: Shape) -> int:
     """The dimension from which on a non-empty box is one run in the file: trailing ones are covered whole."""
     axis = len(global_shape) - 1

@@ -166,3 +166,25 @@ def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
     for span, numel in spans:
         held[bisect.bisect_right(starts, span.start) - 1] += numel
     return [band for band, numel in zip(joined, held, strict=True) if numel == band.stop - band.start]
+
+
+def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> dict[PieceSpan, Box]:
+    """Pieces that are not one range of the file, and lie in one of some boxes; with that box.
+
+    Boxes count that are as wide as the piece: they are found at once among those of thousands of ranks.
+    """
+    strided = [piece for piece in pieces if piece.span.stop - piece.span.start != piece.box.numel]
+    of_width: dict[tuple[Shape, Shape], list[Box]] = {}
+    for box in boxes if strided else ():
+        of_width.setdefault(_width(box), []).append(box)
+    found = ((piece, _first_with(piece.box, of_width.get(_width(piece.box), ()))) for piece in strided)
+    return {piece: box for piece, box in found if box is not None}
+
+
+def _width(box: Box) -> tuple[Shape, Shape]:
+    """Where a box is in all dimensions but the first."""
+    return box.offset[1:], box.shape[1:]
+
+
+def _first_with(part: Box, boxes: Iterable[Box]) -> Box | None:
+    return next((box for box in boxes if box.contains(part)), None)

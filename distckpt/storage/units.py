@@ -6,20 +6,19 @@ See `layout.exchange` for what a unit is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
 from distckpt.errors import CorruptCheckpointError
-from distckpt.layout.box import Box, first_element, flat_boxes
-from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit
+from distckpt.layout.box import Box, first_element, row_major_strides
+from distckpt.layout.exchange import InFile, PieceSpan, Unit, strided_pieces_within
 from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
-from distckpt.storage.checksum import Hasher, require_checksum
+from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
 from distckpt.storage.reading import ReadReport
-from distckpt.storage.transfer import sub_tensor
+from distckpt.storage.transfer import is_packed, sub_tensor
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -27,7 +26,7 @@ class Held(msgspec.Struct, frozen=True):
 
     Attributes:
         box: Where it is in the global tensor.
-        tensor: Its elements, of shape `box.shape` and of the stored dtype; any strides, any device.
+        tensor: Its elements, of shape `box.shape` and of the stored dtype; any strides, any device, no gradient.
     """
 
     box: Box
@@ -47,14 +46,18 @@ def shared_parts(
     Yields:
         Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
     """
-    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    of_dtype: dict[torch.dtype, torch.Tensor] = {}
     for variable, box, place in cells:
         for block in held.get(variable, ()):
             common = box.intersect(block.box)
-            if common is not None:
-                nbytes = box.numel * block.tensor.element_size()
-                there = everything.narrow(0, place, nbytes).view(block.tensor.dtype).view(box.shape)
-                yield sub_tensor(there, common, box), sub_tensor(block.tensor.detach(), common, block.box)
+            if common is None:
+                continue
+            dtype, itemsize = block.tensor.dtype, block.tensor.element_size()
+            if dtype not in of_dtype:
+                of_dtype[dtype] = torch.frombuffer(memory, dtype=dtype, count=len(memory) // itemsize)
+            start = place // itemsize + first_element(common.relative_to(box), box.shape)
+            there = of_dtype[dtype].as_strided(common.shape, row_major_strides(box.shape), start)
+            yield there, sub_tensor(block.tensor, common, block.box)
 
 
 def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], message: memoryview) -> None:
@@ -70,7 +73,7 @@ def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], mess
         dtype = f"V{variables[variable].itemsize}"
         within = box.relative_to(origin.box)
         source = np.ndarray(origin.box.shape, dtype, unit, origin.place)
-        np.copyto(np.ndarray(box.shape, dtype, message, place), source[_slices(within)])
+        np.copyto(np.ndarray(box.shape, dtype, message, place), source[slices(within)])
 
 
 def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int, int, int]]:
@@ -110,10 +113,6 @@ def write_unit(
         writeback.add(offset, nbytes)
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, start + extent) for start, extent in zip(*box, strict=True))
-
-
 class UnitReader:
     """Reads units, one after the other in the order of their spans, and verifies every piece that it saw whole.
 
@@ -137,11 +136,7 @@ class UnitReader:
         self.report = ReadReport()
         self._fd = fd
         self._variables = variables
-        self._verifiers = (
-            {}
-            if checksums is None
-            else {index: _Verifier(variables[index], found, checksums, self.report) for index, found in pieces.items()}
-        )
+        self._verifier = PieceVerifier(variables, pieces, checksums, self.report, PieceRead)
 
     def read(self, unit: Unit, memory: memoryview) -> None:
         """Read a unit into memory.
@@ -155,75 +150,31 @@ class UnitReader:
             except CorruptCheckpointError as error:
                 raise CorruptCheckpointError(f"{self._variables[unit[0].variable].key}: {error}") from error
             self.report.bytes_read += nbytes
-        for variable, span, place in unit:
-            verifier = self._verifiers.get(variable)
-            if verifier is not None:
-                verifier.feed(span, memory[place : place + (span.stop - span.start) * verifier.itemsize])
+        self._verifier.feed(unit, memory)
 
 
-class _Verifier:
-    """Feeds the pieces of one variable with its bytes, which come in row-major order.
+def taken_verifier(
+    variables: Mapping[int, InFile],
+    pieces: Mapping[int, Sequence[PieceSpan]],
+    held: Mapping[int, Sequence[Held]],
+    checksums: np.ndarray | None,
+) -> PieceVerifier:
+    """What verifies the pieces that a rank has whole in one of its packed tensors, as it takes them from units.
 
-    That order is also the order of the bytes within each piece: a piece is a box.
+    Args:
+        variables: The variables by index.
+        pieces: Their pieces, sorted.
+        held: What the rank takes.
+        checksums: The file's checksums, or None.
     """
+    tensors: dict[PieceSpan, torch.Tensor] = {}
+    for index, blocks in held.items():
+        packed = {block.box: block.tensor for block in blocks if is_packed(block.tensor)}
+        for piece, box in strided_pieces_within(pieces[index], packed).items():
+            tensors[piece] = sub_tensor(packed[box], piece.box, box)
+    own = {index: [piece for piece in pieces[index] if piece in tensors] for index in held}
 
-    def __init__(self, variable: InFile, pieces: list[PieceSpan], checksums: np.ndarray, report: ReadReport) -> None:
-        self.itemsize = variable.itemsize
-        self._variable = variable
-        self._pieces = pieces
-        self._checksums = checksums
-        self._report = report
-        self._next = 0
-        self._open: list[_OpenPiece] = []
+    def opened(piece: PieceSpan, variable: InFile) -> PieceTaken:
+        return PieceTaken(piece, variable, tensors[piece])
 
-    def feed(self, span: Span, data: memoryview) -> None:
-        """Take the bytes of a span; compare the pieces that end in it."""
-        while self._next < len(self._pieces) and self._pieces[self._next].span.start < span.stop:
-            if self._pieces[self._next].span.stop > span.start:
-                self._open.append(_OpenPiece(self._pieces[self._next]))
-            self._next += 1
-        for piece in self._open:
-            piece.feed(span, data, self._variable)
-        for piece in self._open:
-            if piece.ends_by(span.stop) and piece.is_whole(self.itemsize):
-                self._compare(piece)
-        self._open = [piece for piece in self._open if not piece.ends_by(span.stop)]
-
-    def _compare(self, piece: _OpenPiece) -> None:
-        expected = int(self._checksums[piece.checksum])
-        require_checksum(self._variable.key, piece.box, piece.fed, expected, piece.hasher.intdigest())
-        self._report.bytes_verified += piece.fed
-
-
-class _OpenPiece:
-    """A piece of which some bytes were seen."""
-
-    def __init__(self, piece: PieceSpan) -> None:
-        self.box, self.checksum = piece.box, piece.checksum
-        self.hasher: Any = Hasher()
-        self.fed = 0
-        self._span = piece.span
-        self._contiguous = piece.span.stop - piece.span.start == piece.box.numel
-
-    def ends_by(self, stop: int) -> bool:
-        return self._span.stop <= stop
-
-    def is_whole(self, itemsize: int) -> bool:
-        return self.fed == self.box.numel * itemsize
-
-    def feed(self, span: Span, data: memoryview, variable: InFile) -> None:
-        if self._contiguous:
-            start, stop = max(span.start, self._span.start), min(span.stop, self._span.stop)
-            self._update(data[(start - span.start) * variable.itemsize : (stop - span.start) * variable.itemsize])
-            return
-        for box in flat_boxes(Box.whole(variable.shape), span.start, span.stop):
-            common = box.intersect(self.box)
-            if common is not None:
-                start = (first_element(box, variable.shape) - span.start) * variable.itemsize
-                array = np.ndarray(box.shape, f"V{variable.itemsize}", data, start)
-                within = common.relative_to(box)
-                self._update(np.ascontiguousarray(array[_slices(within)]).reshape(-1).view(np.uint8).data)
-
-    def _update(self, data: memoryview) -> None:
-        self.hasher.update(data)
-        self.fed += len(data)
+    return PieceVerifier(variables, own, checksums, ReadReport(), opened)

@@ -214,12 +214,17 @@ def test_without_shared_memory_everything_goes_by_messages(
 
 
 @pytest.mark.parametrize("name", EVEN)
-def test_damage_is_one_error_on_all_ranks(split: Any, mpi_dir: Path, sources: list[Source], name: str) -> None:
+@pytest.mark.parametrize(
+    ("saved_as", "keys"), [(rows, ("x1_4", "x2_16", "x3_1", "x4_4")), (columns, ("x1_1", "x1_16", "x2_4"))]
+)
+def test_damage_is_one_error_on_all_ranks(
+    split: Any, mpi_dir: Path, sources: list[Source], name: str, saved_as: Layout, keys: Sequence[str]
+) -> None:
     comm = split(name)
-    path = Program(comm, [rows] * len(LAYOUTS), blank=False).checkpoint.write(mpi_dir / "x", options=FAST)
+    path = Program(comm, [saved_as] * len(LAYOUTS), blank=False).checkpoint.write(mpi_dir / "x", options=FAST)
     Program(comm, LAYOUTS, blank=True).checkpoint.read(path)
     offsets = {variable.key: sources[0].in_file(i).offset for i, variable in enumerate(sources[0].manifest.variables)}
-    for key in ("x1_4", "x2_16", "x3_1", "x4_4"):
+    for key in keys:
         for quarter in range(4):
             place = offsets[key] + quarter * FULL.numel() * int(key.partition("_")[2]) // 4
             flip(comm, path, place)
@@ -264,8 +269,8 @@ FAULTS = [
     (wants._Found, "of", 1),
     (wants, "Distinct", 1),
     (across, "variables_that_meet", 1),
-    (taking.Own, "boxes", 1),
-    (across, "join_boxes", 1),
+    (taking.Own, "wishes", 1),
+    (across, "join_wishes", 1),
     (wants._Digested, "of", 2),
     (across, "_Wants", 1),
     (taking, "plan_rounds", 1),

@@ -10,7 +10,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distckpt.layout import box as box_module
-from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, cut, cut_count, flat_boxes, piece_count, pieces, runs
+from distckpt.layout.box import (
+    MAX_PIECE_NBYTES,
+    Box,
+    Shape,
+    cut,
+    cut_count,
+    elements_before,
+    flat_boxes,
+    piece_count,
+    pieces,
+    row_major_strides,
+    runs,
+)
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 solid_shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
@@ -50,6 +62,18 @@ def flat(shape: Shape, box: Box) -> np.ndarray:
     """Row-major indices of the elements of a box, in its own row-major order."""
     indices = np.arange(math.prod(shape)).reshape(shape)
     return indices[tuple(slice(start, start + extent) for start, extent in zip(*box, strict=True))].ravel()
+
+
+@given(shape_and_solid_box())
+def test_elements_before_a_position(case: tuple[Shape, Box]) -> None:
+    shape, box = case
+    found = [elements_before(box, shape, position) for position in range(math.prod(shape) + 1)]
+    assert found == np.searchsorted(flat(shape, box), np.arange(math.prod(shape) + 1)).tolist()
+
+
+@given(solid_shapes)
+def test_row_major_strides(shape: Shape) -> None:
+    assert row_major_strides(shape) == tuple(stride // 8 for stride in np.empty(shape, np.int64).strides)
 
 
 @given(shape_and_boxes(2))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,17 +23,19 @@ from distckpt.layout.exchange import (
     InFile,
     Range,
     Span,
+    Unit,
     bands,
     filled_bands,
     hull,
     hulls_that_meet,
     is_worth_exchanging,
     piece_spans,
+    strided_pieces_within,
 )
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.records import Shard, Variable
 from distckpt.layout.rounds import Party, Wanted, plan_rounds
-from distckpt.storage.units import Held, UnitReader, shared_parts, transfers
+from distckpt.storage.units import Held, UnitReader, shared_parts, taken_verifier, transfers
 
 ITEMSIZE = 4
 
@@ -199,13 +203,16 @@ class Exchange:
         self.checksums = np.zeros(index.total, np.uint64)
         for i, value in enumerate(self.values):
             for piece in self.pieces[i]:
-                part = value[tuple(slice(a, a + n) for a, n in zip(*piece.box, strict=True))]
-                self.checksums[piece.checksum] = xxhash.xxh3_64_intdigest(part.contiguous().numpy())
+                part = part_of(value, piece.box).contiguous()
+                self.checksums[piece.checksum] = xxhash.xxh3_64_intdigest(part.numpy())
 
-    def read(self, unit_nbytes: int, size: int = 2) -> tuple[list[torch.Tensor], list[UnitReader]]:
+    def rounds(self, unit_nbytes: int, size: int = 2) -> list[list[Unit]]:
         moved = {i: bands([piece.span for piece in pieces]) for i, pieces in self.pieces.items()}
         wanted = {i: Wanted([Box.whole(v.shape)], v.shape) for i, v in enumerate(self.variables)}
-        rounds = plan_rounds(self.files, moved, [Party(wanted, range(size))], size, unit_nbytes)
+        return plan_rounds(self.files, moved, [Party(wanted, range(size))], size, unit_nbytes)
+
+    def read(self, unit_nbytes: int, size: int = 2) -> tuple[list[torch.Tensor], list[UnitReader]]:
+        rounds = self.rounds(unit_nbytes, size)
         live = [torch.full_like(value, -1) for value in self.values]
         held = {i: [Held(Box.whole(v.shape), live[i])] for i, v in enumerate(self.variables)}
         fd = os.open(self.path, os.O_RDONLY)
@@ -220,6 +227,35 @@ class Exchange:
         finally:
             os.close(fd)
         return live, readers
+
+    def take_shards(self, unit_nbytes: int) -> int:
+        """Read into packed tensors, one for each shard; gives the number of bytes that were verified there."""
+        held = {
+            i: [
+                Held(Box(*place), torch.full(place[1], -1, dtype=torch.int32))
+                for _, *place in map(msgspec.structs.astuple, v.shards)
+            ]
+            for i, v in enumerate(self.variables)
+        }
+        verifier = taken_verifier(self.files, self.pieces, held, self.checksums)
+        memory = memoryview(bytearray(unit_nbytes))
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            reader = UnitReader(fd, self.files, {}, self.checksums)
+            for mover, unit in itertools.chain(*map(enumerate, self.rounds(unit_nbytes))):
+                reader.read(unit, memory)
+                for there, here in shared_parts(cells_of(unit, self.files), memory, held):
+                    here.copy_(there)
+                verifier.feed(unit, memory, mover)
+        finally:
+            os.close(fd)
+        for index, blocks in held.items():
+            assert all(torch.equal(block.tensor, part_of(self.values[index], block.box)) for block in blocks)
+        return verifier.report.bytes_verified
+
+
+def part_of(value: torch.Tensor, box: Box) -> torch.Tensor:
+    return value[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))]
 
 
 @pytest.fixture
@@ -257,6 +293,34 @@ def test_a_damaged_byte_is_found_in_every_variable(exchange: Exchange, unit_nbyt
         CorruptCheckpointError, match=rf"^{exchange.variables[damaged].key}: the \d+ bytes of the piece"
     ):
         exchange.read(unit_nbytes)
+
+
+@pytest.mark.parametrize("unit_nbytes", [8, 60, 100, 4096])
+def test_pieces_between_others_are_verified_where_they_are_taken(exchange: Exchange, unit_nbytes: int) -> None:
+    # Those of rows are one range of the file each: who reads them verifies them.
+    assert exchange.take_shards(unit_nbytes) == exchange.values[1].nbytes + exchange.values[2].nbytes
+
+
+@pytest.mark.parametrize("unit_nbytes", [8, 100, 4096])
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_byte_is_found_where_it_is_taken(exchange: Exchange, unit_nbytes: int, damaged: int) -> None:
+    data = bytearray(exchange.path.read_bytes())
+    data[exchange.offsets[damaged] + 5] ^= 1
+    exchange.path.write_bytes(data)
+    key = exchange.variables[damaged].key
+    with pytest.raises(CorruptCheckpointError, match=rf"^{key}: the \d+ bytes of the piece .* at \(0, 0"):
+        exchange.take_shards(unit_nbytes)
+
+
+def test_pieces_within_boxes_as_wide_as_they(exchange: Exchange) -> None:
+    by_columns = exchange.pieces[1]
+    tall, wide = Box((0, 4), (8, 4)), Box((0, 0), (8, 12))
+    within = {piece: tall for piece in by_columns if piece.box.offset[1] == 4}
+    assert len(within) == 2
+    assert strided_pieces_within(by_columns, [tall, wide]) == within
+    lower = Box((4, 4), (4, 4))
+    assert list(strided_pieces_within(by_columns, [lower])) == [max(within)]
+    assert strided_pieces_within(exchange.pieces[0], rows((8, 12), 4)) == {}
 
 
 def test_a_truncated_file(exchange: Exchange) -> None:
