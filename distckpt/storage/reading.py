@@ -198,7 +198,7 @@ class _Filler:
     def __init__(self, fd: int, report: ReadReport) -> None:
         self._fd = fd
         self._report = report
-        self._scratch: np.ndarray | None = None
+        self._scratch: torch.Tensor | None = None
 
     def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> None:
         """Fill `data` with the bytes of `box`, feeding them to `hasher` unless it is None."""
@@ -256,8 +256,8 @@ class _Filler:
 
     def _scratch_of(self, nbytes: int) -> memoryview:
         if self._scratch is None or self._scratch.nbytes < nbytes:
-            self._scratch = np.empty(max(nbytes, STEP_NBYTES), np.uint8)
-        return self._scratch.data[:nbytes]
+            self._scratch = torch.empty(max(nbytes, STEP_NBYTES), dtype=torch.uint8)  # aligned, see `shared_memory`
+        return bytes_of(self._scratch)[:nbytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import mmap
 import pickle
 import signal
 import subprocess
@@ -147,6 +148,15 @@ def _hold_and_fail(references: list[weakref.ref[Held]]) -> None:
     ours = Held()
     references.append(weakref.ref(ours))
     raise OSError("disk")
+
+
+def test_memory_of_a_lone_rank_begins_at_a_page(alone: Coordinator) -> None:
+    # Elsewhere copies out of the page cache into it can take several times as long.
+    memory = alone.shared_memory(1 << 20)
+    assert memory is not None
+    (part,) = memory.parts
+    assert np.frombuffer(part, np.uint8).ctypes.data % mmap.PAGESIZE == 0
+    assert len(part) == 1 << 20
 
 
 def test_step_frees_what_the_body_held_before_agreeing(alone: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
