@@ -23,6 +23,7 @@ from distckpt.layout.exchange import InFile, PieceSpan, piece_spans
 from distckpt.layout.plan import ReadPlanner
 from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
+from distckpt.storage.checksum import ChecksumReader, StoredChecksums
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.paths import resolve
 from distckpt.storage.piece_checks import PieceVerifier
@@ -41,13 +42,12 @@ class Found(msgspec.Struct, frozen=True):
     file_nbytes: int
     manifest: bytes
     offsets: bytes
-    checksums: bytes | None
+    checksums: StoredChecksums | None
 
     @classmethod
     def of(cls, opened: Opened) -> Found:
         """What rank 0 sends. Rank 0 only."""
-        checksums = None if opened.checksums is None else opened.checksums.tobytes()
-        return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), checksums)
+        return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), opened.checksums)
 
     def on_this_rank(self) -> Opened:
         """The same, for a rank that trusts rank 0."""
@@ -58,7 +58,7 @@ class Found(msgspec.Struct, frozen=True):
             manifest_bytes=self.manifest,
             offsets=np.frombuffer(self.offsets, np.int64),
             index=index_checksums(manifest.variables),
-            checksums=None if self.checksums is None else np.frombuffer(self.checksums, np.uint64),
+            checksums=self.checksums,
             file_nbytes=self.file_nbytes,
         )
 
@@ -80,7 +80,7 @@ class Source:
         self.bytes_read = 0
         self.bytes_verified = 0
         self._offsets: list[int] = opened.offsets.tolist()
-        self._checksums = opened.checksums
+        self._checksums = None if opened.checksums is None else ChecksumReader(fd, opened.checksums)
         self._firsts = opened.index.firsts
         self._planner = ReadPlanner(manifest.variables, opened.index)
         self._index = {variable.key: index for index, variable in enumerate(manifest.variables)}
@@ -129,7 +129,7 @@ class Source:
         variable = self.manifest.variables[read.variable]
         offset, checksums = self._offsets[read.variable], self._checksums
         for box, checksum in self._planner.items(read.variable, block.box):
-            expected = int(checksums[checksum]) if checksums is not None and checksum >= 0 else None
+            expected = checksums[checksum] if checksums is not None and checksum >= 0 else None
             part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
 
@@ -184,7 +184,7 @@ class Source:
             return False
         whole = Box.whole(a.shape)
         pieces = [[item.checksum for item in self._planner.items(i, whole)] for i in (first, second)]
-        return bool((self._checksums[pieces[0]] == self._checksums[pieces[1]]).all())
+        return all(self._checksums[one] == self._checksums[two] for one, two in zip(*pieces, strict=True))
 
     def is_at_path(self) -> bool:
         """Whether the path still names this file: it may have been deleted or replaced."""

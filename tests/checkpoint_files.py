@@ -25,6 +25,7 @@ from distckpt.layout.records import (
 )
 from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
+from distckpt.storage.checksum import ChecksumReader
 from distckpt.storage.reading import ReadReport, read, read_through_hdf5
 from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
@@ -118,14 +119,15 @@ def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True,
     return skeleton
 
 
-def read_jobs(opened: hdf5.Opened, targets: Tensors) -> list[ReadJob]:
+def read_jobs(opened: hdf5.Opened, fd: int, targets: Tensors) -> list[ReadJob]:
     """Jobs that read whole variables."""
     jobs = []
+    checksums = None if opened.checksums is None else ChecksumReader(fd, opened.checksums)
     variables = opened.manifest.variables
     planner = ReadPlanner(variables, opened.index)
     for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):
         for item in planner.items(number, Box.whole(variable.shape)):
-            expected = None if opened.checksums is None else int(opened.checksums[item.checksum])
+            expected = None if checksums is None else checksums[item.checksum]
             target = part(targets[variable.key], item.box)
             jobs.append(ReadJob(variable.key, offset, variable.shape, item.box, target, expected))
     return jobs
@@ -134,10 +136,10 @@ def read_jobs(opened: hdf5.Opened, targets: Tensors) -> list[ReadJob]:
 def load(path: Path, targets: Tensors, *, verify: bool = True) -> ReadReport:
     """Read a checkpoint into tensors of the saved shapes and dtypes."""
     opened = hdf5.open_checkpoint(str(path))
-    jobs = read_jobs(opened, targets)
     report = ReadReport()
     fd = os.open(path, os.O_RDONLY)
     try:
+        jobs = read_jobs(opened, fd, targets)
         for done in (
             read(fd, [job for job in jobs if job.dataset_offset >= 0], verify=verify),
             read_through_hdf5(str(path), [job for job in jobs if job.dataset_offset < 0], verify=verify),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol, SupportsInt
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -13,6 +15,9 @@ from distckpt.storage import rawio
 
 #: Bytes per checksum in the file.
 CHECKSUM_NBYTES = 8
+
+#: That many are read at once.
+_BLOCK = 4096
 
 
 def require_checksum(key: str, box: Box, nbytes: int, expected: int, got: int) -> None:
@@ -37,6 +42,62 @@ def require_checksum(key: str, box: Box, nbytes: int, expected: int, got: int) -
 
 digest = xxhash.xxh3_64_intdigest
 Hasher = xxhash.xxh3_64
+
+
+class StoredChecksums(msgspec.Struct, frozen=True):
+    """Where the checksums of a file are.
+
+    Attributes:
+        total: Their number.
+        offset: Position of the first one in the file, in bytes.
+        values: All of them as uint64, where they are not one range of bytes: another program has written the file anew.
+    """
+
+    total: int
+    offset: int
+    values: bytes | None = None
+
+
+class Checksums(Protocol):
+    """Gives the checksum of a piece by its index."""
+
+    def __getitem__(self, index: int, /) -> SupportsInt:
+        """It."""
+
+
+class ChecksumReader:
+    """The checksums of a file, read as they are asked for: a rank needs few of those that thousands have written.
+
+    Args:
+        fd: Descriptor of the file.
+        stored: Where they are.
+    """
+
+    def __init__(self, fd: int, stored: StoredChecksums) -> None:
+        self._fd = fd
+        self._stored = stored
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, index: int) -> int:
+        """The checksum of a piece.
+
+        Raises:
+            CorruptCheckpointError: The file is too short.
+        """
+        number, place = divmod(index, _BLOCK)
+        block = self._blocks.get(number)
+        if block is None:
+            block = self._blocks[number] = self._read(number * _BLOCK)
+        return int(block[place])
+
+    def _read(self, start: int) -> np.ndarray:
+        stored = self._stored
+        count = min(_BLOCK, stored.total - start)
+        if stored.values is not None:
+            return np.frombuffer(stored.values, np.uint64, count, CHECKSUM_NBYTES * start)
+        block = bytearray(CHECKSUM_NBYTES * count)
+        rawio.read_into(self._fd, memoryview(block), stored.offset + CHECKSUM_NBYTES * start)
+        return np.frombuffer(block, np.uint64)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.layout.checksum_index import ChecksumIndex, index_checksums
 from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
 from distckpt.storage import manifest as manifests
+from distckpt.storage.checksum import CHECKSUM_NBYTES, StoredChecksums
 from distckpt.storage.hdf5_types import hdf5_type, itemsize
 from distckpt.storage.paths import resolve
 
@@ -53,8 +54,8 @@ class Opened:
         manifest_bytes: The same encoded, for the other ranks (`manifest.decode`).
         offsets: int64, position of each variable in the file in bytes; -1: no elements, or to be read through HDF5.
         index: Where the checksum of each piece is.
-        checksums: uint64 per piece, in the order of `index`; None when the file has none, or of an algorithm unknown
-            here.
+        checksums: Where they are, one per piece in the order of `index`; None when the file has none, or of an
+            algorithm unknown here.
         file_nbytes: Length of the file in bytes.
     """
 
@@ -63,7 +64,7 @@ class Opened:
     manifest_bytes: bytes
     offsets: np.ndarray
     index: ChecksumIndex
-    checksums: np.ndarray | None
+    checksums: StoredChecksums | None
     file_nbytes: int
 
 
@@ -127,42 +128,60 @@ def _check(path: str, file: Any, file_nbytes: int) -> Opened:
         manifest_bytes=manifest_bytes,
         offsets=offsets,
         index=index,
-        checksums=_read_checksums(file, manifest, index.total, file_nbytes),
+        checksums=_find_checksums(file, manifest, index.total, file_nbytes),
         file_nbytes=file_nbytes,
     )
 
 
 def _read_manifest(file: Any, file_nbytes: int) -> bytes:
     try:
-        data = _read_vector(file, MANIFEST, "uint8", file_nbytes)
+        data = _read_vector(_open_vector(file, MANIFEST, "uint8", file_nbytes), "uint8")
     except KeyError as error:
         raise CorruptCheckpointError("no manifest: this is an HDF5 file, but no checkpoint of distckpt") from error
     return data.tobytes().rstrip(b" ")
 
 
-def _read_checksums(file: Any, manifest: Manifest, expected: int, file_nbytes: int) -> np.ndarray | None:
+def _find_checksums(file: Any, manifest: Manifest, expected: int, file_nbytes: int) -> StoredChecksums | None:
     if manifest.checksums is None:
         return None
     if manifest.checksums != CHECKSUM_ALGORITHM:
         logger.warning("checksums of algorithm %r cannot be verified", manifest.checksums)
         return None
     try:
-        checksums = _read_vector(file, CHECKSUMS, "uint64", file_nbytes)
+        dataset = _open_vector(file, CHECKSUMS, "uint64", file_nbytes)
     except KeyError as error:
         raise CorruptCheckpointError("its checksums are missing") from error
-    if len(checksums) != expected:
-        raise CorruptCheckpointError(f"expected {expected} checksums. Got {len(checksums)}.")
-    return checksums
+    (total,) = dataset.shape
+    if total != expected:
+        raise CorruptCheckpointError(f"expected {expected} checksums. Got {total}.")
+    offset = _offset_of(dataset)
+    if offset < 0:
+        return StoredChecksums(total, offset, _read_vector(dataset, "uint64").tobytes())
+    if offset + total * CHECKSUM_NBYTES > file_nbytes:
+        raise CorruptCheckpointError(f"its checksums are not inside the file of {file_nbytes} bytes")
+    return StoredChecksums(total, offset)
 
 
-def _read_vector(file: Any, name: str, dtype: str, file_nbytes: int) -> np.ndarray:
-    """Read a whole one-dimensional dataset."""
-    from h5py import h5d, h5s
+def _open_vector(file: Any, name: str, dtype: str, file_nbytes: int) -> Any:
+    """Open a one-dimensional dataset.
+
+    Raises:
+        KeyError: There is none.
+        CorruptCheckpointError: It is another one, or its bytes are not in this file.
+    """
+    from h5py import h5d
 
     dataset = h5d.open(file, name.encode())
     if len(dataset.shape) != 1 or not dataset.get_type().equal(hdf5_type(dtype)):
         raise CorruptCheckpointError(f"{name} is not a vector of {dtype}")
     _check_storage(file, dataset, name, dataset.shape[0] * itemsize(dtype), file_nbytes)
+    return dataset
+
+
+def _read_vector(dataset: Any, dtype: str) -> np.ndarray:
+    """Read all of a one-dimensional dataset."""
+    from h5py import h5s
+
     data = np.empty(dataset.shape, dtype)
     if data.size:
         dataset.read(h5s.ALL, h5s.ALL, data, hdf5_type(dtype))
@@ -218,6 +237,13 @@ def _position(file: Any, variable: Variable, file_nbytes: int) -> int:
             f"{dataset.shape} of {dataset.dtype}."
         )
     _check_storage(file, dataset, key, manifests.nbytes_of(variable), file_nbytes)
-    if dataset.get_create_plist().get_layout() != h5d.CONTIGUOUS:
-        return -1
-    return int(dataset.get_offset())
+    return _offset_of(dataset)
+
+
+def _offset_of(dataset: Any) -> int:
+    """Position of a dataset's bytes in the file; -1 when they are not one range."""
+    from h5py import h5d
+
+    contiguous = dataset.get_create_plist().get_layout() == h5d.CONTIGUOUS
+    offset = dataset.get_offset() if contiguous else None
+    return -1 if offset is None else int(offset)

@@ -16,7 +16,7 @@ import torch
 
 from distckpt.layout.box import Box, elements_before, first_element, flat_boxes
 from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit
-from distckpt.storage.checksum import Hasher, require_checksum
+from distckpt.storage.checksum import Checksums, Hasher, require_checksum
 from distckpt.storage.reading import ReadReport
 from distckpt.tensor_bytes import bytes_of
 
@@ -41,7 +41,7 @@ class PieceVerifier:
         self,
         variables: Mapping[int, InFile],
         pieces: Mapping[int, Sequence[PieceSpan]],
-        checksums: np.ndarray | None,
+        checksums: Checksums | None,
         report: ReadReport,
         opened: Callable[[PieceSpan, InFile], OpenPiece],
     ) -> None:

@@ -16,6 +16,7 @@ from distckpt.layout.box import Box, first_element, row_major_strides
 from distckpt.layout.exchange import InFile, PieceSpan, Unit, strided_pieces_within
 from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
+from distckpt.storage.checksum import Checksums
 from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
 from distckpt.storage.reading import ReadReport
 from distckpt.storage.transfer import is_packed, sub_tensor
@@ -131,7 +132,7 @@ class UnitReader:
         fd: int,
         variables: Mapping[int, InFile],
         pieces: Mapping[int, list[PieceSpan]],
-        checksums: np.ndarray | None,
+        checksums: Checksums | None,
     ) -> None:
         self.report = ReadReport()
         self._fd = fd
@@ -157,7 +158,7 @@ def taken_verifier(
     variables: Mapping[int, InFile],
     pieces: Mapping[int, Sequence[PieceSpan]],
     held: Mapping[int, Sequence[Held]],
-    checksums: np.ndarray | None,
+    checksums: Checksums | None,
 ) -> PieceVerifier:
     """What verifies the pieces that a rank has whole in one of its packed tensors, as it takes them from units.
 

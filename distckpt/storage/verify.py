@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
 from distckpt.layout.plan import ReadPlanner
+from distckpt.storage.checksum import ChecksumReader
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.transfer import Progress, ReadJob
@@ -37,13 +37,13 @@ def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = Non
         return [f"{opened.path}: the file has no checksums that could be verified"]
     fd = os.open(opened.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        jobs = _piece_jobs(opened, opened.checksums)
+        jobs = _piece_jobs(opened, ChecksumReader(fd, opened.checksums))
         return [problem for job in jobs if (problem := _check(fd, opened.path, job, progress))]
     finally:
         os.close(fd)
 
 
-def _piece_jobs(opened: Opened, checksums: np.ndarray) -> Iterator[ReadJob]:
+def _piece_jobs(opened: Opened, checksums: ChecksumReader) -> Iterator[ReadJob]:
     """One job per piece, all with the same memory."""
     memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8)
     variables = opened.manifest.variables
@@ -52,8 +52,7 @@ def _piece_jobs(opened: Opened, checksums: np.ndarray) -> Iterator[ReadJob]:
         dtype = getattr(torch, variable.dtype)
         for item in planner.items(number, Box.whole(variable.shape)):
             tensor = memory[: item.box.numel * dtype.itemsize].view(dtype).view(item.box.shape)
-            expected = int(checksums[item.checksum])
-            yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, expected)
+            yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, checksums[item.checksum])
 
 
 def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str | None:

@@ -34,7 +34,7 @@ from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, l
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import taking
-from distckpt.storage import creation, hdf5, manifest, mpio, rawio, state, units
+from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
 
@@ -382,6 +382,7 @@ RESTORE_FAULTS = [
     Fault("read", taking, "shared_parts", EVERY),
     Fault("read", distckpt.source, "read_jobs", EVERY),
     Fault("read", rawio, "read_vector", EVERY),
+    Fault("read", checksum.ChecksumReader, "_read", EVERY),
     Fault("assign", Meter, "load_state_dict", EVERY),
     Fault("assign", distckpt.restoration.Restoration, "settle", EVERY),
     Fault("report", distckpt.restorer, "warn", ROOT),

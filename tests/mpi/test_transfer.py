@@ -154,7 +154,7 @@ def test_another_number_of_ranks_reads(comm: Any, mpi_dir: Path, subcomm: Any, a
         if part_comm is not None and opened is not None:
             restored = twins(tensors())
             fd = rawio.open_shared(save.path, opened.file_nbytes)
-            mine = [job for job in read_jobs(opened, restored) if hash(job.box) % size == part_comm.rank]
+            mine = [job for job in read_jobs(opened, fd, restored) if hash(job.box) % size == part_comm.rank]
             report = read(fd, mine, verify=True)
             os.close(fd)
             agreed = all(torch.equal(bits_of(job.tensor), bits_of(expected(job))) for job in mine)
@@ -275,7 +275,7 @@ def test_strided_tensors(comm: Any, mpi_dir: Path, agree: Callable[..., None]) -
     opened = hdf5.open_checkpoint(save.path)
     restored = {key: torch.zeros(tensor.shape) for key, tensor in values.items()}
     fd = os.open(save.path, os.O_RDONLY)
-    read(fd, read_jobs(opened, restored), verify=True)
+    read(fd, read_jobs(opened, fd, restored), verify=True)
     os.close(fd)
     agree(all(same_bits(restored[key], tensor.contiguous()) for key, tensor in values.items()))
 

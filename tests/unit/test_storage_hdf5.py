@@ -21,6 +21,7 @@ from distckpt.layout.dtypes import is_known
 from distckpt.layout.records import Shard
 from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
+from distckpt.storage.checksum import StoredChecksums
 from distckpt.storage.creation import DatasetSpec
 from distckpt.storage.hdf5_types import hdf5_type
 from distckpt.storage.verify import verify_file
@@ -342,7 +343,7 @@ def test_open_finds_everything(tmp_path: Path) -> None:
     assert np.array_equal(opened.offsets, skeleton.offsets)
     assert opened.file_nbytes == path.stat().st_size
     assert opened.checksums is not None
-    assert len(opened.checksums) == skeleton.n_checksums
+    assert opened.checksums == StoredChecksums(skeleton.n_checksums, skeleton.checksums_offset)
     assert verify_file(path) == []
 
 

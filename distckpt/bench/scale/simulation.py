@@ -26,6 +26,7 @@ from distckpt.options import SaveOptions
 from distckpt.request import Request
 from distckpt.source import Found
 from distckpt.storage import manifest as manifests
+from distckpt.storage.checksum import StoredChecksums
 from distckpt.storage.hdf5 import Opened
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
 
@@ -170,7 +171,7 @@ def open_manifest(encoded: bytes) -> Opened:
     if problems:
         raise ValueError(f"expected a manifest that fits its file. Got {problems[:3]}.")
     index = index_checksums(manifest.variables)
-    checksums = np.zeros(index.total, np.uint64)
+    checksums = StoredChecksums(index.total, manifest.file_nbytes)
     return Opened(_PATH, manifest, encoded, offsets, index, checksums, manifest.file_nbytes)
 
 
