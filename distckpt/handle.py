@@ -46,11 +46,14 @@ class SaveHandle:
             Path of the file.
 
         Raises:
+            ValueError: `timeout` is no number of seconds.
             TimeoutError: The time is over. The save goes on, and `result` may be called again.
             CollectiveError: The save failed on some rank; the same on all ranks. The previous checkpoint stays the
                 latest.
             RankTimeoutError: The call is collective, and some ranks did not come.
         """
+        if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
+            raise ValueError(f"timeout: expected seconds >= 0, or None for no limit. Got {timeout!r}.")
         if not self._flight.wait(timeout):
             raise TimeoutError(f"{self.path}: not saved after {timeout:g} s. The save goes on; call result() again.")
         return self._flight.outcome()

@@ -180,6 +180,14 @@ def test_infinite_patience(tmp_path: Path) -> None:
     assert handle.result(float("inf")) == handle.path
 
 
+@pytest.mark.parametrize("timeout", ["5", -1, float("nan"), [1]])
+def test_a_timeout_is_seconds(tmp_path: Path, timeout: Any) -> None:
+    handle = checkpoint_of(1).save_async(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match=r"timeout: expected seconds >= 0, or None for no limit. Got"):
+        handle.result(timeout)
+    assert handle.result(PATIENCE) == handle.path
+
+
 def test_mpio_is_refused(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(1)
     with pytest.raises(LayoutError, match=r"save_async: expected transport 'auto' or 'posix'.*Got 'mpio'"):
