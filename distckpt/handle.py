@@ -52,8 +52,7 @@ class SaveHandle:
                 latest.
             RankTimeoutError: The call is collective, and some ranks did not come.
         """
-        if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
-            raise ValueError(f"timeout: expected seconds >= 0, or None for no limit. Got {timeout!r}.")
+        _require_seconds(timeout)
         if not self._flight.wait(timeout):
             raise TimeoutError(f"{self.path}: not saved after {timeout:g} s. The save goes on; call result() again.")
         return self._flight.outcome()
@@ -68,3 +67,8 @@ class SaveHandle:
         Without `SaveOptions(overlap=True)` that is so when `save_async` returns.
         """
         self._flight.stage()
+
+
+def _require_seconds(timeout: object) -> None:
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout >= 0):
+        raise ValueError(f"timeout: expected seconds >= 0, or None for no limit. Got {timeout!r}.")
