@@ -252,12 +252,13 @@ class _Builder:
         parameter, like = parameter_of(new.parameter), self.own_value(new.parameter)
         follows = self.cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
-        if name == "step" and variable.shape == () and id(parameter) not in self.steps_on_device(new.optimizer):
-            tensor, target = new_plain((), stored)
+        on_cpu = name == "step" and variable.shape == () and id(parameter) not in self.steps_on_device(new.optimizer)
+        if on_cpu or variable.numpy:
+            tensor, target = new_plain(variable.shape, stored)
         else:
             tensor, target = new_like(parameter, like, variable.shape, dtype)
-        self.result.reads.append(TensorRead(key, index, target, None if dtype == stored else stored))
-        return tensor
+        self.result.reads.append(TensorRead(key, index, target, None if target.tensor.dtype == stored else stored))
+        return tensor.numpy() if variable.numpy else tensor
 
     def steps_on_device(self, optimizer: LiveNode) -> frozenset[int]:
         """See `adapters.optimizer.steps_on_device`; asked once per optimizer."""

@@ -344,6 +344,8 @@ _STATES: list[Any] = [
     },
     {"same": [torch.ones(1)] * 2, "empty": {}, "half": torch.ones(2, dtype=torch.bfloat16)},
     [torch.ones(1), 2],
+    torch.arange(3.0),
+    np.arange(4),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -608,6 +609,22 @@ def test_python_slots(path: str) -> None:
         Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
         assert equal(slots(twin, twin_optimizer), slots(model, optimizer))
         twin_optimizer.state[twin.a]["count"] = -1
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_slots_of_numpy_arrays(fresh: bool, path: str) -> None:
+    def make(value: float) -> tuple[_Model, Optimizer]:
+        model = _Model(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.state[model.a] = {"bare": np.full(3, value), "inside": [np.full((4, 2), value), 1]}
+        return model, optimizer
+
+    (model, optimizer), (twin, twin_optimizer) = make(5.0), make(6.0)
+    assert repr(twin_optimizer.state[twin.a]) != repr(optimizer.state[model.a])
+    if fresh:
+        twin_optimizer.state.clear()
+    Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert repr(twin_optimizer.state[twin.a]) == repr(optimizer.state[model.a])
 
 
 def test_a_slot_whose_kind_changed(path: str) -> None:

@@ -23,6 +23,9 @@ from distckpt.layout.keys import edge_name, escape
 
 _STATE = ".state"
 
+#: Name of the value of a structure that is nothing but a tensor or an array.
+_BARE = ".bare"
+
 
 @dataclass(slots=True)
 class _Flattening:
@@ -52,7 +55,7 @@ class _Flattening:
         return value
 
     def _reference(self, value: torch.Tensor | np.ndarray, path: str) -> TensorRef:
-        name = path.lstrip("/")
+        name = path.lstrip("/") or _BARE
         try:
             found = array_value(value, name) if isinstance(value, np.ndarray) else tensor_value(value, name)
         except UnsaveableError as error:
@@ -101,7 +104,7 @@ class StatefulAdapter(Adapter):
     def parts(self, obj: Any, rank: int) -> Iterable[Part]:
         """The flattened `state_dict()`; nothing when it is empty, as that of a disabled gradient scaler."""
         state = obj.state_dict()
-        return flatten(state, "", _STATE) if state else ()
+        return flatten(state, "", _STATE) if isinstance(state, torch.Tensor | np.ndarray) or state else ()
 
     def restore(self, obj: Any, saved: Mapping[str, object]) -> None:
         """Rebuild the state and load it."""
