@@ -31,7 +31,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         raised_as: Name of the error that all ranks raise as it is; empty for any other exception.
         type_name: Name of its type.
-        text: Its message, cut at `TEXT_LIMIT`.
+        text: Its message and notes, cut at `TEXT_LIMIT`.
     """
 
     raised_as: str
@@ -93,7 +93,8 @@ def clear_frames(error: BaseException | None) -> None:
 
 def _message(error: BaseException) -> str:
     try:
-        return str(error)
+        notes = (f"({note})" for note in getattr(error, "__notes__", ()))
+        return " ".join(filter(None, (str(error), *notes)))
     except Exception:  # whatever a foreign exception's __str__ does, its rank must come to the agreement
         return "(its message cannot be shown)"
 

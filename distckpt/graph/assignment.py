@@ -92,7 +92,11 @@ class Assignment:
     def apply(self) -> None:
         """Put back what is not read in place; the last step of a restore."""
         for restore in self.nodes:
-            restore.node.adapter.restore(restore.node.obj, restore.values)
+            try:
+                restore.node.adapter.restore(restore.node.obj, restore.values)
+            except Exception as error:  # of the user's own methods
+                error.add_note(f"while {restore.node.key or 'the root'} was given its saved state")
+                raise
         for slots in self.slots:
             optimizer, parameter = slots.new.optimizer.obj, parameter_of(slots.new.parameter)
             assert isinstance(optimizer, torch.optim.Optimizer)

@@ -123,6 +123,9 @@ def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
     except UnsaveableError as error:
         node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")
+    except Exception as error:  # of the user's own methods
+        error.add_note(f"while {node.key or 'the root'} was asked for its state")
+        raise
 
 
 def _add_value(node: LiveNode, value: Value) -> None:

@@ -380,10 +380,21 @@ def test_an_object_that_fails_to_give_its_state(path: str) -> None:
             raise RuntimeError("no state today")
 
     checkpoint = Checkpoint(s=Broken(1))
-    with pytest.raises(CollectiveError, match="no state today") as caught:
+    with pytest.raises(CollectiveError, match=r"no state today \(while s was asked for its state\)") as caught:
         checkpoint.save(path)
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert checkpoint.save_counter == 0
+
+
+def test_an_object_that_refuses_its_state(path: str) -> None:
+    class Broken(_Stateful):
+        def load_state_dict(self, state: Any) -> None:
+            raise RuntimeError(f"not {state}")
+
+    file = Checkpoint(s={"part": _Stateful([1])}).write(path)
+    with pytest.raises(CollectiveError, match=r"not \[1\] \(while s/part was given its saved state\)") as caught:
+        Checkpoint(s={"part": Broken([2])}).read(file)
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_a_disabled_scaler_has_no_values(path: str, keys_of: Keys) -> None:
