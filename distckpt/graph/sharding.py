@@ -41,8 +41,11 @@ def array_value(array: np.ndarray, name: str = OWN_VALUE, *, in_place: bool = Tr
     """The value of a NumPy array; the tensor shares its memory where the array is writeable.
 
     Raises:
-        UnsaveableError: The array's dtype has no torch counterpart (object, str, datetime, other byte order).
+        UnsaveableError: The array's dtype has no torch counterpart (object, str, datetime, other byte order), or it
+            is masked.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        raise UnsaveableError("a masked array has more than its numbers. Keep its data and its mask as two arrays.")
     if not array.flags.writeable:
         array, in_place = array.copy(), False
     try:

@@ -367,6 +367,7 @@ def test_whatever_state_dict_returns_comes_back(state: Any, live_state: Any, pat
         ({"f": print}, r"s/f: its state holds a builtins\.builtin_function_or_method"),
         ({"m": torch.zeros(1, device="meta")}, "s/m: a tensor on the meta device"),
         ({"o": np.array([None])}, "s/o: a NumPy array of dtype object"),
+        ({"a": np.ma.masked_array([1, 2], [False, True])}, "s/a: a masked array"),
     ],
 )
 def test_a_state_that_only_pickle_could_store_is_refused(state: Any, message: str, path: str) -> None:
