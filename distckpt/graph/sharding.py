@@ -57,6 +57,7 @@ def array_value(array: np.ndarray, name: str = OWN_VALUE, *, in_place: bool = Tr
     return replicated(tensor, name, in_place=in_place, numpy=True)
 
 
+@torch.inference_mode(mode=False)  # else training could not change it
 def new_like(
     holder: torch.Tensor, like: TensorValue, shape: Shape, dtype: torch.dtype
 ) -> tuple[torch.Tensor, TensorValue]:
@@ -77,6 +78,7 @@ def new_like(
     return new_plain(shape, dtype, like.tensor.device)
 
 
+@torch.inference_mode(mode=False)
 def new_plain(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[torch.Tensor, TensorValue]:
     """An uninitialised replicated tensor and its value."""
     tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -627,6 +627,22 @@ def test_slots_of_numpy_arrays(fresh: bool, path: str) -> None:
     assert repr(twin_optimizer.state[twin.a]) == repr(optimizer.state[model.a])
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_training_goes_on_after_a_restore_in_inference_mode(late: bool, path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = (torch.optim.Adam(each.parameters(), lr=0.1) for each in (model, twin))
+    train(model, optimizer, range(2))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    checkpoint = Checkpoint(m=twin) if late else Checkpoint(m=twin, o=twin_optimizer)
+    with torch.inference_mode():
+        checkpoint.read(file, options=PARTIAL)
+        if late:
+            checkpoint.o = twin_optimizer
+    for each in ((model, optimizer), (twin, twin_optimizer)):
+        train(*each, range(2, 4))
+    assert equal(twin.values(), model.values())
+
+
 def test_a_slot_whose_kind_changed(path: str) -> None:
     def make(slot: Any) -> Checkpoint:
         model = _Model(1)

@@ -32,7 +32,7 @@ class TensorAdapter(Adapter):
         value = saved[OWN_VALUE]
         assert is_uninitialised(obj)
         assert isinstance(value, torch.Tensor)
-        with torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():
             obj.materialize(value.shape)
             obj.copy_(value)
 
