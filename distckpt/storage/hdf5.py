@@ -30,8 +30,11 @@ CHECKSUMS = ".checksums"
 _MAX_EXPANSION = 1100
 _BOUNDED_FILTERS = frozenset({1, 2, 3})
 
+#: In what HDF5 says where one process opens a file twice, with and without locks.
+_OTHER_LOCKING = "locking flag"
 
-def file_access() -> Any:
+
+def file_access(*, locking: bool = False) -> Any:
     """Access list of the serial driver; no locks, since many shared file systems have none. Closing closes objects."""
     from h5py import h5f, h5p
 
@@ -40,7 +43,7 @@ def file_access() -> Any:
     access.set_fapl_sec2()
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
     if hasattr(access, "set_file_locking"):
-        access.set_file_locking(False, True)
+        access.set_file_locking(locking, True)
     return access
 
 
@@ -75,10 +78,8 @@ def open_readonly(path: str) -> Iterator[Any]:
     Raises:
         CorruptCheckpointError: HDF5 cannot read the file.
     """
-    from h5py import h5f
-
     try:
-        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, file_access())
+        file = _opened(path)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path}: no such file") from error
     except PermissionError:
@@ -89,6 +90,19 @@ def open_readonly(path: str) -> Iterator[Any]:
         yield file
     finally:
         file.close()
+
+
+def _opened(path: str) -> Any:
+    from h5py import h5f
+
+    name = os.fsencode(path)
+    try:
+        return h5f.open(name, h5f.ACC_RDONLY, file_access())
+    except OSError as error:
+        # Somebody in this process has the file open, with locks, which is the default of h5py; no new lock is taken.
+        if _OTHER_LOCKING not in str(error):
+            raise
+        return h5f.open(name, h5f.ACC_RDONLY, file_access(locking=True))
 
 
 def open_checkpoint(path: str) -> Opened:
