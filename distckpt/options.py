@@ -41,6 +41,12 @@ def _require_str_mapping(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a mapping with str keys, or None. Got {value!r}.")
 
 
+def _require_strs_by_str(name: str, value: Mapping[str, str] | None) -> None:
+    _require_str_mapping(name, value)
+    if value is not None and not all(isinstance(item, str) for item in value.values()):
+        raise ValueError(f"{name}: expected str values. Got {value!r}.")
+
+
 def _require_strs(name: str, value: object) -> None:
     if value is None:
         return
@@ -113,7 +119,7 @@ class SaveOptions:
         _require_count("max_in_flight", self.max_in_flight)
         if self.host_memory is not None:
             _require_count("host_memory", self.host_memory)
-        _require_str_mapping("hints", self.hints)
+        _require_strs_by_str("hints", self.hints)
         _require_str_mapping("metadata", self.metadata)
 
 
@@ -157,5 +163,5 @@ class RestoreOptions:
         _require_choice("on_mismatch", self.on_mismatch, get_args(OnMismatch))
         _require_choice("per_rank", self.per_rank, get_args(PerRankPolicy))
         _require_bools(self, ("strict", "cast", "skip_slots", "expect_partial", "verify"))
-        _require_str_mapping("rename", self.rename)
+        _require_strs_by_str("rename", self.rename)
         _require_strs("only", self.only)
