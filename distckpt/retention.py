@@ -128,16 +128,23 @@ def finite_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """Metrics as they are recorded: as floats, without infinities and NaN, which rank nowhere.
 
     Raises:
-        ValueError: A value is no number.
+        ValueError: They are no mapping with str keys, or a value is no number.
     """
+    _require_names(metrics)
     numbers = {name: _as_float(name, value) for name, value in (metrics or {}).items()}
     return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
+def _require_names(metrics: object) -> None:
+    if metrics is None or (isinstance(metrics, Mapping) and all(isinstance(name, str) for name in metrics)):
+        return
+    raise ValueError(f"metrics: expected a mapping with str keys, or None. Got {metrics!r:.100}.")
 
 
 def _as_float(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"metrics[{name!r}]: expected a number. Got {value!r:.100}.") from error
 
 

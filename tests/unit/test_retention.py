@@ -285,10 +285,16 @@ def test_metrics_are_recorded_as_finite_floats() -> None:
     assert retention.finite_metrics(None) == {}
 
 
-@pytest.mark.parametrize("value", ["high", None, torch.ones(2), [1]], ids=repr)
+@pytest.mark.parametrize("value", ["high", None, torch.ones(2), [1], 10**400], ids=repr)
 def test_metrics_that_are_no_numbers(value: Any) -> None:
     with pytest.raises(ValueError, match=r"metrics\['loss'\]: expected a number"):
         retention.finite_metrics({"loss": value})
+
+
+@pytest.mark.parametrize("metrics", [{1: 2.0}, [1.0], "loss", 0])
+def test_metrics_that_are_no_mapping_of_names(metrics: Any) -> None:
+    with pytest.raises(ValueError, match=r"^metrics: expected a mapping with str keys, or None\. Got "):
+        retention.finite_metrics(metrics)
 
 
 @pytest.mark.parametrize(
