@@ -20,7 +20,7 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
-from distckpt.storage.paths import SUFFIX
+from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX
 
 _SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."
 
@@ -396,8 +396,8 @@ def _as_number(checkpoint_number: int | None) -> int | None:
     if checkpoint_number is None:
         return None
     number = as_integer("checkpoint_number", checkpoint_number)
-    if number < 0:
-        raise ValueError(f"checkpoint_number: expected a number >= 0. Got {number}.")
+    if not 0 <= number < NUMBER_LIMIT:
+        raise ValueError(f"checkpoint_number: expected a number >= 0 and below {NUMBER_LIMIT}. Got {number}.")
     return number
 
 

@@ -13,6 +13,9 @@ from distckpt.errors import CheckpointNotFoundError
 SUFFIX = ".h5"
 STATE_FILE = "checkpoint"
 
+#: Numbers are below this: an int64 has room for them and for the next one.
+NUMBER_LIMIT = 10**18
+
 _NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>[0-9]+)\.h5", re.DOTALL)
 
 
@@ -70,9 +73,11 @@ def single_path(path: str | os.PathLike[str]) -> str:
 
 
 def parse_numbered(name: str) -> NumberedFile | None:
-    """The parts of a file name of the form `<prefix>-<number>.h5`, or None for any other."""
+    """The parts of a file name of the form `<prefix>-<number>.h5`, or None for any other; no number is that large."""
     match = _NUMBERED.fullmatch(name)
-    return None if match is None else NumberedFile(match["name"], int(match["number"]), name)
+    if match is None or int(match["number"]) >= NUMBER_LIMIT:
+        return None
+    return NumberedFile(match["name"], int(match["number"]), name)
 
 
 def list_directory(directory: str | os.PathLike[str]) -> list[Path]:
@@ -90,9 +95,16 @@ def numbered_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
 
 
 def next_number(prefix: Prefix, live_counter: int) -> int:
-    """The number of the next checkpoint: one more than the live counter and than any on disk. Rank 0 only."""
+    """The number of the next checkpoint: one more than the live counter and than any on disk. Rank 0 only.
+
+    Raises:
+        ValueError: There is none left.
+    """
     on_disk = [file.number for file in numbered_files(prefix.directory) if file.prefix == prefix.name]
-    return 1 + max(live_counter, *on_disk, 0)
+    number = 1 + max(live_counter, *on_disk, 0)
+    if number >= NUMBER_LIMIT:
+        raise ValueError(f"{prefix.numbered(number)}: expected a number below {NUMBER_LIMIT}. Choose another name.")
+    return number
 
 
 def require_newest(prefix: Prefix, number: int, in_flight: int = 0) -> None:

@@ -122,6 +122,16 @@ def test_numbers_continue_after_the_largest_on_disk(tmp_path: Path) -> None:
     assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-71.h5")
 
 
+def test_a_number_that_no_checkpoint_can_have(tmp_path: Path) -> None:
+    (tmp_path / f"c-{10**18}.h5").write_bytes(b"of somebody else")
+    checkpoint = Checkpoint(a=1)
+    assert checkpoint.save(tmp_path / "c") == str(tmp_path / "c-1.h5")
+    assert distckpt.latest_checkpoint(tmp_path) == str(tmp_path / "c-1.h5")
+    (tmp_path / f"c-{10**18 - 1}.h5").write_bytes(b"of somebody else")
+    with pytest.raises(CollectiveError, match=rf"c-{10**18}\.h5: expected a number below .*Choose another name"):
+        checkpoint.save(tmp_path / "c")
+
+
 def test_the_counter_may_be_ahead_of_the_disk(tmp_path: Path) -> None:
     checkpoint = Checkpoint(a=full(1))
     for _ in range(3):
