@@ -194,11 +194,12 @@ class Checkpoint(Trackable):
             CollectiveError: A step failed on some rank. The file at `path` is the old or the new one, never a part.
         """
         options = given_or_default(options, SaveOptions)
-        saver = self._session.saver
-        saver.in_flight.settle("write", options.timeout)
+        session, saver = self._session, self._session.saver
         walk = functools.partial(self._walk_for_save, with_counter=False)
-        saved = saver.save("write", walk, Target(path, 0, None), options)
-        self._session.timing = saved.timing
+        with session.coordinator.turn:
+            saver.in_flight.settle("write", options.timeout)
+            saved = saver.save("write", walk, Target(path, 0, None), options)
+            session.timing = saved.timing
         return saved.path
 
     def restore(
@@ -252,12 +253,13 @@ class Checkpoint(Trackable):
     def _save_numbered(self, file_prefix: str | os.PathLike[str], number: int | None, options: SaveOptions) -> str:
         """`save`, with a number of the caller's choice for the file name. Collective over the communicator."""
         session = self._session
-        session.saver.in_flight.settle("save", options.timeout)
         walk = functools.partial(self._walk_for_save, with_counter=True)
-        target = Target(file_prefix, session.next_base, number)
-        with session.coordinator.uninterrupted():
-            saved = session.saver.save("save", walk, target, options)
-            session.counter, session.timing = saved.counter, saved.timing
+        with session.coordinator.turn:
+            session.saver.in_flight.settle("save", options.timeout)
+            target = Target(file_prefix, session.next_base, number)
+            with session.coordinator.uninterrupted():
+                saved = session.saver.save("save", walk, target, options)
+                session.counter, session.timing = saved.counter, saved.timing
         return saved.path
 
     def _start_numbered(
@@ -269,16 +271,19 @@ class Checkpoint(Trackable):
     ) -> Flight:
         """`save_async`, with a number of the caller's choice, and with work that is to end before it does."""
         session = self._session
-        session.saver.in_flight.settle("save_async", options.timeout, options.max_in_flight - 1)
         walk = functools.partial(self._walk_for_save, with_counter=True)
-        target = Target(file_prefix, session.next_base, number)
-        return session.saver.start(walk, target, options, session.count, epilogue)
+        with session.coordinator.turn:
+            session.saver.in_flight.settle("save_async", options.timeout, options.max_in_flight - 1)
+            target = Target(file_prefix, session.next_base, number)
+            return session.saver.start(walk, target, options, session.count, epilogue)
 
     def _restore(
         self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
     ) -> RestoreStatus:
-        self._session.saver.in_flight.settle(operation, options.timeout)
-        return self._session.restorer.restore(operation, save_path, options)
+        session = self._session
+        with session.coordinator.turn:
+            session.saver.in_flight.settle(operation, options.timeout)
+            return session.restorer.restore(operation, save_path, options)
 
     # ---- the graph ----
 

@@ -186,7 +186,7 @@ class CheckpointManager:
             CheckpointError: As `Checkpoint.save`.
         """
         options = given_or_default(options, SaveOptions)
-        with self._coordinator.uninterrupted():
+        with self._coordinator.turn, self._coordinator.uninterrupted():
             number, decision = self._decide("save", checkpoint_number, check_interval, metrics, options)
             if not decision.due:
                 return None
@@ -222,7 +222,7 @@ class CheckpointManager:
             CheckpointError: As `Checkpoint.save_async`.
         """
         options = given_or_default(options, SaveOptions)
-        with self._coordinator.uninterrupted():
+        with self._coordinator.turn, self._coordinator.uninterrupted():
             number, decision = self._decide("save_async", checkpoint_number, check_interval, metrics, options)
             if not decision.due:
                 return None
@@ -250,7 +250,7 @@ class CheckpointManager:
             CheckpointError: As `Checkpoint.restore`.
         """
         options = given_or_default(options, RestoreOptions)
-        with self._coordinator.uninterrupted():
+        with self._coordinator.turn, self._coordinator.uninterrupted():
             self._checkpoint._session.saver.in_flight.settle("restore_or_initialize", options.timeout)
             self._meet("restore_or_initialize", options.timeout)
             self._coordinator.on_root("look for checkpoints", self._keeper.begin_restore, type(None))
@@ -341,13 +341,13 @@ class CheckpointManager:
 
     def _view(self) -> View:
         if self._known is None:
-            with self._coordinator.uninterrupted():
+            with self._coordinator.turn, self._coordinator.uninterrupted():
                 self._meet("look", SaveOptions().timeout)
         assert self._known is not None, "just looked"
         return self._known
 
     def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], View]) -> None:
-        with self._coordinator.uninterrupted():
+        with self._coordinator.turn, self._coordinator.uninterrupted():
             text = Attempt.of(functools.partial(os.fspath, path))
             self._meet(operation, SaveOptions().timeout, {"path": repr(text.result)}, text.error)
             self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), View))

@@ -201,7 +201,7 @@ class Restorer:
     def refresh(self, operation: str, restoration: Restoration) -> Report:
         """Apply what can be applied, and report anew, for a method of the status. Collective over the communicator."""
         request = Request.of(operation, restoration.source.path, restoration.options)
-        with collector_off(), self._coordinator.uninterrupted():
+        with collector_off(), self._coordinator.turn, self._coordinator.uninterrupted():
             attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
             meet(self._coordinator, request, attempt.error, restoration.options.timeout)
             return self._agree(restoration, attempt.value)

@@ -89,6 +89,14 @@ class Coordinator:
         return self._open()
 
     @property
+    def turn(self) -> AbstractContextManager[bool]:
+        """Held during a public call: threads of one process take turns over a communicator. Local.
+
+        Their calls must come in the same order on all ranks, as all MPI calls; else they end in a `LayoutError`.
+        """
+        return self._open().turn
+
+    @property
     def communicator(self) -> MPI.Intracomm | None:
         """The duplicate, for parallel HDF5; None without mpi4py. Collective at the first use of the communicator."""
         self._connect("communicator")

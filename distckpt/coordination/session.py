@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -45,6 +46,7 @@ class Session:
         duplicate: The duplicate, for everything but the first arrival; None before that.
         collectives: Bytes and arrays over the duplicate; None before the first arrival.
         background: The thread that finishes what was begun over the communicator; None before it is needed.
+        turn: Held by the thread of the program that is in a call.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -55,6 +57,7 @@ class Session:
         self.duplicate: MPI.Intracomm | None = None
         self.collectives: Collectives | None = None
         self.background: Background | None = None
+        self.turn = threading.RLock()
         self._comm = comm
         self._node: MPI.Intracomm | None = None
         self._nodes: Nodes | None = None
@@ -145,6 +148,7 @@ class Alone:
     def __init__(self) -> None:
         self.collectives: Collectives = SingleRank()
         self.background: Background | None = None
+        self.turn = threading.RLock()
 
     def require_alive(self) -> None:
         """See `Session.require_alive`."""
@@ -176,6 +180,7 @@ class Spoken:
         self.rank = collectives.rank
         self.size = collectives.size
         self.collectives = collectives
+        self.turn = threading.RLock()
 
     def require_alive(self) -> None:
         """See `Session.require_alive`; the collectives know when they are closed."""

@@ -320,6 +320,24 @@ def test_a_restore_or_save_in_another_thread(tmp_path: Path) -> None:
     assert results == [str(tmp_path / "ckpt-1.h5")] * 2
 
 
+def test_threads_take_turns(tmp_path: Path) -> None:
+    checkpoint, saved = Checkpoint(a=torch.zeros(100, 100)), list[str]()
+    calls: list[Callable[[], str]] = [
+        lambda: checkpoint.save(tmp_path / "c"),
+        lambda: checkpoint.write(tmp_path / "w"),
+        lambda: checkpoint.save_async(tmp_path / "c").result(),
+        lambda: Checkpoint(b=1).save(tmp_path / "d"),
+    ] * 3
+    threads = [threading.Thread(target=lambda call=call: saved.append(call())) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbered = [f"c-{number}.h5" for number in range(1, 7)] + [f"d-{number}.h5" for number in range(1, 4)]
+    assert sorted(Path(path).name for path in saved) == [*numbered, "w.h5", "w.h5", "w.h5"]
+    assert files(tmp_path) == sorted([*numbered, "checkpoint", "w.h5"])
+
+
 def test_many_saves_keep_nothing_open(tmp_path: Path, open_files: Callable[[], list[str]]) -> None:
     checkpoint = Checkpoint(a=full(1), n=0)
     checkpoint.save(tmp_path / "ckpt")
