@@ -20,6 +20,8 @@ from distckpt.errors import RankTimeoutError
 
 TIMEOUT, TIMING = 1.0, Timing(grace=0.5, patience=0.25, notice=1.0)
 CALLS = 6
+#: Jobs of each kind.
+JOBS = 24
 #: Ranks, and ranks of a team: root alone with members, and teams.
 SIZES = ((2, 2), (4, 4), (4, 2), (5, 2), (6, 3), (9, 3))
 #: Digest of the last call, which all ranks make.
@@ -213,7 +215,7 @@ of_any_size = pytest.mark.parametrize(
 @pytest.mark.parametrize("network", NETWORKS)
 @of_any_size
 def test_random_jobs(teams: Teams, network: str, in_step: bool) -> None:
-    for seed in range(8):
+    for seed in range(JOBS):
         world = World(teams.size, random.Random(seed), NETWORKS[network], interrupts=0.01 * (seed % 2))
         job = Job(world, teams, in_step)
         world.run(job.rank)
@@ -266,7 +268,7 @@ class Rounds:
 @of_any_size
 def test_ranks_on_time_name_the_same_absent_ones(teams: Teams) -> None:
     failed = 0
-    for seed in range(8):
+    for seed in range(JOBS):
         world = World(teams.size, random.Random(seed), NETWORKS["fast"])
         rounds = Rounds(world, teams)
         world.run(rounds.rank)
