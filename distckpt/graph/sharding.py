@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from distckpt.graph.values import TensorValue, UnsaveableError, replicated
 from distckpt.layout.box import Box, Shape
@@ -17,6 +17,9 @@ from distckpt.layout.meshes import Spread, strides
 from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
 from distckpt.layout.wording import rank_list
+
+if TYPE_CHECKING:  # loading it takes a second
+    from torch.distributed.tensor import DTensor, Placement
 
 #: A larger mesh is described by its shape.
 _MAX_NAMED = 32
@@ -31,7 +34,7 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         _require_plain(tensor)
         return replicated(tensor, name, in_place=in_place)
-    if isinstance(tensor, DTensor):
+    if _is_dtensor(tensor):
         return _dtensor_value(tensor, name, in_place)
     _require_plain(tensor)
     return replicated(tensor, name, in_place=in_place)
@@ -69,7 +72,7 @@ def new_like(
         shape: Global shape of the new tensor.
         dtype: Its dtype.
     """
-    if isinstance(holder, DTensor) and tuple(holder.shape) == shape:
+    if _is_dtensor(holder) and tuple(holder.shape) == shape:
         tensor: torch.Tensor = torch.empty_like(holder, dtype=dtype, requires_grad=False)
         return tensor, tensor_value(tensor)
     if like.global_shape == shape:
@@ -88,6 +91,12 @@ def new_plain(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cp
 def process_number() -> int:
     """This rank's number in torch.distributed; -1 where that was not initialised."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else -1
+
+
+def _is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether it is one. Whoever has one has loaded its module, so this function need not."""
+    cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return cls is not None and isinstance(tensor, cls)
 
 
 def _require_plain(tensor: torch.Tensor) -> None:
@@ -133,7 +142,7 @@ def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placem
         return _Shard((Box((0,) * len(shape), held if len(held) == len(shape) else (0,) * len(shape)),), spread)
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
-        if not isinstance(placement, Replicate):
+        if not placement.is_replicate():
             split = getattr(placement, "split_factor", 1)
             cuts[placement.dim].append(Cut(n_parts, part, split))  # type: ignore[attr-defined]  # was checked
     if len(held) == len(shape):
@@ -168,7 +177,7 @@ def _require_shards(placements: tuple[Placement, ...], sharding: str) -> None:
             raise UnsaveableError(
                 f"{placement!r} is a pending reduction, not a shard, in {sharding}. Call redistribute() first."
             )
-        if not isinstance(placement, Replicate) and not hasattr(placement, "dim"):
+        if not placement.is_replicate() and not hasattr(placement, "dim"):
             raise UnsaveableError(
                 f"{placement!r} is neither Shard nor Replicate, in {sharding}. Call redistribute() first, or use "
                 "ShardedVariable(local, global_shape, offset)."

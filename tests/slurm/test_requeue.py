@@ -111,12 +111,21 @@ class Jobs:
 @pytest.fixture(scope="module")
 def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     parent, uninterrupted = tmp_path_factory.mktemp("jobs"), tmp_path_factory.mktemp("uninterrupted")
+    deadline = time.monotonic() + DEADLINE
     for case in CASES:
         case.submit(slurm, parent)
+    # Not before they train: a job whose ranks still import when the signal comes would stop before its first step.
+    wait_for_steps(CASES[-1], deadline)
     command = ["mpirun", "-n", str(RANKS), *training(uninterrupted)[:5], str(STEPS), "0", "0"]
     done = subprocess.run(command, env=slurm.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return Jobs({case.name: case for case in CASES}, uninterrupted, time.monotonic() + DEADLINE)
+    return Jobs({case.name: case for case in CASES}, uninterrupted, deadline)
+
+
+def wait_for_steps(case: Case, deadline: float) -> None:
+    while len(losses(case.records(0))) < 3:
+        assert time.monotonic() < deadline, case.log
+        time.sleep(0.1)
 
 
 def wait_for_end(slurm: Slurm, case: Case, deadline: float) -> str:
@@ -158,9 +167,7 @@ def check(slurm: Slurm, case: Case, jobs: Jobs) -> None:
 
 def test_scancel_signal_saves_and_requeues(slurm: Slurm, jobs: Jobs) -> None:
     case = jobs.cases["mpirun-1-scancel"]
-    while len(losses(case.records(0))) < 3:
-        assert time.monotonic() < jobs.deadline, case.log
-        time.sleep(0.1)
+    wait_for_steps(case, jobs.deadline)
     slurm.run("scancel", "--batch", "--signal=USR2", case.id)
     check(slurm, case, jobs)
 

@@ -60,6 +60,12 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other programs have written is not ours to wait for."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
 def a_setup(**changes: object) -> Setup:
     values = {
         "nbytes": MIB,
@@ -279,10 +285,7 @@ PARTS["overlap"]["overlap: until tensors may change"] = DCP_ASYNC
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_each_case_measures_each_competitor(
-    case: str, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sync", lambda: None)  # what other programs have written is not ours to wait for
+def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_path: Path) -> None:
     setup = a_setup(nbytes=2**16, rounds=1, competitors=("raw", "dcp", "torch.save"))
     results = run_case(Bench(setup, mesh, tmp_path), case)
     found: dict[str, set[str]] = {samples.case: set() for samples in results}

@@ -21,6 +21,7 @@ from distckpt.coordination import session
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
 from distckpt.errors import CheckpointError, CollectiveError, LayoutError
+from tests.bare import bare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,12 +39,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
 
 def test_importing_and_constructing_loads_no_mpi() -> None:
     code = (
-        "import sys; from distckpt.coordination.coordinator import Coordinator; Coordinator();"
+        "from distckpt.coordination.coordinator import Coordinator; Coordinator();"
         "sys.exit(any(name.startswith(('mpi4py', 'h5py', 'torch')) for name in sys.modules))"
     )
-    stub = "import sys, types; sys.modules['distckpt'] = types.ModuleType('distckpt');"
-    stub += f"sys.modules['distckpt'].__path__ = [{str(ROOT / 'distckpt')!r}];"
-    assert subprocess.run([sys.executable, "-c", stub + code], cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", bare() + code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("comm", ["COMM_WORLD", 3, object(), [None]])

@@ -20,6 +20,7 @@ import pytest
 
 from distckpt.cluster import EXIT_CODE, PreemptionGuard
 from distckpt.errors import CollectiveError
+from tests.bare import bare
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
@@ -145,9 +146,9 @@ def test_a_signal_that_cannot_be_handled_changes_no_handler() -> None:
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
-AT_EXIT = """
+AT_EXIT = f"""{bare("distckpt.cluster")}
 import atexit, pathlib, signal
-from distckpt.cluster import PreemptionGuard
+from distckpt.cluster.preemption import PreemptionGuard
 def ignored():
     mask = int(pathlib.Path("/proc/self/status").read_text().split("SigIgn:")[1].split()[0], 16)
     print([name for name in ("SIGTERM", "SIGUSR2") if mask >> getattr(signal, name) - 1 & 1])
@@ -159,9 +160,7 @@ ignored()
 
 @pytest.mark.parametrize(("end", "at_exit"), [("", "['SIGUSR2']"), ("guard.close()", "[]")])
 def test_a_signal_that_comes_while_python_ends_is_ignored(end: str, at_exit: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", AT_EXIT + end], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", AT_EXIT + end], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", at_exit]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from distckpt.storage import commit as commits
 from distckpt.storage.commit import commit, discard, sweep, temp_path
+from tests.bare import bare
 
 
 def write(path: str | Path, content: bytes = b"data") -> Path:
@@ -184,8 +185,7 @@ def test_sweep_removes_old_files(tmp_path: Path) -> None:
 
 
 def test_sweep_removes_the_files_of_a_dead_writer(tmp_path: Path) -> None:
-    code = f"""
-import sys, time
+    code = f"""{bare()}
 from distckpt.storage.commit import temp_path
 temp = temp_path({str(tmp_path / "ckpt-1.h5")!r})
 for name in (temp, temp + ".locktest.3"):
@@ -233,7 +233,7 @@ def test_sweep_goes_on_after_an_error(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_a_writer_that_has_ended_but_was_not_waited_for_is_gone(tmp_path: Path) -> None:
     final = str(tmp_path / "ckpt-1.h5")
-    code = f"from distckpt.storage.commit import temp_path; open(temp_path({final!r}), 'w')"
+    code = f"{bare()}from distckpt.storage.commit import temp_path; open(temp_path({final!r}), 'w')"
     child = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":

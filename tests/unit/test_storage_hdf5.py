@@ -25,6 +25,7 @@ from distckpt.storage.checksum import StoredChecksums
 from distckpt.storage.creation import DatasetSpec
 from distckpt.storage.hdf5_types import hdf5_type
 from distckpt.storage.verify import verify_file
+from tests.bare import bare
 from tests.checkpoint_files import (
     Tensors,
     load,
@@ -266,7 +267,7 @@ def test_no_space_is_a_clean_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_real_file_size_limit_does_not_kill_the_interpreter(tmp_path: Path) -> None:
-    code = f"""
+    code = f"""{bare()}
 import resource
 from distckpt.storage import creation, hdf5
 resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))

@@ -14,6 +14,7 @@ import pytest
 
 from distckpt.errors import CheckpointError, CorruptCheckpointError
 from distckpt.storage import rawio
+from tests.bare import bare
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_sync_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_real_file_size_limit_is_no_signal(tmp_path: Path) -> None:
     """Linux sends SIGXFSZ; Python ignores it, so that an error can be raised."""
     code = (
-        "import os, resource; from distckpt.storage import rawio;"
+        f"{bare()}import os, resource; from distckpt.storage import rawio;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         f"fd = os.open({str(tmp_path / 'file')!r}, os.O_RDWR | os.O_CREAT);"
         "rawio.write_all(fd, memoryview(bytes(5000)), 0)"

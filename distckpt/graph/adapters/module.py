@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
@@ -29,10 +29,7 @@ class ModuleAdapter(Adapter):
             UnsaveableError: It is a FullyShardedDataParallel that shards.
         """
         assert isinstance(obj, torch.nn.Module)
-        if isinstance(obj, FSDPModule):
-            # After a forward without backward its parameters are the gathered ones: others than the optimizer's, and
-            # copies of what a restore writes. Freeing them is what torch's own state_dict() does, too.
-            obj.reshard()
+        _reshard(obj)
         if "_fsdp_wrapped_module" in obj._modules:  # where it is transparent, the walk passes over it
             raise UnsaveableError(
                 "FullyShardedDataParallel keeps its parameters in flat parts. Use fully_shard() (FSDP2) instead, or "
@@ -59,3 +56,15 @@ class ModuleAdapter(Adapter):
         """Hand the extra state back."""
         assert isinstance(obj, torch.nn.Module)
         obj.set_extra_state(unflatten(saved, _EXTRA_STATE))
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    """Free what a module of `fully_shard` has gathered, as torch's own state_dict() does.
+
+    After a forward without backward its parameters are the gathered ones: others than the optimizer's, and copies of
+    what a restore writes.
+    """
+    # Whoever has such a module has loaded its class; loading it here would take a second.
+    cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if cls is not None and isinstance(module, cls):
+        module.reshard()
