@@ -23,9 +23,8 @@ from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout, Loca
 _slot_adapter = SlotAdapter()
 
 
-@dataclass(slots=True)
-class LiveNode:
-    """A node of the live graph.
+class LiveNode(msgspec.Struct):
+    """A node of the live graph. A struct as its values are: one is made per object in every walk.
 
     Attributes:
         obj: The object.
@@ -43,9 +42,9 @@ class LiveNode:
     adapter: Adapter
     key: str
     buffer: bool = False
-    children: dict[str, int] = field(default_factory=dict)
-    values: dict[str, Value] = field(default_factory=dict)
-    slots: dict[int, dict[str, int]] = field(default_factory=dict)
+    children: dict[str, int] = {}  # a struct copies it
+    values: dict[str, Value] = {}
+    slots: dict[int, dict[str, int]] = {}
     parameters: list[int] | None = None
     problem: str = ""
 
