@@ -14,7 +14,8 @@ import torch
 from distckpt.exchange import taking
 from distckpt.storage import device, rawio, reading, room, units, writing
 from distckpt.storage.device import Copy
-from distckpt.storage.transfer import copy_bits, is_packed
+from distckpt.storage.transfer import copy_bits
+from distckpt.tensor_bytes import is_packed
 
 
 class Machine:

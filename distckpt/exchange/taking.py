@@ -17,8 +17,9 @@ from distckpt.layout.parcels import Cell
 from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
 from distckpt.storage.room import Arrivals
-from distckpt.storage.transfer import Progress, is_packed
+from distckpt.storage.transfer import Progress
 from distckpt.storage.units import Held, shared_parts
+from distckpt.tensor_bytes import is_packed
 
 
 class Want(NamedTuple):

@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 
 _SMALL_INT = 2**53
-_SCALAR_TYPES = (type(None), bool, int, float, complex, str, bytes)
 _SEQUENCE_TYPES = (tuple, list)
 _MAPPING_TYPES = (dict, collections.OrderedDict, collections.Counter)
 
@@ -33,6 +32,9 @@ class TensorRef:
     name: str
 
 
+_SCALAR_TYPES = frozenset({type(None), bool, int, float, complex, str, bytes, TensorRef})
+
+
 class UnsupportedValueError(ValueError):
     """The value cannot be stored without pickle."""
 
@@ -42,7 +44,7 @@ def is_python_value(value: object) -> bool:
     lists and dicts of those. Exact types: a subclass would come back as something else.
     """
     kind = type(value)
-    if kind in _SCALAR_TYPES or kind is TensorRef:
+    if kind in _SCALAR_TYPES:
         return True
     if kind in _SEQUENCE_TYPES:
         return all(map(is_python_value, value))  # type: ignore[call-overload]

@@ -111,35 +111,31 @@ def _require_plain(tensor: torch.Tensor) -> None:
 
 
 def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
-    local = tensor.to_local() if not torch.is_grad_enabled() else _local_of(tensor)
+    local = tensor._local_tensor  # to_local() would make a view of a parameter's, and an autograd node with gradients
     _require_plain(local)
-    shape = tuple(tensor.shape)
-    boxes, spread = _shard(shape, tuple(local.shape), tensor.device_mesh, tensor.placements)
+    shape, boxes, spread = _shard(tensor.shape, local.shape, tensor.device_mesh, tensor.placements)
     return TensorValue(name, local, shape, boxes, in_place, spread=spread)
 
 
-@torch.no_grad()
-def _local_of(tensor: DTensor) -> torch.Tensor:
-    """The local tensor itself: with gradients, to_local() would hand out another one, with an autograd node."""
-    return tensor.to_local()
-
-
 class _Shard(NamedTuple):
-    """Boxes of this rank, and placements and mesh."""
+    """Global shape, boxes of this rank, and placements and mesh."""
 
+    shape: Shape
     boxes: tuple[Box, ...]
     spread: Spread
 
 
 @functools.lru_cache(maxsize=4096)  # models repeat few shapes
-def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Shard:
-    """What a DTensor is of which this rank holds a tensor of shape `held`."""
+def _shard(size: torch.Size, local: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Shard:
+    """What a DTensor of this size is of which this rank holds a tensor of size `local`."""
+    shape, held = tuple(size), tuple(local)
     sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
     _require_shards(placements, sharding)
     spread = Spread(sharding, strides(mesh.mesh.flatten().tolist()))
     coordinate = mesh.get_coordinate()
     if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
-        return _Shard((Box((0,) * len(shape), held if len(held) == len(shape) else (0,) * len(shape)),), spread)
+        origin = (0,) * len(shape)
+        return _Shard(shape, (Box(origin, held if len(held) == len(shape) else origin),), spread)
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
         if not placement.is_replicate():
@@ -148,7 +144,7 @@ def _shard(shape: Shape, held: Shape, mesh: DeviceMesh, placements: tuple[Placem
     if len(held) == len(shape):
         intervals = [_intervals(size, own, along) for size, own, along in zip(shape, held, cuts, strict=True)]
         if local_shape(intervals) == held:
-            return _Shard(boxes_of(intervals), spread)
+            return _Shard(shape, boxes_of(intervals), spread)
     raise UnsaveableError(
         f"a DTensor's local shape is {held}, which is not what {sharding} gives this rank of the global shape {shape}. "
         "Use ShardedVariable(local, global_shape, offset) to say where it lies."

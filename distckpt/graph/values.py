@@ -5,6 +5,7 @@ One of each is made per value in every walk, so they are structs, which are made
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -141,5 +142,10 @@ def replicated(
     numpy: bool = False,
 ) -> TensorValue:
     """The value of a plain tensor: every rank that has it holds all of it."""
-    shape = tuple(tensor.shape)
-    return TensorValue(name, tensor, shape, (Box((0,) * len(shape), shape),), in_place, buffer, numpy)
+    whole = _whole(tensor.shape)
+    return TensorValue(name, tensor, whole.shape, (whole,), in_place, buffer, numpy)
+
+
+@functools.lru_cache(maxsize=4096)  # models repeat few shapes
+def _whole(shape: torch.Size) -> Box:
+    return Box.whole(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,9 +23,8 @@ from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout, Loca
 _slot_adapter = SlotAdapter()
 
 
-@dataclass(slots=True)
-class LiveNode:
-    """A node of the live graph.
+class LiveNode(msgspec.Struct):
+    """A node of the live graph. A struct as its values are: one is made per object in every walk.
 
     Attributes:
         obj: The object.
@@ -42,9 +42,9 @@ class LiveNode:
     adapter: Adapter
     key: str
     buffer: bool = False
-    children: dict[str, int] = field(default_factory=dict)
-    values: dict[str, Value] = field(default_factory=dict)
-    slots: dict[int, dict[str, int]] = field(default_factory=dict)
+    children: dict[str, int] = {}  # a struct copies it
+    values: dict[str, Value] = {}
+    slots: dict[int, dict[str, int]] = {}
     parameters: list[int] | None = None
     problem: str = ""
 
@@ -208,6 +208,7 @@ class Capture:
         return dict(zip(own, self.layout.python_values, strict=True))
 
 
+@torch.no_grad()
 def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Capture:
     """Record a live graph. Local; reads tensors, changes nothing.
 
@@ -220,25 +221,43 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
     tensors = [value for value in values if type(value) is TensorValue]
     problems = list(graph.problems)
     encoded = [_encode(node, value, problems) for node, value in graph.values() if type(value) is PythonValue]
-    python = iter(encoded)
-    fingerprints = np.zeros(len(values), np.uint64)
-    for index, value in enumerate(values):
-        if type(value) is PythonValue:
-            fingerprints[index] = fingerprint_bytes(next(python))
-        elif skip is None or not skip[index]:
-            fingerprints[index] = fingerprint(value.tensor, whole=hash_all)  # type: ignore[union-attr]
-    boxes = np.array([n for value in tensors for box in value.boxes for n in (*box.offset, *box.shape)], np.int64)
-    shardings = {words: index for index, words in enumerate(dict.fromkeys(value.sharding for value in tensors))}
+    shardings = [value.sharding for value in tensors]
+    number_of = {words: number for number, words in enumerate(dict.fromkeys(shardings))}
     layout = LocalLayout(
         graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),
-        boxes=boxes.tobytes(),
-        fingerprints=fingerprints.tobytes(),
+        boxes=_numbers(tensors).tobytes(),
+        fingerprints=_fingerprints(values, encoded, hash_all, skip).tobytes(),
         python_values=encoded,
         problems=problems,
-        shardings=list(shardings),
-        sharding_of=np.array([shardings[value.sharding] for value in tensors], np.uint32).tobytes(),
+        shardings=list(number_of),
+        sharding_of=np.array([number_of[words] for words in shardings], np.uint32).tobytes(),
     )
     return Capture(graph, tensors, layout)
+
+
+def _numbers(tensors: Sequence[TensorValue]) -> np.ndarray:
+    """See `LocalLayout.boxes`."""
+    numbers: list[int] = []
+    for value in tensors:
+        for box in value.boxes:
+            numbers += box.offset
+            numbers += box.shape
+    return np.array(numbers, np.int64)
+
+
+def _fingerprints(
+    values: Sequence[Value], encoded: Sequence[bytes], hash_all: bool, skip: np.ndarray | None
+) -> np.ndarray:
+    """See `LocalLayout.fingerprints`."""
+    python = iter(encoded)
+    skips = [False] * len(values) if skip is None else skip.tolist()
+    found = [0] * len(values)
+    for index, (value, skipped) in enumerate(zip(values, skips, strict=True)):
+        if type(value) is PythonValue:
+            found[index] = fingerprint_bytes(next(python))
+        elif not skipped:
+            found[index] = fingerprint(value.tensor, whole=hash_all)  # type: ignore[union-attr]
+    return np.array(found, np.uint64)
 
 
 def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
@@ -250,13 +269,10 @@ def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
 
 
 def _record(node: LiveNode) -> LocalNode:
-    return LocalNode(
-        children=[(child, name) for name, child in node.children.items()],
-        attributes=[_attribute(value) for value in node.values.values()],
-        slots=[(variable, name, slot) for variable, slots in node.slots.items() for name, slot in slots.items()],
-        parameters=node.parameters,
-        per_rank=node.adapter.per_rank,
-    )
+    children = [(child, name) for name, child in node.children.items()]
+    attributes = [_attribute(value) for value in node.values.values()]
+    slots = [(variable, name, slot) for variable, own in node.slots.items() for name, slot in own.items()]
+    return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
 
 
 def _attribute(value: Value) -> LocalAttribute:
@@ -267,6 +283,7 @@ def _attribute(value: Value) -> LocalAttribute:
     return LocalAttribute(value.name, dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes))
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a torch dtype in records and files, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

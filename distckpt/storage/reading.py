@@ -17,8 +17,8 @@ from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, digest, require_checksum
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
-from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, is_packed, part_of
-from distckpt.tensor_bytes import bytes_of
+from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
+from distckpt.tensor_bytes import bytes_of, is_packed
 
 #: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
 STEP_NBYTES = 256 << 10

@@ -16,7 +16,8 @@ import msgspec
 import torch
 
 from distckpt.storage.staging import HostBuffer, HostBuffers
-from distckpt.storage.transfer import WriteJob, copy_bits, is_packed
+from distckpt.storage.transfer import WriteJob, copy_bits
+from distckpt.tensor_bytes import is_packed
 
 #: Copies begin at multiples of this. In bytes.
 _ALIGNMENT = 64

@@ -92,11 +92,6 @@ def blocks_of(box: Box, itemsize: int) -> Iterator[Block]:
 # ---- in memory ---------------------------------------------------------------------------------------------------
 
 
-def is_packed(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is the bytes of the elements in row-major order, readable by the CPU."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
 def part_of(job: WriteJob | ReadJob, block: Block) -> torch.Tensor:
     """The part of a job's tensor that a block holds."""
     return sub_tensor(job.tensor.detach(), block.box, job.box)

@@ -19,7 +19,8 @@ from distckpt.storage import rawio
 from distckpt.storage.checksum import Checksums
 from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
 from distckpt.storage.reading import ReadReport
-from distckpt.storage.transfer import is_packed, sub_tensor
+from distckpt.storage.transfer import sub_tensor
+from distckpt.tensor_bytes import is_packed
 
 
 class Held(msgspec.Struct, frozen=True):

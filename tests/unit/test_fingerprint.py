@@ -1,0 +1,62 @@
+"""Fingerprints: the same for the same elements wherever and however they lie, and another one when they change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import xxhash
+
+from distckpt.graph.fingerprint import fingerprint
+from distckpt.tensor_bytes import bytes_of
+
+#: Elements of 8 bytes: hashed whole up to 8,192.
+SIZES = [0, 1, 8_192, 8_193, 100_003]
+
+
+def of_size(numel: int) -> torch.Tensor:
+    return torch.view_as_complex(torch.arange(2 * numel, dtype=torch.float32).view(numel, 2))
+
+
+def test_a_small_tensor_is_hashed_whole() -> None:
+    tensor = of_size(8_192)
+    assert fingerprint(tensor, whole=False) == xxhash.xxh3_64_intdigest(bytes_of(tensor))
+
+
+def test_of_a_large_tensor_16_blocks_are_hashed() -> None:
+    tensor = of_size(100_003)
+    data = bytes_of(tensor)
+    step = (100_003 - 512) // 15 * 8
+    blocks = b"".join(data[start : start + 4096] for start in range(0, 16 * step, step))
+    assert len(blocks) == 64 << 10
+    assert fingerprint(tensor, whole=False) == xxhash.xxh3_64_intdigest(blocks)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("numel", SIZES)
+def test_a_lazy_view_has_the_fingerprint_of_its_elements(numel: int, whole: bool) -> None:
+    """What is not in memory as it is stored goes another way than what is, and has to come out the same."""
+    lazy = of_size(numel).conj()
+    assert fingerprint(lazy, whole=whole) == fingerprint(lazy.resolve_conj(), whole=whole)
+    if numel > 1:
+        assert fingerprint(lazy, whole=whole) != fingerprint(lazy.conj().resolve_conj(), whole=whole)
+
+
+@pytest.mark.parametrize("numel", SIZES[1:])
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_change_at_either_end_is_seen(numel: int, index: int) -> None:
+    """Sizes for which the blocks end just there."""
+    numel -= (numel - 512) % 15 if numel > 8_192 else 0
+    before, after = of_size(numel), of_size(numel)
+    after[index] += 1
+    assert fingerprint(before, whole=False) != fingerprint(after, whole=False)
+
+
+@pytest.mark.parametrize("numel", SIZES[1:])
+def test_strides_make_no_difference_to_the_whole(numel: int) -> None:
+    spread = torch.zeros(2 * numel, dtype=torch.complex64)[::2]
+    spread.copy_(of_size(numel))
+    assert fingerprint(spread, whole=True) == fingerprint(of_size(numel), whole=True)
+
+
+def test_it_is_never_what_means_not_computed() -> None:
+    assert fingerprint(of_size(0), whole=False) != 0
