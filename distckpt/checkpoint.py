@@ -313,7 +313,7 @@ class Checkpoint(Trackable):
         inner = adapter_for(root)
         assert inner is not None, "checked by the constructor"
         attached = {} if session.root is None else dict(tracked_attributes(self))
-        counter = torch.tensor(session.next_base, dtype=torch.int64) if with_counter else None
+        counter = torch.tensor(session.next_base, dtype=torch.int64, device="cpu") if with_counter else None
         adapter = RootAdapter(self, inner, attached, counter)
         adapter.on_attached = self._set_attached
         adapter.on_counter = self._set_counter

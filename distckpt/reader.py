@@ -90,7 +90,7 @@ class VariableHandle:
             ValueError: A step is not positive, or the reader is closed.
         """
         selection = select(index, self.shape)
-        out = torch.empty(selection.extents, dtype=self.dtype)
+        out = torch.empty(selection.extents, dtype=self.dtype, device="cpu")
         for part in parts_of(selection, self.shape, self.dtype.itemsize):
             self._read(part, sub_tensor(out, part.taken, Box.whole(selection.extents)))
         result = out.view(selection.shape)
@@ -98,7 +98,7 @@ class VariableHandle:
 
     def _read(self, part: Part, target: torch.Tensor) -> None:
         direct = part.box.shape == part.taken.shape
-        tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype)
+        tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype, device="cpu")
         value = TensorValue(OWN_VALUE, tensor, self.shape, (part.box,))
         self._source.read([TensorRead(self.key, self._index, value)], verify=True)
         if not direct:

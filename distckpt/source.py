@@ -107,7 +107,7 @@ class Source:
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
         for job in self._jobs(read):
-            piece = torch.empty(job.box.shape, dtype=read.cast)
+            piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
 

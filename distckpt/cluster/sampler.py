@@ -148,8 +148,10 @@ class ElasticSampler(Sampler[list[int]]):
 
     def _order(self) -> torch.Tensor:
         if not self._shuffle:
-            return torch.arange(self._samples)
-        return torch.randperm(self._samples, generator=torch.Generator().manual_seed(self._seed + self.epoch))
+            return torch.arange(self._samples, device="cpu")
+        return torch.randperm(
+            self._samples, generator=torch.Generator().manual_seed(self._seed + self.epoch), device="cpu"
+        )
 
     def _end(self) -> int:
         """Where this epoch ends, counted in samples."""

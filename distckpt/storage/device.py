@@ -20,7 +20,7 @@ def pinned_memory(nbytes: int) -> torch.Tensor:
 
     It does so only when the copies that are under way there have ended.
     """
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class Copy(NamedTuple):

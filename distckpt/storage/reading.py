@@ -256,7 +256,8 @@ class _Filler:
 
     def _scratch_of(self, nbytes: int) -> memoryview:
         if self._scratch is None or self._scratch.nbytes < nbytes:
-            self._scratch = torch.empty(max(nbytes, STEP_NBYTES), dtype=torch.uint8)  # aligned, see `shared_memory`
+            nbytes_made = max(nbytes, STEP_NBYTES)
+            self._scratch = torch.empty(nbytes_made, dtype=torch.uint8, device="cpu")  # aligned, see `shared_memory`
         return bytes_of(self._scratch)[:nbytes]
 
 

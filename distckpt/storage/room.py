@@ -61,7 +61,11 @@ class Buffer:
     def take(self, like: torch.Tensor) -> Room:
         """Room for the elements of `like`."""
         if self._memory is None:
-            self._memory = pinned_memory(self._nbytes) if self._pinned else torch.empty(self._nbytes, dtype=torch.uint8)
+            self._memory = (
+                pinned_memory(self._nbytes)
+                if self._pinned
+                else torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
+            )
         nbytes = like.numel() * like.element_size()
         room = self._memory.narrow(0, self._used, nbytes)
         self._used += padded(nbytes)

@@ -45,7 +45,7 @@ def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = Non
 
 def _piece_jobs(opened: Opened, checksums: ChecksumReader) -> Iterator[ReadJob]:
     """One job per piece, all with the same memory."""
-    memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8)
+    memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8, device="cpu")
     variables = opened.manifest.variables
     planner = ReadPlanner(variables, opened.index)
     for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distckpt import Checkpoint, RestoreOptions, RNGState, load_checkpoint
+from distckpt.cluster import ElasticSampler
 from distckpt.graph.sharding import new_like, tensor_value
 
 
@@ -17,3 +20,28 @@ def test_a_new_slot_lies_beside_its_parameter(device: str) -> None:
             tensor, value = new_like(parameter, tensor_value(parameter), shape, torch.float32)
             assert tensor.device == torch.device(device)
             assert value.global_shape == shape
+
+
+def test_a_default_device_changes_nothing(path: str) -> None:
+    """Nothing of what is made on the way to and from a file lies on it: "meta" stands for a GPU, and keeps no data."""
+    model, twin = nn.Linear(8, 4), nn.Linear(8, 4)
+    optimizer, twin_optimizer = (torch.optim.Adam(each.parameters()) for each in (model, twin))
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    cast = torch.zeros(3, dtype=torch.bfloat16)
+    assert not torch.equal(twin.weight, model.weight)
+    with torch.device("meta"):
+        checkpoint = Checkpoint(m=model, o=optimizer, rng=RNGState(), c=model.bias.detach()[:3].clone())
+        checkpoint.save(path)
+        file = checkpoint.save_async(path).result()
+        live = Checkpoint(m=twin, o=twin_optimizer, rng=RNGState(), c=cast)
+        live.restore(file, options=RestoreOptions(cast=True)).assert_consumed()
+        with load_checkpoint(file) as reader:
+            rows = reader["m/weight"][::2]
+        batches = list(ElasticSampler(range(8), 2))
+    assert live.save_counter == 2
+    assert torch.equal(twin.weight, model.weight)
+    assert torch.equal(twin_optimizer.state[twin.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert torch.equal(cast, model.bias[:3].bfloat16())
+    assert torch.equal(rows, model.weight[::2])
+    assert sorted(index for batch in batches for index in batch) == list(range(8))

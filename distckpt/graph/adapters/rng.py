@@ -89,11 +89,11 @@ def _states() -> dict[str, torch.Tensor]:
     _, numpy_words, position, has_gauss, cached = numpy_state
     states = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "python": torch.tensor(words, dtype=torch.int64, device="cpu"),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64, device="cpu"),
         "numpy": torch.from_numpy(numpy_words.astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64, device="cpu"),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64, device="cpu"),
     }
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
