@@ -9,6 +9,8 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_MCA_mpi_yield_when_idle ?= 1
 export OMP_NUM_THREADS := 1
+# The tests start some hundred processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BENCH := --size 1GiB --dir runs/bench --against raw,dcp
 

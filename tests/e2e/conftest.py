@@ -87,7 +87,7 @@ class Jobs:
         ranks: int,
         args: str | Path | Sequence[str | Path],
         *,
-        timeout: float = 120.0,
+        timeout: float = 240.0,
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.bare import bare
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-PREAMBLE = """
+PREAMBLE = f"""{bare()}
 import sys, time
 from mpi4py import MPI
 from distckpt.coordination.coordinator import Coordinator

@@ -91,8 +91,8 @@ def test_an_end_is_bounded_by_the_timeout(mpirun: Any, tmp_path: Path) -> None:
     ending = "slow = 600 if comm.rank == 1 else 0\nsave(timeout=1)"
     directory = tmp_path / "run"
     start = time.monotonic()
-    ended = mpirun(RANKS, [job_of(tmp_path, ending), directory, "multiple"], timeout=60)
-    assert time.monotonic() - start < 40
+    ended = mpirun(RANKS, [job_of(tmp_path, ending), directory, "multiple"], timeout=120)
+    assert time.monotonic() - start < 100
     assert "the save did not end within 1 s of the exit" in ended.stdout
     assert latest_checkpoint(directory) == str(directory / "ckpt-1.h5")
 

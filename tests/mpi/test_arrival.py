@@ -270,7 +270,7 @@ def test_sending_never_waits_for_the_receiver(comm: Any, agree: Agree) -> None:
 
 # ---- at random ---------------------------------------------------------------------------------------------------
 
-ROUNDS = 300
+ROUNDS = 200
 RANDOM_TIMEOUT, RANDOM_GRACE, RANDOM_NOTICE = 0.08, 0.02, 0.05
 
 
