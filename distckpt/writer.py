@@ -120,7 +120,7 @@ class _Work:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return sum(job.tensor.numel() * job.tensor.element_size() for job in self.jobs)
+        return sum(job.tensor.nbytes for job in self.jobs)
 
     def after_exchange(self) -> _Work:
         """Write together with the other ranks of the node what lies in strips between theirs. Collective.

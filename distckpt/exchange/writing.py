@@ -58,7 +58,7 @@ def write_together(node: Coordinator, fd: int, jobs: Sequence[WriteJob], log: Ch
 
 
 def _is_narrow(job: WriteJob) -> bool:
-    return job.box.numel > 0 and is_narrow(job.box, job.global_shape, job.tensor.element_size())
+    return is_narrow(job.box, job.global_shape, job.tensor.element_size()) and job.box.numel > 0
 
 
 def _in_file(job: WriteJob) -> InFile:

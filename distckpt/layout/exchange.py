@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distckpt.layout.box import Box, Shape, pieces, run_axis
+from distckpt.layout.box import Box, Shape, is_contiguous, pieces, run_axis
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.records import Variable
 from distckpt.layout.tiling import find_overlap
@@ -124,8 +124,7 @@ def is_worth_exchanging(boxes: Sequence[Box], shape: Shape, itemsize: int) -> bo
 
 def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
     """Whether a non-empty box is several short runs of bytes in the file."""
-    axis = run_axis(box, shape)
-    return any(extent > 1 for extent in box.shape[:axis]) and math.prod(box.shape[axis:]) * itemsize < NARROW_NBYTES
+    return not is_contiguous(box, shape) and math.prod(box.shape[run_axis(box, shape) :]) * itemsize < NARROW_NBYTES
 
 
 # ---- as ranges of the file ---------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
+
 from distckpt.layout.box import Box, flat_boxes
 from distckpt.layout.cover import Cover
 from distckpt.layout.dtypes import dtype_info
@@ -19,6 +21,10 @@ from distckpt.layout.values import Value
 
 #: A box is split so far only that each of its writers gets about this many bytes.
 MIN_PART_NBYTES = 256 << 10
+
+# Datasets from this size on are aligned in the file; smaller ones lie side by side, so that neighbours with the same
+# writer go into one write.
+_SMALL_NBYTES = 64 << 10
 
 # Parts that are whole multiples of a row are longer runs in the file; with this many rows for each writer the largest
 # part is at most 1/16 above the mean.
@@ -89,17 +95,52 @@ class _Replica:
 
 
 def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: list[list[Shard]]) -> None:
-    """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size."""
-    dealer = _Dealer()
-    dealt: dict[int, list[_Dealt]] = {}
-    for replica in sorted(replicas, key=lambda replica: (len(replica.holders) > 1, -replica.nbytes)):
-        part = dealer.deal(replica.box, _writers(replica, loads))
-        itemsize = replica.nbytes // replica.box.numel
-        for rank, numel in part.numels:
-            loads[rank] += itemsize * numel
-        dealt.setdefault(replica.variable, []).append(part)
-    for variable, parts in dealt.items():
+    """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size.
+
+    Small ones come last, in stretches of neighbours, first those that the fewest ranks hold.
+    """
+    dealer = _Dealer(loads)
+    small: dict[tuple[int, ...], list[_Replica]] = {}
+    others: list[_Replica] = []
+    for replica in replicas:
+        if replica.nbytes < _SMALL_NBYTES and len(replica.holders) > 1:
+            small.setdefault(tuple(replica.holders), []).append(replica)
+        else:
+            others.append(replica)
+    for replica in sorted(others, key=lambda replica: (len(replica.holders) > 1, -replica.nbytes)):
+        dealer.deal(replica, _writers(replica, loads))
+    for holders, row in sorted(small.items(), key=lambda item: len(item[0])):
+        writers = _stretches([replica.nbytes for replica in row], [loads[rank] for rank in holders])
+        for replica, writer in zip(row, writers, strict=True):
+            dealer.deal(replica, (holders[writer],))
+    for variable, parts in dealer.dealt.items():
         shards[variable] = dealer.join(parts)
+
+
+def _stretches(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
+    """Who takes what of a row of boxes, so that neighbours stay together and all are about equally full in the end.
+
+    The holders are filled up to one level, one after the other. A box goes where its middle falls: nobody gets more or
+    less than that by more than one box.
+
+    Args:
+        sizes: Bytes of each box.
+        loads: Bytes that each holder has so far.
+
+    Returns:
+        For each box: which of the holders.
+    """
+    room = np.maximum(0, _level(sum(sizes), loads) - np.array(loads))
+    middles = np.cumsum(sizes) - np.array(sizes) / 2
+    writers: list[int] = np.searchsorted(np.cumsum(room), middles, side="right").tolist()
+    return writers
+
+
+def _level(nbytes: int, loads: Sequence[int]) -> float:
+    """Up to where `nbytes` fill the emptiest of the holders, as water would."""
+    # Were the k emptiest to share the bytes, none could end up lower than with the right k.
+    levels = (np.cumsum(np.sort(loads)) + nbytes) / np.arange(1, len(loads) + 1)
+    return float(levels.min())
 
 
 def _writers(replica: _Replica, loads: Sequence[int]) -> Sequence[int]:
@@ -125,21 +166,34 @@ class _Dealt(NamedTuple):
 
 
 class _Dealer:
-    """Deals boxes out. A model has many tensors with the same boxes, and most of them get the same writers."""
+    """Deals boxes out. A model has many tensors with the same boxes, and most of them get the same writers.
 
-    def __init__(self) -> None:
-        self._dealt: dict[tuple[Box, tuple[int, ...]], _Dealt] = {}
+    Attributes:
+        dealt: The boxes of each variable so far.
+    """
+
+    def __init__(self, loads: list[int]) -> None:
+        self.dealt: dict[int, list[_Dealt]] = {}
+        self._loads = loads
+        self._cut: dict[tuple[Box, tuple[int, ...]], _Dealt] = {}
         self._joined: dict[tuple[int, ...], list[Shard]] = {}
 
-    def deal(self, box: Box, writers: Sequence[int]) -> _Dealt:
+    def deal(self, replica: _Replica, writers: Sequence[int]) -> None:
         """Cut a box into nearly equal parts, one for each writer."""
+        dealt = self._parts(replica.box, writers)
+        itemsize = replica.nbytes // replica.box.numel
+        for rank, numel in dealt.numels:
+            self._loads[rank] += itemsize * numel
+        self.dealt.setdefault(replica.variable, []).append(dealt)
+
+    def _parts(self, box: Box, writers: Sequence[int]) -> _Dealt:
         key = (box, tuple(writers))
-        dealt = self._dealt.get(key)
+        dealt = self._cut.get(key)
         if dealt is None:
             parts = list(zip(writers, even_parts(box, len(writers)), strict=True))
             shards = [Shard(rank, *each) for rank, part in parts for each in part]
             numels = [(rank, sum(each.numel for each in part)) for rank, part in parts]
-            dealt = self._dealt[key] = _Dealt(shards, numels)
+            dealt = self._cut[key] = _Dealt(shards, numels)
         return dealt
 
     def join(self, parts: Sequence[_Dealt]) -> list[Shard]:

@@ -24,11 +24,19 @@ _RUNS_AT_ONCE = 8192
 
 
 class Piece(NamedTuple):
-    """A piece to write: its job, where it is, and the index of its checksum."""
+    """A piece to write.
+
+    Attributes:
+        job: The job that it is of.
+        block: Where it is.
+        checksum: Index of its checksum.
+        data: Its bytes in the memory of the job's tensor; None where they are not packed, and have to be copied.
+    """
 
     job: WriteJob
     block: Block
     checksum: int
+    data: memoryview | None
 
     @property
     def file_offset(self) -> int:
@@ -45,8 +53,9 @@ class Piece(NamedTuple):
 def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
     """The pieces of jobs, in order."""
     for job in jobs:
-        for number, block in enumerate(blocks_of(job.box, job.tensor.element_size())):
-            yield Piece(job, block, job.checksum + number)
+        data = bytes_of(job.tensor) if is_packed(job.tensor) else None
+        for number, block in enumerate(blocks_of(job.box, job.tensor.element_size()), job.checksum):
+            yield Piece(job, block, number, None if data is None else data[block.start : block.start + block.nbytes])
 
 
 class _OnTheWay(NamedTuple):
@@ -106,7 +115,7 @@ class PieceBytes:
 
     def needs_flush(self, piece: Piece) -> bool:
         """Whether bytes given so far must be written, and `flushed` called, before `get`."""
-        return not self._staging.has_room(piece.block.nbytes) and not is_packed(piece.job.tensor)
+        return piece.data is None and not self._staging.has_room(piece.block.nbytes)
 
     def flushed(self) -> None:
         """All bytes given so far have been written."""
@@ -114,13 +123,10 @@ class PieceBytes:
 
     def get(self, piece: Piece) -> memoryview:
         """The packed bytes of a piece; valid until `flushed`."""
-        job, block = piece.job, piece.block
-        if is_packed(job.tensor):
-            data = bytes_of(job.tensor)
-            if block.nbytes < len(data):
-                data = data[block.start : block.start + block.nbytes]
-        elif gpu_of(job.tensor) is None:
-            part = part_of(job, block)
+        if piece.data is not None:
+            data = piece.data
+        elif gpu_of(piece.job.tensor) is None:
+            part = part_of(piece.job, piece.block)
             room = self._staging.take(part)
             copy_bits(room.tensor, part)
             data = room.data
@@ -135,7 +141,7 @@ class PieceBytes:
 def _before_gpus(stream: Iterator[Piece], first: list[Piece]) -> Iterator[Piece]:
     """The pieces up to the first one on a GPU, which goes into `first`."""
     for piece in stream:
-        if not is_packed(piece.job.tensor) and gpu_of(piece.job.tensor) is not None:
+        if piece.data is None and gpu_of(piece.job.tensor) is not None:
             first.append(piece)
             return
         yield piece

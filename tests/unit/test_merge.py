@@ -730,6 +730,50 @@ def test_small_replicas_are_not_split_but_spread() -> None:
     assert written(result) == [8000] * 4
 
 
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_small_replicas_are_written_in_stretches_of_neighbours(size: int) -> None:
+    rank = Rank()
+    for i in range(100):
+        rank.tensor(f"w{i:02}", (256 + i,))
+    result = merged(*[rank] * size)
+    writers = [variable.shards[0].rank for variable in result.variables]
+    assert writers == sorted(writers)
+    assert set(writers) == set(range(size))
+    assert max(written(result)) - min(written(result)) < 2 * 4 * 356
+
+
+@st.composite
+def of_ranks(draw: st.DrawFn) -> list[Rank]:
+    """Tensors of up to 60 KB, each held by some of the ranks; on the first ranks larger ones of their own."""
+    ranks = [Rank() for _ in range(draw(st.integers(2, 5)))]
+    for r, numel in enumerate(draw(st.lists(st.integers(0, 50_000), max_size=len(ranks)))):
+        ranks[r].tensor(f"own{r}", (numel,))
+    teams = draw(st.lists(st.sets(st.sampled_from(range(len(ranks))), min_size=1), min_size=1, max_size=3))
+    for i, (team, numel) in enumerate(
+        draw(st.lists(st.tuples(st.sampled_from(teams), st.integers(1, 15_000)), max_size=30))
+    ):
+        for r in team:
+            ranks[r].tensor(f"w{i:02}", (numel,), fingerprint=1)
+    return ranks
+
+
+@given(of_ranks())
+def test_small_replicas_even_the_loads_out(ranks: list[Rank]) -> None:
+    """Who writes a box that all ranks hold has at most two such boxes more than the emptiest rank."""
+    result = merged(*ranks)
+    check_complete(result)
+    holders = {
+        variable.key: [r for r, rank in enumerate(ranks) if variable.key in rank.paths] for variable in result.variables
+    }
+    assert all(shard.rank in holders[variable.key] for variable in result.variables for shard in variable.shards)
+    nbytes = written(result)
+    everywhere = [key for key, ranks_of_it in holders.items() if len(ranks_of_it) == len(ranks)]
+    largest = max((4 * math.prod(v.shape) for v in result.variables if v.key in everywhere), default=0)
+    for variable in result.variables:
+        if variable.key in everywhere:
+            assert nbytes[variable.shards[0].rank] - min(nbytes) <= 2 * largest
+
+
 def test_ranks_with_shards_of_their_own_get_fewer_replicas() -> None:
     """Rank 0 alone holds one tensor and half of another, so that the others write what all hold."""
 
