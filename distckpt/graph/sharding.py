@@ -29,15 +29,20 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
     """The value of a tensor: a DTensor's local shard, any other tensor as a replicated one.
 
     Raises:
-        UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized), or a placement is no shard.
+        UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized, subclasses without memory), or a
+            placement is no shard.
     """
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         _require_plain(tensor)
         return replicated(tensor, name, in_place=in_place)
     if _is_dtensor(tensor):
-        return _dtensor_value(tensor, name, in_place)
-    _require_plain(tensor)
-    return replicated(tensor, name, in_place=in_place)
+        value = _dtensor_value(tensor, name, in_place)
+    else:
+        _require_plain(tensor)
+        value = replicated(tensor, name, in_place=in_place)
+    if type(value.tensor) is not torch.Tensor:
+        _require_memory(value.tensor)
+    return value
 
 
 def array_value(array: np.ndarray, name: str = OWN_VALUE, *, in_place: bool = True) -> TensorValue:
@@ -74,7 +79,8 @@ def new_like(
     """
     if _is_dtensor(holder) and tuple(holder.shape) == shape:
         tensor: torch.Tensor = torch.empty_like(holder, dtype=dtype, requires_grad=False)
-        return tensor, tensor_value(tensor)
+        assert _is_dtensor(tensor)  # as its holder is
+        return tensor, _dtensor_value(tensor, OWN_VALUE, in_place=True)
     if like.global_shape == shape:
         tensor = torch.empty(like.tensor.shape, dtype=dtype, device=like.tensor.device)
         return tensor, TensorValue(OWN_VALUE, tensor, shape, like.boxes)
@@ -107,6 +113,20 @@ def _require_plain(tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnsaveableError(
             f"a {tensor.layout} / {tensor.dtype} tensor is not dense. Convert it with to_dense() or dequantize()."
+        )
+
+
+def _require_memory(tensor: torch.Tensor) -> None:
+    """Subclasses may keep their elements in other tensors, or have none: reading their memory would end the process."""
+    try:
+        # torch warns where a fake tensor is asked for its address
+        address = 0 if hasattr(tensor, "fake_mode") else tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        address = 0
+    if address == 0 and tensor.numel():
+        raise UnsaveableError(
+            f"a {type(tensor).__qualname__} has no memory of its own. Track the tensors inside, or a plain tensor made "
+            "of it."
         )
 
 

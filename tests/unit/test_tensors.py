@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distckpt import Checkpoint, CheckpointWarning, LayoutError, RestoreMismatchError, RestoreOptions
 from distckpt.graph.memory import overlaps_itself
@@ -423,3 +424,34 @@ def test_saving_takes_no_number_from_any_generator(path: str) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(generator.get_state(), before[1])
     assert np.array_equal(np.random.get_state()[1], before[2])
+
+
+def test_a_tensor_without_memory_of_its_own_is_refused(path: str) -> None:
+    """As quantized weights are, and tensors that only pretend: reading them would end the process."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls: Any, inner: torch.Tensor) -> Any:
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return NotImplemented
+
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    for tensor, name in ((Wrapper(torch.ones(3)), "Wrapper"), (fake, "FakeTensor")):
+        for live in ({"w": tensor}, {"w": {"a": [tensor]}}, {"w": _Stateful(tensor)}):
+            with pytest.raises(LayoutError, match=f"w.*: a .*{name} has no memory of its own"):
+                Checkpoint(**live).write(path)
+
+
+class _Stateful:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": self.tensor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor = state["x"]
