@@ -1,7 +1,7 @@
 """A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `Created`.
 
-The path of a draft: it is described, which settles all that the ranks must know of it; made; filled by the ranks;
-sealed with the manifest; committed. Whatever fails, it is abandoned.
+The path of a draft: it is described, which settles all that the ranks must know of it; made, at once or by the thread
+in the background; filled by the ranks; sealed with the manifest; committed. Whatever fails, it is abandoned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distckpt.timing import Timing
 
 
 class Created(msgspec.Struct, frozen=True):
-    """What every rank must know of a file that rank 0 has created.
+    """What every rank must know of a file that rank 0 has created, or is about to create.
 
     Attributes:
         path: The final path.
@@ -33,6 +33,7 @@ class Created(msgspec.Struct, frozen=True):
         checksums_offset: Position of the checksum dataset in the file, in bytes.
         transport: "mpio" or "posix".
         fresh: The positions of the variables are new; rank 0 shares them next.
+        exists: The file is there. Else rank 0 makes it in the background, and says so before a rank may open it.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Created(msgspec.Struct, frozen=True):
     checksums_offset: int
     transport: str
     fresh: bool
+    exists: bool
 
 
 def log_saved(created: Created, timing: Timing) -> None:

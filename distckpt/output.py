@@ -132,13 +132,14 @@ class Output:
         """Position of every variable in the file, in bytes; None on other ranks than 0."""
         return None if self._form is None else self._form.skeleton.offsets
 
-    def create(self, target: Target, options: SaveOptions, size: int) -> Created:
+    def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> Created:
         """Create the temporary file with everything but the data and the manifest.
 
         Args:
             target: Where the save goes.
             options: Of the save.
             size: Number of ranks.
+            later: Of a layout that already has a file only describe the next one; `Draft.make` makes it.
 
         Raises:
             OSError: The directory or the file cannot be made, or there is no space.
@@ -166,9 +167,10 @@ class Output:
             checksums_offset=form.skeleton.checksums_offset,
             transport=transport,
             fresh=fresh,
+            exists=fresh or not later,
         )
         draft.describe(created, form.skeleton, encoded)
-        if not fresh:
+        if not (fresh or later):
             draft.make()
         return created
 
