@@ -174,7 +174,8 @@ class Checkpoint(Trackable):
         Raises:
             LayoutError: What the ranks hold is not one checkpoint. Nothing was written.
             RankTimeoutError: Some ranks did not come.
-            CollectiveError: A step failed on some rank, or an earlier save in the background did.
+            CollectiveError: A step failed on some rank, or an earlier save in the background did. What fails in the
+                background, also for want of space, is raised by `SaveHandle.result`.
         """
         return SaveHandle(self._start_numbered(file_prefix, None, given_or_default(options, SaveOptions), None))
 

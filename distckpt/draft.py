@@ -1,4 +1,8 @@
-"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `Created`."""
+"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `Created`.
+
+The path of a draft: it is described, which settles all that the ranks must know of it; made, at once or by the thread
+in the background; filled by the ranks; sealed with the manifest; committed. Whatever fails, it is abandoned.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import msgspec
 
 from distckpt.log import log
 from distckpt.storage.commit import commit, discard
-from distckpt.storage.creation import Skeleton, write_manifest
+from distckpt.storage.creation import Skeleton, create_like, write_manifest
 from distckpt.storage.manifest import with_timing
 from distckpt.storage.paths import Prefix, parse_numbered
 from distckpt.storage.rawio import fsync, sync_directory
@@ -19,7 +23,7 @@ from distckpt.timing import Timing
 
 
 class Created(msgspec.Struct, frozen=True):
-    """What every rank must know of a file that rank 0 has created.
+    """What every rank must know of a file that rank 0 has created, or is about to create.
 
     Attributes:
         path: The final path.
@@ -29,6 +33,7 @@ class Created(msgspec.Struct, frozen=True):
         checksums_offset: Position of the checksum dataset in the file, in bytes.
         transport: "mpio" or "posix".
         fresh: The positions of the variables are new; rank 0 shares them next.
+        exists: The file is there. Else rank 0 makes it in the background, and says so before a rank may open it.
     """
 
     path: str
@@ -38,6 +43,7 @@ class Created(msgspec.Struct, frozen=True):
     checksums_offset: int
     transport: str
     fresh: bool
+    exists: bool
 
 
 def log_saved(created: Created, timing: Timing) -> None:
@@ -51,7 +57,7 @@ class Draft:
 
     Attributes:
         temp_path: Where it is until it is committed.
-        created: What all ranks know of it; None until it is there.
+        created: What all ranks know of it; None until it is described.
         ended: It was committed, or nothing is left of it.
     """
 
@@ -64,15 +70,24 @@ class Draft:
         self._finished: os.stat_result | None = None  # of the complete temporary file
 
     def describe(self, created: Created, skeleton: Skeleton, manifest: bytes) -> None:
-        """The file is there, but for the data and the manifest.
+        """Say what the file is, or will be.
 
         Args:
             created: What all ranks know of it.
-            skeleton: Says where the manifest goes.
-            manifest: Encoded, without a timing.
+            skeleton: All of it but the data and the manifest.
+            manifest: Encoded, without a timing; it fits.
         """
         self.created = created
         self._manifest = skeleton, manifest
+
+    def make(self) -> None:
+        """Make the file, but for the data and the manifest, its space reserved. Any thread.
+
+        Raises:
+            OSError: No space, or no permission. Nothing is left.
+        """
+        assert self._manifest is not None, "described, and not sealed yet"
+        create_like(self.temp_path, self._manifest[0])
 
     def seal(self, timing: Timing, *, durable: bool) -> None:
         """Write the manifest, without which the file is no checkpoint.

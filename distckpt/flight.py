@@ -1,11 +1,16 @@
 """A save in the background: what is left of it when `save_async` returns.
 
-The path of the data: the ranks walk, agree, plan and create the file as for `save`, a few milliseconds in which nothing
-is moved. Then each rank copies the bytes of its write jobs, and nothing else, into a host buffer that it keeps and uses
-again (`storage.snapshot`): one flat copy per tensor. The tensors may change from then on. The thread of
-`coordination.background` writes the copies and their checksums with `pwrite`, syncs them, and the ranks agree. Rank 0
-commits and tells the others; then each sets its counter. Nothing is copied twice, and nothing is computed for a save
-that `save` would not compute.
+The path of the data: the ranks walk and agree as for `save`, and rank 0 settles what the file will be: name, positions,
+and all of its manifest but the timing, as of this moment; a few milliseconds in which nothing is moved. Then each rank
+copies the bytes of its write jobs, and nothing else, into a host buffer that it keeps and uses again
+(`storage.snapshot`): one flat copy per tensor. The tensors may change from then on. The thread of
+`coordination.background` makes the file on rank 0 and says so, for reserving its space may take longer than all before;
+on all ranks it writes the copies and their checksums with `pwrite`, syncs them, and the ranks agree. Rank 0 commits and
+tells the others; then each sets its counter. Nothing is copied twice, and nothing is computed for a save that `save`
+would not compute.
+
+The file is made in the call where the thread may not speak to the other ranks, and where they do not know the positions
+of the variables yet: in the first save of a layout.
 """
 
 from __future__ import annotations
@@ -72,29 +77,49 @@ class Flight:
         self._timer = timer
         self._on_commit = on_commit
         self._epilogue = epilogue
+        self._begun = Attempt(result=True, error=None)  # the same on all ranks
         self._written: Attempt[bool] | None = None
         self._work_done = threading.Event()
         self._ended = threading.Event()
 
     # ---- what the background does ----
 
+    def begin(self, coordinator: Coordinator) -> None:
+        """Make the file, if that was left to do. Copy first: the next optimizer step waits for it. Collective."""
+        self._copy()
+        if not self.created.exists:
+            self._begun = Attempt.of(lambda: coordinator.on_root("create", self._make_file, bool))
+
+    def _make_file(self) -> bool:
+        """Rank 0 only."""
+        assert self._draft is not None, "described on this rank"
+        with self._timer.step("create"):
+            self._draft.make()
+        return True
+
     def work(self) -> None:
-        """Write this rank's part. Local."""
+        """Write this rank's part, if there is a file. Local."""
+        self._copy()
         self._written = Attempt.of(self._write)
         self._work_done.set()
 
-    def _write(self) -> bool:
+    def _copy(self) -> None:
+        """Copy what is left to copy. Raises nothing: what fails is found when the copies are used."""
         with self._timer.step("stage"):
             self._snapshot.complete()
+
+    def _write(self) -> bool:
         try:
-            write_alone(self.created, self._snapshot.jobs(), self.options, self._timer)
+            if self._begun.error is None:
+                write_alone(self.created, self._snapshot.jobs(), self.options, self._timer)
         finally:
             self._snapshot.release()
         return True
 
     def end(self, coordinator: Coordinator) -> None:
-        """Agree, commit and count. Collective."""
+        """Agree, commit and count. Collective, unless the ranks know already that there is no file."""
         try:
+            self._begun.require()
             with coordinator.step("write"):
                 assert self._written is not None, "the work is done"
                 self._written.require()

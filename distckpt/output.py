@@ -8,7 +8,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,6 @@ from distckpt.layout.records import (
     FORMAT,
     FORMAT_VERSION,
     Manifest,
-    Variable,
 )
 from distckpt.options import SaveOptions
 from distckpt.request import encode_metadata
@@ -66,6 +65,42 @@ class _Name:
     counter: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the files of a layout have in common, known as soon as there is one.
+
+    Attributes:
+        skeleton: Of each.
+        layout: Of the manifest of each: its largest part is encoded once for all of them.
+    """
+
+    skeleton: Skeleton
+    layout: manifests.EncodedLayout
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, manifest: Manifest) -> _Form:
+        """Of the first file.
+
+        Args:
+            skeleton: Says where it has the variables.
+            manifest: Of this or any other file of the layout.
+        """
+        variables = [
+            msgspec.structs.replace(variable, offset=offset)
+            for variable, offset in zip(manifest.variables, skeleton.offsets.tolist(), strict=True)
+        ]
+        return cls(skeleton, manifests.encode_layout(msgspec.structs.replace(manifest, variables=variables)))
+
+    def encode(self, manifest: Manifest) -> bytes:
+        """The manifest of one file, without a timing."""
+        manifest = msgspec.structs.replace(manifest, file_nbytes=self.skeleton.file_nbytes)
+        return manifests.encode(manifest, self.layout)
+
+    def fits(self, encoded: bytes) -> bool:
+        """Whether the file has room for a manifest."""
+        return manifests.timed_nbytes(encoded) <= self.skeleton.manifest_capacity
+
+
 class Output:
     """The files of one operation, "save" or "write". Rank 0 only."""
 
@@ -77,8 +112,7 @@ class Output:
         """
         self._numbered = numbered
         self._merged: Merged | None = None
-        self._variables: list[Variable] = []  # with their positions in the file
-        self._skeleton: Skeleton | None = None
+        self._form: _Form | None = None
         self._with_checksums = True
         self._swept: set[str] = set()
         self._draft: Draft | None = None  # of the save that is going on
@@ -87,7 +121,7 @@ class Output:
     def adopt(self, merged: Merged) -> None:
         """Take a new layout; the next file is made through HDF5."""
         self._merged = merged
-        self._skeleton = None
+        self._form = None
 
     def update_values(self, python_values: Mapping[str, bytes]) -> None:
         """Take rank 0's present python values, by key."""
@@ -96,40 +130,48 @@ class Output:
     @property
     def offsets(self) -> np.ndarray | None:
         """Position of every variable in the file, in bytes; None on other ranks than 0."""
-        return None if self._skeleton is None else self._skeleton.offsets
+        return None if self._form is None else self._form.skeleton.offsets
 
-    def create(self, target: Target, options: SaveOptions, size: int) -> Created:
+    def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> Created:
         """Create the temporary file with everything but the data and the manifest.
 
         Args:
             target: Where the save goes.
             options: Of the save.
             size: Number of ranks.
+            later: Of a layout that already has a file only describe the next one; `Draft.make` makes it.
 
         Raises:
             OSError: The directory or the file cannot be made, or there is no space.
             ValueError: There is a checkpoint with the wanted number or a higher one.
         """
         name = self._name(target)
-        directory = Path(name.final).parent
-        make_directory(directory)
-        if str(directory) not in self._swept:
-            sweep(directory)
-            self._swept.add(str(directory))
+        self._prepare_directory(Path(name.final).parent)
         if self._with_checksums != options.checksums:
-            self._with_checksums, self._skeleton = options.checksums, None
+            self._with_checksums, self._form = options.checksums, None
         transport = _choose_transport(options, size)
         manifest = self._manifest(name.counter, options, size, transport)
         temp = temp_path(name.final)
         self._draft = draft = Draft(temp, numbered=self._numbered)
-        skeleton = self._make_file(temp, manifest)
-        fresh = skeleton is not self._skeleton
-        if fresh:
-            self._place(skeleton)
-        file_nbytes, checksums_offset = skeleton.file_nbytes, skeleton.checksums_offset
-        created = Created(name.final, temp, name.counter, file_nbytes, checksums_offset, transport, fresh)
-        manifest = msgspec.structs.replace(manifest, variables=self._variables, file_nbytes=file_nbytes)
-        draft.describe(created, skeleton, manifests.encode(manifest))
+        form = known = self._form
+        encoded = b"" if form is None else form.encode(manifest)
+        if form is None or not form.fits(encoded):
+            form = self._form = self._make_first(temp, manifest)
+            encoded = form.encode(manifest)
+        fresh = form is not known
+        created = Created(
+            path=name.final,
+            temp_path=temp,
+            counter=name.counter,
+            file_nbytes=form.skeleton.file_nbytes,
+            checksums_offset=form.skeleton.checksums_offset,
+            transport=transport,
+            fresh=fresh,
+            exists=fresh or not later,
+        )
+        draft.describe(created, form.skeleton, encoded)
+        if not (fresh or later):
+            draft.make()
         return created
 
     def seal(self, timing: Timing) -> None:
@@ -150,7 +192,7 @@ class Output:
 
     def abandon(self) -> None:
         """Remove what a failed save has left; nothing happens when there is nothing, as on other ranks than 0."""
-        self._skeleton = None  # perhaps not all ranks have heard where it has the variables
+        self._form = None  # perhaps not all ranks have heard where it has the variables
         if self._draft is not None:
             self._draft.abandon()
             self._draft = None
@@ -163,6 +205,12 @@ class Output:
         return draft
 
     # ---- parts of create ----
+
+    def _prepare_directory(self, directory: Path) -> None:
+        make_directory(directory)
+        if str(directory) not in self._swept:
+            sweep(directory)
+            self._swept.add(str(directory))
 
     def _name(self, target: Target) -> _Name:
         if not self._numbered:
@@ -191,28 +239,16 @@ class Output:
             checksums=CHECKSUM_ALGORITHM if options.checksums else None,
             metadata=msgspec.Raw(encode_metadata(options)),
             object_graph=merged.object_graph,
-            variables=self._variables if self._skeleton is not None else merged.variables,
+            variables=merged.variables,
             python_state={key: msgspec.Raw(value) for key, value in merged.python_state.items()},
-            file_nbytes=self._skeleton.file_nbytes if self._skeleton is not None else 0,
+            file_nbytes=0,
         )
 
-    def _make_file(self, temp: str, manifest: Manifest) -> Skeleton:
+    def _make_first(self, temp: str, manifest: Manifest) -> _Form:
         merged = self._require_merged()
-        nbytes = manifests.max_nbytes(manifest)
-        datasets: Sequence[DatasetSpec] = ()
-        if self._skeleton is None or nbytes > self._skeleton.manifest_capacity:
-            datasets = [DatasetSpec(variable.key, variable.dtype, variable.shape) for variable in merged.variables]
+        datasets = [DatasetSpec(variable.key, variable.dtype, variable.shape) for variable in merged.variables]
         n_checksums = merged.n_checksums if self._with_checksums else 0
-        return create_file(temp, self._skeleton, datasets, n_checksums, nbytes)
-
-    def _place(self, skeleton: Skeleton) -> None:
-        """Remember where a new file has its variables; the next files have them there, too."""
-        self._skeleton = skeleton
-        variables = self._require_merged().variables
-        self._variables = [
-            msgspec.structs.replace(variable, offset=offset)
-            for variable, offset in zip(variables, skeleton.offsets.tolist(), strict=True)
-        ]
+        return _Form.of(create_file(temp, datasets, n_checksums, manifests.max_nbytes(manifest)), manifest)
 
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"

@@ -116,7 +116,7 @@ class Saver:
             try:
                 background = background_of(coordinator)
                 posix = replace(call, options=replace(options, transport="posix"))
-                created = self._create(posix, output, agreed, captured)
+                created = self._create(posix, output, agreed, captured, later=background.speaks)
                 snapshot = self._stage(call, background, created, agreed, captured)
             except BaseException:
                 output.abandon()
@@ -229,19 +229,21 @@ class Saver:
 
     # ---- write ----
 
-    def _create(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture) -> Created:
-        """Make the file on rank 0, and tell all ranks where what is in it. Collective."""
-        make = functools.partial(self._make_file, call, output, agreed, captured)
+    def _create(
+        self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool = False
+    ) -> Created:
+        """Make the file on rank 0, or settle what it will be, and tell all ranks where what is in it. Collective."""
+        make = functools.partial(self._make_file, call, output, agreed, captured, later=later)
         created = self._coordinator.on_root("create", make, Created)
         if created.fresh:
             agreed.offsets = self._coordinator.share(output.offsets)
         return created
 
-    def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture) -> Created:
+    def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool) -> Created:
         """Rank 0 only."""
         with call.timer.step("create"):
             output.update_values(captured.python_values(agreed.plan.keys))
-            return output.create(call.target, call.options, self._coordinator.size)
+            return output.create(call.target, call.options, self._coordinator.size, later=later)
 
     def _commit(self, call: SaveCall, output: Output) -> Timing:
         """Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""

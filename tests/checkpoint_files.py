@@ -110,7 +110,7 @@ def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True,
     variables = variables_of(tensors, n_ranks)
     manifest = make_manifest(variables, **changes)
     n_checksums = index_checksums(variables).total if hashed else 0
-    skeleton = creation.create_file(str(path), None, specs_of(tensors), n_checksums, manifests.max_nbytes(manifest))
+    skeleton = creation.create_file(str(path), specs_of(tensors), n_checksums, manifests.max_nbytes(manifest))
     fd = os.open(path, os.O_RDWR)
     log = write_posix(fd, write_jobs(tensors, variables, skeleton), checksums=hashed)
     log.write(fd, skeleton.checksums_offset)

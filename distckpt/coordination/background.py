@@ -1,12 +1,15 @@
 """A thread that goes on with a collective operation while the program does something else.
 
 There is one per communicator, so that the operations of all who share it are finished in the order in which they were
-begun, the same on all ranks. A task has a part that needs no other rank, and an end that all ranks agree on. The thread
-does the first. It does the second, too, where MPI lets every thread speak (THREAD_MULTIPLE): on a duplicate of its own,
-made by the main thread. Elsewhere the main thread ends the task at the next collective call.
+begun, the same on all ranks. A task has a beginning and an end that all ranks agree on, and between them a part that
+needs no other rank. The thread does all of it where MPI lets every thread speak (THREAD_MULTIPLE), on a duplicate of
+its own, made by the main thread. Elsewhere it does the local part only: the main thread submits a task that needs no
+beginning, and ends it at the next collective call.
 
-    main thread      submit ------------------------------------> (end, without THREAD_MULTIPLE)
-    this thread             local part --> end, with THREAD_MULTIPLE
+    with THREAD_MULTIPLE     main thread    submit
+                             this thread          begin --> local part --> end
+    without                  main thread    submit -----------------------> end, in the next call
+                             this thread          local part
 
 When the program exits, or calls MPI_Finalize, tasks are completed first, within their timeout.
 """
@@ -45,11 +48,14 @@ class Task(Protocol):
 
     timeout: float
 
+    def begin(self, coordinator: Coordinator) -> None:
+        """Do what must have come to its end on all ranks before one works. The thread speaks. Collective."""
+
     def work(self) -> None:
         """The part that needs no other rank. Local."""
 
     def end(self, coordinator: Coordinator) -> None:
-        """Agree with the other ranks, and commit. Collective."""
+        """Agree with the other ranks, and commit. Collective, unless the task has failed on all ranks by now."""
 
     def end_together(self, timeout: float | None) -> bool:
         """Wait for the work, then end the task, unless it has ended. The thread does not speak. Collective.
@@ -75,7 +81,7 @@ class Background:
     """The thread of one communicator.
 
     Attributes:
-        speaks: The thread ends tasks; otherwise the main thread does.
+        speaks: The thread begins and ends tasks; otherwise the main thread ends them.
     """
 
     def __init__(self) -> None:
@@ -98,12 +104,12 @@ class Background:
         _register(self)
 
     def speak_alone(self) -> None:
-        """Let the thread end tasks of a communicator of one rank: it needs no MPI for it."""
+        """Let the thread begin and end tasks of a communicator of one rank: it needs no MPI for it."""
         self._coordinator = Coordinator.alone()
         self.speaks = True
 
     def speak_over(self, duplicate: MPI.Intracomm) -> None:
-        """Let the thread end tasks over a communicator that nobody else speaks on."""
+        """Let the thread begin and end tasks over a communicator that nobody else speaks on."""
         self._duplicate = duplicate
         self._collectives = PolledCollectives(duplicate)
         self._coordinator = Coordinator.over(Spoken(self._collectives))
@@ -164,6 +170,8 @@ class Background:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (task := self._queue.get()) is not None:
+            if self._coordinator is not None:
+                task.begin(self._coordinator)
             task.work()
             if self._coordinator is not None:
                 task.end(self._coordinator)

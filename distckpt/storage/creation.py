@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,43 +83,54 @@ class Skeleton:
     runs: tuple[tuple[int, bytes], ...]
 
 
-def create_file(
-    path: str,
-    skeleton: Skeleton | None,
-    datasets: Sequence[DatasetSpec],
-    n_checksums: int,
-    manifest_nbytes: int,
-) -> Skeleton:
-    """Make a checkpoint file without data, its space reserved. Rank 0 only.
+def create_file(path: str, datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> Skeleton:
+    """Make the first checkpoint file of a layout, without data, its space reserved. Rank 0 only.
 
     Args:
         path: Where; nothing may be there.
-        skeleton: What this function returned for the same datasets and number of checksums, or None.
         datasets: The datasets, in file order.
         n_checksums: Number of checksums.
         manifest_nbytes: Upper bound for the length of the encoded manifest (`manifest.max_nbytes`).
 
     Returns:
-        The skeleton of the file; the one given, if the manifest fits into it.
+        The skeleton of the file.
 
     Raises:
         OSError: No space, no permission, or something is at `path`. Nothing new is left there.
         ValueError: HDF5 cannot hold one of the datasets.
     """
-    if skeleton is not None and manifest_nbytes > skeleton.manifest_capacity:
-        skeleton = None
+    with _new_file(path) as fd:
+        rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
+        skeleton = make_skeleton(datasets, n_checksums, manifest_nbytes, Path(path).parent)
+        rebuild(fd, skeleton)
+    return skeleton
+
+
+def create_like(path: str, skeleton: Skeleton) -> None:
+    """Make a further checkpoint file of a layout, without data, its space reserved. Rank 0 only; any thread.
+
+    Args:
+        path: Where; nothing may be there.
+        skeleton: Of the first file.
+
+    Raises:
+        OSError: No space, no permission, or something is at `path`. Nothing new is left there.
+    """
+    with _new_file(path) as fd:
+        rebuild(fd, skeleton)
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[int]:
+    """A new file, which is removed if the body fails."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        if skeleton is None:
-            rawio.reserve(fd, max_file_nbytes(datasets, n_checksums, manifest_nbytes))
-            skeleton = make_skeleton(datasets, n_checksums, manifest_nbytes, Path(path).parent)
-        rebuild(fd, skeleton)
+        yield fd
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
-    return skeleton
 
 
 def rebuild(fd: int, skeleton: Skeleton) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -42,6 +42,9 @@ _CAPACITY_STEP = 4096
 
 _encoder = msgspec.json.Encoder()
 
+#: What the manifests of all files of a layout have in common, field by field: most of each.
+EncodedLayout = Mapping[str, msgspec.Raw]
+
 
 class _Header(msgspec.Struct):
     format: str
@@ -67,12 +70,29 @@ class _Stored(Described, frozen=True):
 
     tilings: list[list[Shard]]
     variables: list[_StoredVariable]
-    timing: Timing | None = None  # the last, see `with_timing`
+    timing: Timing | None = None  # `encode` puts it last, see `with_timing`
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The manifest as sealed JSON, without padding."""
-    return _sealed(_encoder.encode(_stored(manifest))[1:])
+def encode(manifest: Manifest, layout: EncodedLayout | None = None) -> bytes:
+    """The manifest as sealed JSON, without padding.
+
+    Args:
+        manifest: What to encode.
+        layout: `encode_layout` of another manifest with the same object graph and variables, if there is one.
+    """
+    layout = encode_layout(manifest) if layout is None else layout
+    return _sealed(_encoder.encode({**_description(manifest), **layout, "timing": manifest.timing})[1:])
+
+
+def encode_layout(manifest: Manifest) -> EncodedLayout:
+    """The fields of `_Stored` that say what is stored where."""
+    tilings = tilings_of(manifest.variables)
+    variables = [
+        _StoredVariable(variable.key, variable.dtype, variable.shape, variable.offset, tiling, variable.numpy)
+        for variable, tiling in zip(manifest.variables, tilings.which, strict=True)
+    ]
+    fields = {"object_graph": manifest.object_graph, "tilings": tilings.distinct, "variables": variables}
+    return {name: msgspec.Raw(_encoder.encode(value)) for name, value in fields.items()}
 
 
 def with_timing(encoded: bytes, timing: Timing) -> bytes:
@@ -91,7 +111,12 @@ def max_nbytes(manifest: Manifest) -> int:
     """Upper bound for the length of the encoded manifest, whatever offsets, file length and timing it will have."""
     numbers = [variable.offset for variable in manifest.variables]
     numbers.append(manifest.file_nbytes)
-    return len(encode(manifest)) + _TIMING_NBYTES + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
+    return timed_nbytes(encode(manifest)) + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
+
+
+def timed_nbytes(encoded: bytes) -> int:
+    """Upper bound for the length of an encoded manifest, whatever timing it will have."""
+    return len(encoded) + _TIMING_NBYTES
 
 
 def capacity_for(nbytes: int) -> int:
@@ -120,15 +145,6 @@ def decode(data: bytes) -> Manifest:
             raise CorruptCheckpointError(f"the manifest is not what distckpt writes: {error}") from error
         _check_seal(data, seal)
         return _loaded(stored)
-
-
-def _stored(manifest: Manifest) -> _Stored:
-    tilings = tilings_of(manifest.variables)
-    variables = [
-        _StoredVariable(variable.key, variable.dtype, variable.shape, variable.offset, tiling, variable.numpy)
-        for variable, tiling in zip(manifest.variables, tilings.which, strict=True)
-    ]
-    return _Stored(**_description(manifest), tilings=tilings.distinct, variables=variables, timing=manifest.timing)
 
 
 def _loaded(stored: _Stored) -> Manifest:

@@ -103,8 +103,8 @@ def test_a_sharded_parameter_that_changes_before_its_copy_fails_the_save(
 ) -> None:
     ckpt = make(1, comm)
     train(ckpt)
-    opened, work = threading.Event(), Flight.work
-    monkeypatch.setattr(Flight, "work", lambda flight: work(flight) if opened.wait(30) else None)
+    opened, begin = threading.Event(), Flight.begin
+    monkeypatch.setattr(Flight, "begin", lambda *args: begin(*args) if opened.wait(30) else None)
     handle = ckpt.save_async(mpi_dir / "ckpt", options=distckpt.SaveOptions(overlap=True))
     with torch.no_grad():
         ckpt.model[1].weight.add_(1)

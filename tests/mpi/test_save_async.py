@@ -26,6 +26,7 @@ import distckpt.saver
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import background
+from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CollectiveError, LayoutError
 from distckpt.flight import Flight
 from distckpt.storage import creation, rawio
@@ -161,18 +162,49 @@ def test_a_commit_without_a_further_call(subcomm: Any, mpi_dir: Path) -> None:
     assert handle.result(PATIENCE) == handle.path
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_file_is_made_in_the_background_where_the_thread_may_say_so(
+    subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, level: str, overlap: bool
+) -> None:
+    comm = subcomm(SIZE)
+    if comm is None:
+        return
+    program, opened = Program(comm, 1), threading.Event()
+    program.checkpoint.save_async(mpi_dir / "ckpt").result()
+    known = names_in(comm, mpi_dir)
+    make = distckpt.draft.create_like
+    if level == "serialized":
+        opened.set()
+    monkeypatch.setattr(distckpt.draft, "create_like", lambda *args: make(*args) if opened.wait(PATIENCE) else None)
+    before = program.values()
+    handle = program.checkpoint.save_async(mpi_dir / "ckpt", options=SaveOptions(overlap=overlap))
+    program.train()
+    assert len(names_in(comm, mpi_dir) - known) == (level == "serialized")
+    comm.Barrier()
+    opened.set()
+    path = handle.result()
+    assert names_in(comm, mpi_dir) == {*known, "ckpt-2.h5"}
+    program.checkpoint.restore(path).assert_consumed()
+    assert program.values() == before
+
+
 @pytest.mark.usefixtures("level")
 def test_several_in_flight(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comm = subcomm(SIZE)
     if comm is None:
         return
-    work = Flight.work
+    begin, work = Flight.begin, Flight.work
 
-    def slow(flight: Flight) -> None:
+    def slow_begin(flight: Flight, coordinator: Coordinator) -> None:
+        time.sleep(0.02 * (SIZE - comm.rank))
+        begin(flight, coordinator)
+
+    def slow_work(flight: Flight) -> None:
         time.sleep(0.02 * comm.rank)
         work(flight)
 
-    monkeypatch.setattr(Flight, "work", slow)
+    monkeypatch.setattr(Flight, "begin", slow_begin)
+    monkeypatch.setattr(Flight, "work", slow_work)
     program, options = Program(comm, 1), SaveOptions(max_in_flight=3)
     states, handles = [], []
     for _ in range(8):
@@ -196,7 +228,7 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        step: The step that must fail; "write" and "commit" do so in the background.
+        step: The step that must fail.
         owner: Module or class in which a function is replaced by one that raises.
         name: The function.
         ranks: The ranks on which it fails, one after the other.
@@ -206,6 +238,10 @@ class Fault:
     owner: Any
     name: str
     ranks: list[int]
+
+    def is_in_background(self, level: str) -> bool:
+        """Whether the call has returned before. The file is made there where the thread may say so."""
+        return self.step in ("write", "commit") or (level == "multiple" and self.owner is creation)
 
     def __str__(self) -> str:
         return f"{self.step}-{self.owner.__name__.rpartition('.')[2]}.{self.name}"
@@ -227,6 +263,7 @@ FAULTS = [
     Fault("duplicate the communicator", background, "PolledCollectives", EVERY),
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", creation, "rebuild", ROOT),
+    Fault("create", creation, "_new_file", ROOT),
     Fault("stage", distckpt.saver, "_jobs", EVERY),
     Fault("stage", distckpt.flight.Snapshot, "_copy_now", EVERY),
     Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),
@@ -241,7 +278,6 @@ FAULTS = [
     Fault("commit", distckpt.draft, "sync_directory", ROOT),
     Fault("commit", distckpt.draft, "record_save", ROOT),
 ]
-IN_BACKGROUND = {"write", "commit"}
 ONCE = {"start a thread", "duplicate the communicator"}
 
 
@@ -276,7 +312,7 @@ def test_a_failure_is_the_same_error_on_all_ranks_and_changes_nothing(
         with monkeypatch.context() as patch:
             if comm.rank == rank:
                 patch.setattr(fault.owner, fault.name, Raise(OSError(28, f"injected on rank {rank}")))
-            if fault.step in IN_BACKGROUND:
+            if fault.is_in_background(level):
                 handle = program.checkpoint.save_async(directory / "ckpt")
                 outcome = outcome_of(handle.result)
             else:

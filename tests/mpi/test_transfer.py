@@ -90,7 +90,7 @@ class Save:
         manifest = make_manifest(self.variables, world_size=self.comm.size)
         n_checksums = index_checksums(self.variables).total
         specs = specs_of(self.values)
-        skeleton = creation.create_file(self.path, None, specs, n_checksums, manifests.max_nbytes(manifest))
+        skeleton = creation.create_file(self.path, specs, n_checksums, manifests.max_nbytes(manifest))
         fd = os.open(self.path, os.O_RDWR)
         creation.write_manifest(fd, skeleton, manifests.encode(placed(manifest, skeleton)))
         os.close(fd)

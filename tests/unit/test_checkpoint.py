@@ -279,6 +279,26 @@ def test_pickling_is_refused(protocol: int) -> None:
         copy.copy(Checkpoint(a=1))
 
 
+# ---- saves of a known layout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["save", "write"])
+def test_a_further_save_encodes_of_its_manifest_only_what_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint = Checkpoint(a=full(1), step=1)
+    getattr(checkpoint, call)(tmp_path / "ckpt")
+    monkeypatch.setattr("distckpt.storage.manifest.tilings_of", None)
+    checkpoint.a.fill_(2)
+    checkpoint.step = 2
+    path = getattr(checkpoint, call)(tmp_path / "ckpt", options=SaveOptions(metadata={"loss": 0.5}))
+    twin = Checkpoint(a=full(0), step=0)
+    twin.read(path).expect_partial()
+    assert (twin.a.tolist(), twin.step) == ([2, 2], 2)
+    with distckpt.load_checkpoint(path) as reader:
+        assert reader.metadata == {"loss": 0.5}
+
+
 # ---- saves that fail ---------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, CheckpointRecord, CollectiveError, SaveOptions, latest_checkpoint
+from distckpt.coordination.coordinator import Coordinator
 from distckpt.flight import Flight
 
 PATIENCE = 30.0
@@ -21,13 +22,13 @@ PATIENCE = 30.0
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The background does nothing before it is set."""
     event = threading.Event()
-    work = Flight.work
+    begin = Flight.begin
 
-    def held(flight: Flight) -> None:
+    def held(flight: Flight, coordinator: Coordinator) -> None:
         assert event.wait(PATIENCE)
-        work(flight)
+        begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "work", held)
+    monkeypatch.setattr(Flight, "begin", held)
     yield event
     event.set()
 

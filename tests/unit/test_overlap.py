@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
+from distckpt.coordination.coordinator import Coordinator
 from distckpt.flight import Flight
 from distckpt.layout.box import Box
 from distckpt.storage.hdf5 import open_checkpoint
@@ -29,13 +30,13 @@ OVERLAP = SaveOptions(overlap=True, durable=False)
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The background does nothing before it is set."""
     event = threading.Event()
-    work = Flight.work
+    begin = Flight.begin
 
-    def held(flight: Flight) -> None:
+    def held(flight: Flight, coordinator: Coordinator) -> None:
         assert event.wait(PATIENCE)
-        work(flight)
+        begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "work", held)
+    monkeypatch.setattr(Flight, "begin", held)
     yield event
     event.set()
 
@@ -90,13 +91,13 @@ def test_training_through_50_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Each file is that of a synchronous save at the same moment, whenever the background gets to it."""
     program = Program(1, **settings)
     reference = Checkpoint(model=program.model, average=program.average, optimizer=program.optimizer)
-    work, opened = Flight.work, threading.Event()
+    begin, opened = Flight.begin, threading.Event()
 
-    def held(flight: Flight) -> None:
+    def held(flight: Flight, coordinator: Coordinator) -> None:
         assert opened.wait(PATIENCE)
-        work(flight)
+        begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "work", held)
+    monkeypatch.setattr(Flight, "begin", held)
     for number in range(50):
         reference.step = program.checkpoint.step
         expected = reference.save(tmp_path / "a" / "ckpt", options=SaveOptions(durable=False))

@@ -57,7 +57,7 @@ def save_sharded(path: Path, tensor: torch.Tensor, mesh: tuple[int, ...], *, num
     variable = Variable("x", spec.dtype, spec.shape, -1, shards, numpy)
     manifest = make_manifest([variable], world_size=math.prod(mesh))
     n_checksums = index_checksums([variable]).total
-    skeleton = creation.create_file(str(path), None, [spec], n_checksums, manifests.max_nbytes(manifest))
+    skeleton = creation.create_file(str(path), [spec], n_checksums, manifests.max_nbytes(manifest))
     fd = os.open(path, os.O_RDWR)
     write_posix(fd, write_jobs({"x": tensor}, [variable], skeleton), checksums=True).write(
         fd, skeleton.checksums_offset

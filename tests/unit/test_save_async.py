@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import distckpt.draft
 import distckpt.flight
 import distckpt.writer
 from distckpt import Checkpoint, CollectiveError, LayoutError, SaveOptions, latest_checkpoint
@@ -46,9 +47,9 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """The background copies nothing and writes nothing before the gate is open."""
+    """The background copies nothing and makes no file before the gate is open."""
     made = Gate()
-    monkeypatch.setattr(Flight, "work", made.before(Flight.work))
+    monkeypatch.setattr(Flight, "begin", made.before(Flight.begin))
     yield made
     made.opened.set()
 
@@ -195,6 +196,72 @@ def test_mpio_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+# ---- the file is made in the background --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_call_does_not_wait_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    checkpoint, gate = checkpoint_of(1), Gate()
+    checkpoint.save_async(tmp_path / "ckpt").result(PATIENCE)
+    monkeypatch.setattr("distckpt.draft.create_like", gate.before(distckpt.draft.create_like))
+    handle = checkpoint.save_async(tmp_path / "ckpt", options=SaveOptions(overlap=overlap))
+    handle.wait_staged()  # the copy does not wait for it either
+    fill(checkpoint, 2)
+    assert gate.reached.wait(PATIENCE)
+    time.sleep(0.05)
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5"]
+    gate.opened.set()
+    assert_holds(handle.result(PATIENCE), 1)
+    assert handle.timing is not None
+    assert handle.timing.steps["create"].max >= 0.05
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5", "ckpt-2.h5"]
+
+
+def test_the_file_is_made_in_the_call_when_its_form_is_new(tmp_path: Path, gate: Gate) -> None:
+    options = SaveOptions(max_in_flight=4)
+    checkpoint = checkpoint_of(1, note="short")
+    handles, temporary = [], []
+    for note in ("short", "shorter", "long" * 10000, "short"):
+        checkpoint.note = note
+        handles.append(checkpoint.save_async(tmp_path / "ckpt", options=options))
+        temporary.append(len(names(tmp_path)))
+    assert temporary == [1, 1, 2, 2]  # of a layout, and of a manifest that has outgrown the file before
+    gate.opened.set()
+    for handle, note in zip(handles, ("short", "shorter", "long" * 10000, "short"), strict=True):
+        twin = checkpoint_of(2, note="")
+        twin.restore(handle.result(PATIENCE)).assert_consumed()
+        assert twin.note == note
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_space_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, asked: bool) -> None:
+    checkpoint, options = checkpoint_of(1), SaveOptions(overlap=overlap)
+    checkpoint.save_async(tmp_path / "ckpt").result(PATIENCE)
+    buffers = checkpoint._session.saver._buffers
+    nbytes = buffers.nbytes
+    with monkeypatch.context() as patch:
+        patch.setattr("distckpt.storage.rawio._check_space", full)
+        handle = checkpoint.save_async(tmp_path / "ckpt", options=options)
+        while not handle.done():
+            time.sleep(0.001)
+    with pytest.raises(CollectiveError, match=r"step 'create' failed on 1 rank.*\n.*no space") as caught:
+        handle.result() if asked else checkpoint.save(tmp_path / "ckpt")
+    assert caught.value.failures == {0: "OSError: [Errno 28] no space"}
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5"]
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-1.h5")
+    assert checkpoint.save_counter == 1
+    assert handle.timing is None
+    fill(checkpoint, 2)
+    assert_holds(checkpoint.save_async(tmp_path / "ckpt", options=options).result(PATIENCE), 2)
+    assert buffers.nbytes == nbytes
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5", "ckpt-2.h5"]
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "no space")
+
+
 # ---- several -----------------------------------------------------------------------------------------------------
 
 
@@ -236,24 +303,29 @@ def test_several_in_flight_end_in_order(tmp_path: Path, gate: Gate) -> None:
     assert checkpoint.save_counter == 4
 
 
-def test_a_save_that_fails_takes_no_other_with_it(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(distckpt.draft, "create_like"), (distckpt.flight, "write_alone")])
+def test_a_save_that_fails_takes_no_other_with_it(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
     checkpoint = checkpoint_of(1)
+    checkpoint.save(tmp_path / "ckpt")
     options = SaveOptions(max_in_flight=2)
-    write = distckpt.flight.write_alone
+    function, calls = getattr(owner, name), []
 
-    def fails_at_first(created: Any, *args: Any) -> None:
-        if created.counter == 1:
+    def fails_at_first(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
             raise OSError("no quota")
-        write(created, *args)
+        function(*args)
 
-    monkeypatch.setattr(distckpt.flight, "write_alone", fails_at_first)
+    monkeypatch.setattr(owner, name, fails_at_first)
     first, second = (checkpoint.save_async(tmp_path / "ckpt", options=options) for _ in range(2))
     gate.opened.set()
-    assert second.result(PATIENCE) == str(tmp_path / "ckpt-2.h5")
+    assert second.result(PATIENCE) == str(tmp_path / "ckpt-3.h5")
     with pytest.raises(CollectiveError, match="no quota"):
         first.result(PATIENCE)
-    assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-3.h5")
-    assert names(tmp_path) == ["checkpoint", "ckpt-2.h5", "ckpt-3.h5"]
+    assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-4.h5")
+    assert names(tmp_path) == ["checkpoint", "ckpt-1.h5", "ckpt-3.h5", "ckpt-4.h5"]
 
 
 # ---- failures ----------------------------------------------------------------------------------------------------

@@ -189,9 +189,9 @@ def test_the_length_of_the_manifest_moves_no_dataset(tmp_path: Path) -> None:
 )
 def test_skeleton_gives_the_same_file(tmp_path: Path, specs: list[DatasetSpec]) -> None:
     first, second = tmp_path / "a.h5", tmp_path / "b.h5"
-    skeleton = creation.create_file(str(first), None, specs, 7, 500)
+    skeleton = creation.create_file(str(first), specs, 7, 500)
     assert first.stat().st_size == skeleton.file_nbytes <= creation.max_file_nbytes(specs, 7, 500)
-    assert creation.create_file(str(second), skeleton, (), 7, 500) is skeleton
+    creation.create_like(str(second), skeleton)
     assert first.read_bytes() == second.read_bytes()
     with h5py.File(second) as file:
         assert [file[spec.key].shape for spec in specs] == [spec.shape for spec in specs]
@@ -199,22 +199,18 @@ def test_skeleton_gives_the_same_file(tmp_path: Path, specs: list[DatasetSpec]) 
 
 def test_skeleton_is_compact(tmp_path: Path) -> None:
     specs = [DatasetSpec(f"flat{i}", "float32", (100,)) for i in range(3000)]
-    skeleton = creation.create_file(str(tmp_path / "a.h5"), None, specs, len(specs), 500)
+    skeleton = creation.create_file(str(tmp_path / "a.h5"), specs, len(specs), 500)
     assert len(skeleton.runs) <= 4
     assert sum(len(data) for _, data in skeleton.runs) < 400 * len(specs)
     adjacent = skeleton.offsets[1:] == skeleton.offsets[:-1] + 400
     assert np.count_nonzero(~adjacent) <= 3
-    tiny = creation.create_file(str(tmp_path / "b.h5"), None, specs[:2], 2, 500)
+    tiny = creation.create_file(str(tmp_path / "b.h5"), specs[:2], 2, 500)
     assert tiny.file_nbytes < 16 << 10
 
 
-def test_skeleton_is_not_used_when_the_manifest_has_outgrown_it(tmp_path: Path) -> None:
-    specs = specs_of(tensors())
-    skeleton = creation.create_file(str(tmp_path / "a.h5"), None, specs, 7, 500)
-    assert creation.create_file(str(tmp_path / "b.h5"), skeleton, (), 7, skeleton.manifest_capacity) is skeleton
-    grown = creation.create_file(str(tmp_path / "c.h5"), skeleton, specs, 7, skeleton.manifest_capacity + 1)
-    assert grown.manifest_capacity > skeleton.manifest_capacity
-    fd = os.open(tmp_path / "b.h5", os.O_RDWR)
+def test_a_manifest_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    skeleton = creation.create_file(str(tmp_path / "a.h5"), specs_of(tensors()), 7, 500)
+    fd = os.open(tmp_path / "a.h5", os.O_RDWR)
     with pytest.raises(ValueError, match="the manifest has"):
         creation.write_manifest(fd, skeleton, b"x" * (skeleton.manifest_capacity + 1))
     os.close(fd)
@@ -224,7 +220,10 @@ def test_creating_never_replaces(tmp_path: Path) -> None:
     path = tmp_path / "file.h5"
     path.write_bytes(b"precious")
     with pytest.raises(FileExistsError):
-        creation.create_file(str(path), None, specs_of(tensors()), 7, 500)
+        creation.create_file(str(path), specs_of(tensors()), 7, 500)
+    skeleton = creation.create_file(str(tmp_path / "other.h5"), specs_of(tensors()), 7, 500)
+    with pytest.raises(FileExistsError):
+        creation.create_like(str(path), skeleton)
     assert path.read_bytes() == b"precious"
 
 
@@ -237,11 +236,11 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     create = creation._create_datasets
     monkeypatch.setattr(creation, "_create_datasets", lambda path, *rest: (used.append(path), create(path, *rest))[1])
     (tmp_path / "run").mkdir()
-    creation.create_file(str(tmp_path / "run" / "a.h5"), None, specs_of(tensors()), 7, 500)
+    creation.create_file(str(tmp_path / "run" / "a.h5"), specs_of(tensors()), 7, 500)
     assert Path(used[0]).parent == (memory if room else tmp_path / "run")
     clash = [DatasetSpec("a", "float32", (3,)), DatasetSpec("a/b", "float32", (3,))]
     with pytest.raises((ValueError, OSError, RuntimeError, KeyError)):
-        creation.create_file(str(tmp_path / "run" / "b.h5"), None, clash, 7, 500)
+        creation.create_file(str(tmp_path / "run" / "b.h5"), clash, 7, 500)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a.h5"]
     assert list(memory.iterdir()) == []
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
@@ -249,8 +248,8 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_the_space_is_reserved(tmp_path: Path) -> None:
     specs = [DatasetSpec("w", "float32", (1 << 20,))]
-    skeleton = creation.create_file(str(tmp_path / "a.h5"), None, specs, 1, 500)
-    creation.create_file(str(tmp_path / "b.h5"), skeleton, (), 1, 500)
+    skeleton = creation.create_file(str(tmp_path / "a.h5"), specs, 1, 500)
+    creation.create_like(str(tmp_path / "b.h5"), skeleton)
     for name in ("a.h5", "b.h5"):
         assert (tmp_path / name).stat().st_blocks * 512 >= 4 << 20
 
@@ -258,10 +257,10 @@ def test_the_space_is_reserved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_skeleton", [False, True])
 def test_no_space_is_a_clean_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_skeleton: bool) -> None:
     specs = specs_of(tensors())
-    skeleton = creation.create_file(str(tmp_path / "a.h5"), None, specs, 7, 500) if with_skeleton else None
+    skeleton, path = creation.create_file(str(tmp_path / "a.h5"), specs, 7, 500), str(tmp_path / "b.h5")
     monkeypatch.setattr(creation.rawio.resource, "getrlimit", lambda _: (1000, 1000))
     with pytest.raises(OSError, match="file size limit") as raised:
-        creation.create_file(str(tmp_path / "b.h5"), skeleton, specs, 7, 500)
+        creation.create_like(path, skeleton) if with_skeleton else creation.create_file(path, specs, 7, 500)
     assert raised.value.errno == errno.EFBIG
     assert not (tmp_path / "b.h5").exists()
 
@@ -273,10 +272,10 @@ from distckpt.storage import creation, hdf5
 resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))
 try:
     specs = [creation.DatasetSpec("w", "float32", (16 << 20,))]
-    creation.create_file({str(tmp_path / "file.h5")!r}, None, specs, 1, 500)
+    creation.create_file({str(tmp_path / "file.h5")!r}, specs, 1, 500)
 except OSError as error:
     print(error.errno)
-creation.create_file({str(tmp_path / "small.h5")!r}, None, [creation.DatasetSpec("w", "float32", (4,))], 1, 500)
+creation.create_file({str(tmp_path / "small.h5")!r}, [creation.DatasetSpec("w", "float32", (4,))], 1, 500)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG}\n"), done.stderr
@@ -291,10 +290,10 @@ def test_a_full_disk_is_a_clean_error(tmp_path: Path) -> None:
         pytest.skip("mounting is not allowed")
     try:
         with pytest.raises(OSError, match=r"No space|bytes free") as raised:
-            creation.create_file(str(mount / "file.h5"), None, [DatasetSpec("w", "float32", (4 << 20,))], 1, 500)
+            creation.create_file(str(mount / "file.h5"), [DatasetSpec("w", "float32", (4 << 20,))], 1, 500)
         assert raised.value.errno == errno.ENOSPC
         assert list(mount.iterdir()) == []
-        creation.create_file(str(mount / "file.h5"), None, [DatasetSpec("w", "float32", (1 << 20,))], 1, 500)
+        creation.create_file(str(mount / "file.h5"), [DatasetSpec("w", "float32", (1 << 20,))], 1, 500)
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
@@ -409,7 +408,7 @@ def test_a_manifest_that_is_none(tmp_path: Path, value: Any) -> None:
 
 
 def test_a_manifest_that_was_never_written(tmp_path: Path) -> None:
-    creation.create_file(str(tmp_path / "file.h5"), None, specs_of(tensors()), 7, 500)
+    creation.create_file(str(tmp_path / "file.h5"), specs_of(tensors()), 7, 500)
     with pytest.raises(CorruptCheckpointError, match="the manifest is damaged"):
         hdf5.open_checkpoint(str(tmp_path / "file.h5"))
 

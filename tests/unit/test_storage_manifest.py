@@ -134,6 +134,13 @@ def test_max_nbytes_does_not_depend_on_the_offsets(offset: int) -> None:
     assert len(manifests.encode(known)) <= manifests.max_nbytes(known)
 
 
+def test_the_layout_is_encoded_once_for_many_manifests() -> None:
+    layout = manifests.encode_layout(manifest())
+    later = manifest(variables=[], time=5.0, save_counter=8)
+    assert manifests.encode(later, layout) == manifests.encode(manifest(time=5.0, save_counter=8))
+    assert manifests.encode(later, layout) != manifests.encode(manifest())
+
+
 def test_capacity_has_room_to_spare() -> None:
     for nbytes in (0, 1000, 4096, 10**6, 10**6 + 1):
         capacity = manifests.capacity_for(nbytes)
