@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -166,11 +168,19 @@ class Taking:
         Raises:
             CorruptCheckpointError: A checksum is wrong.
         """
+        of_variable: dict[int, list[Cell]] = {}
+        for cell in cells:
+            of_variable.setdefault(cell.variable, []).append(cell)
+        for index, ranges in itertools.groupby(unit, key=operator.attrgetter("variable")):
+            self._copy(of_variable.get(index, ()), memory)
+            # At once: another variable may be restored into the same memory.
+            self._verifier.feed(ranges, memory, mover)
+
+    def _copy(self, cells: Iterable[Cell], memory: memoryview) -> None:
         for there, here in shared_parts(cells, memory, self._held):
             self._arrivals.pass_on(here, there)
             if self._want.progress is not None:
                 self._want.progress(here.numel() * here.element_size())
-        self._verifier.feed(unit, memory, mover)
 
     def settle(self) -> None:
         """See that all that was taken is in the tensors, those on GPUs too; called whatever happened."""

@@ -8,14 +8,14 @@ tensor that has all of them. Only where no rank wants all of a piece it is put t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from distckpt.layout.box import Box, elements_before, first_element, flat_boxes
-from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit
+from distckpt.layout.exchange import InFile, PieceSpan, Range, Span
 from distckpt.storage.checksum import Checksums, Hasher, require_checksum
 from distckpt.storage.reading import ReadReport
 from distckpt.tensor_bytes import bytes_of
@@ -53,8 +53,8 @@ class PieceVerifier:
         self._left: dict[tuple[int, int], list[PieceSpan]] = {}  # by stream and variable; the next one is the last
         self._open: dict[tuple[int, int], list[OpenPiece]] = {}
 
-    def feed(self, unit: Unit, memory: memoryview, stream: int = 0) -> None:
-        """Take a unit; compare the pieces that end in it.
+    def feed(self, unit: Iterable[Range], memory: memoryview, stream: int = 0) -> None:
+        """Take a unit, or some of its ranges; compare the pieces that end in them.
 
         Args:
             unit: What has been read.

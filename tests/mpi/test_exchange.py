@@ -181,6 +181,21 @@ def reaches(operation: str, ahead: int) -> bool:
     return operation == "write" or ahead == 0
 
 
+def test_two_variables_restored_into_the_same_memory(comm: Any, mpi_dir: Path) -> None:
+    """Each is what the file says when it comes; it is no damage that the second one takes its place."""
+    shape, width = (16, 1024), 1024 // comm.size
+
+    def shards(tensors: list[torch.Tensor]) -> dict[str, ShardedVariable]:
+        return {f"x{i}": ShardedVariable(tensor, shape, (0, width * comm.rank)) for i, tensor in enumerate(tensors)}
+
+    saved_values = [torch.full((16, width), float(i)) for i in range(2 * comm.size)]
+    path = Checkpoint(comm=comm, **shards(saved_values)).write(mpi_dir / "x", options=POSIX)
+    memory = [torch.full((16, width), -1.0) for _ in range(comm.size)]
+    live = [memory[i // 2].view(16, width) for i in range(2 * comm.size)]
+    Checkpoint(comm=comm, **shards(live)).read(path)
+    assert all(torch.equal(tensor, saved_values[2 * i + 1]) for i, tensor in enumerate(memory))
+
+
 def test_many_restores_leave_nothing_behind(comm: Any, mpi_dir: Path) -> None:
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
