@@ -30,16 +30,23 @@ CHECKSUMS = ".checksums"
 _MAX_EXPANSION = 1100
 _BOUNDED_FILTERS = frozenset({1, 2, 3})
 
-#: In what HDF5 says where one process opens a file twice, with and without locks.
-_OTHER_LOCKING = "locking flag"
+#: In what HDF5 says where one process opens a file twice, and not in the same way.
+_OPEN_OTHERWISE = "n't match"  # flags don't, a degree doesn't
 
 
-def file_access(*, locking: bool = False) -> Any:
+def file_access() -> Any:
     """Access list of the serial driver; no locks, since many shared file systems have none. Closing closes objects."""
+    from h5py import h5f
+
+    access = _serial_access(locking=False)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    return access
+
+
+def _serial_access(*, locking: bool) -> Any:
     from h5py import h5f, h5p
 
     access = h5p.create(h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5f.CLOSE_STRONG)
     access.set_fapl_sec2()
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
     if hasattr(access, "set_file_locking"):
@@ -99,10 +106,15 @@ def _opened(path: str) -> Any:
     try:
         return h5f.open(name, h5f.ACC_RDONLY, file_access())
     except OSError as error:
-        # Somebody in this process has the file open, with locks, which is the default of h5py; no new lock is taken.
-        if _OTHER_LOCKING not in str(error):
+        if _OPEN_OTHERWISE not in str(error):
             raise
-        return h5f.open(name, h5f.ACC_RDONLY, file_access(locking=True))
+    # The program has the file open itself, with locks, which is the default of h5py, or without; none is taken now.
+    try:
+        return h5f.open(name, h5f.ACC_RDONLY, _serial_access(locking=True))
+    except OSError as error:
+        if _OPEN_OTHERWISE not in str(error):
+            raise
+    return h5f.open(name, h5f.ACC_RDONLY, _serial_access(locking=False))
 
 
 def open_checkpoint(path: str) -> Opened:
