@@ -106,7 +106,7 @@ class _Reader:
     # -- small boxes, joined
 
     def _join(self, job: ReadJob, nbytes: int) -> None:
-        offset = job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
+        offset = _file_offset(job)
         full = self._stop - self._start + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
         if full or offset != self._stop:
             self.flush()
@@ -135,13 +135,22 @@ class _Reader:
     def _accept(self, waiting: _Waiting) -> None:
         job = waiting.job
         if self._verify and job.expected is not None:
-            _compare(job, digest(waiting.data), self.report)
+            got = digest(waiting.data)
+            if got != job.expected and len(self._waiting) > 1:
+                got = self._read_alone(waiting)
+            _compare(job, got, self.report)
         if waiting.room is None:
             _mark_changed(job.tensor)
         else:
             self._arrivals.put(job.tensor.detach(), waiting.room)
         if self._progress is not None:
             self._progress(len(waiting.data))
+
+    def _read_alone(self, waiting: _Waiting) -> int:
+        """Read one of the joined boxes again: another of them may lie in the same memory. Gives its checksum."""
+        rawio.read_into(self._fd, waiting.data, _file_offset(waiting.job))
+        self.report.bytes_read += len(waiting.data)
+        return digest(waiting.data)
 
     # -- large boxes, in blocks
 
@@ -174,6 +183,11 @@ class _Reader:
             self._filler.fill(job, block.box, data, hasher)
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{job.key}: {error}") from error
+
+
+def _file_offset(job: ReadJob) -> int:
+    """Position of the first byte of a box in the file."""
+    return job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
 
 
 def _mark_changed(tensor: torch.Tensor) -> None:

@@ -398,6 +398,16 @@ def test_a_failure_of_the_users_code_leaves_the_counter(path: str, open_files: O
     assert open_files() == before
 
 
+@pytest.mark.parametrize("numel", [300, 300_000])
+def test_two_values_restored_into_the_same_memory(path: str, numel: int) -> None:
+    """Such as weights that were tied by a view since. Each is what the file says when it comes, and not damaged."""
+    file = Checkpoint(a=torch.full((numel,), 1.0), b=torch.full((numel,), 2.0), c=torch.full((9,), 3.0)).write(path)
+    memory, other = torch.zeros(numel), torch.zeros(9)
+    Checkpoint(a=memory, b=memory.view(numel), c=other).read(file)
+    assert torch.equal(memory, torch.full((numel,), 2.0))
+    assert torch.equal(other, torch.full((9,), 3.0))
+
+
 # ---- files of other programs' making, and of other commands ------------------------------------------------------
 
 
