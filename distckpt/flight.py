@@ -195,11 +195,15 @@ class Flight:
             Whether the save has ended. The same on all ranks where the call is collective.
 
         Raises:
+            CheckpointError: This process was forked from the one that saves.
             RankTimeoutError: Collective, and some ranks did not come.
             LayoutError: Collective, and the ranks wait for different saves.
         """
         timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        if self.speaks or self._ended.is_set():
+        if self._ended.is_set():
+            return True
+        if self.speaks:
+            self._background.require_in_this_process()
             return self._ended.wait(timeout)
         return all(task.end_together(timeout) for task in self._background.up_to(self))
 

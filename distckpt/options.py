@@ -132,7 +132,8 @@ class RestoreOptions:
         strict: Raise `RestoreMismatchError` where one saved node meets two live objects, or two differing saved
             values one live tensor; otherwise a warning.
         on_mismatch: "error" raises when kind, shape or dtype differ, "skip" leaves such live values alone.
-        cast: Convert between floating-point types, and between integer types, where saved and live dtype differ.
+        cast: Convert between floating-point types, and between integer types, where saved and live dtype differ, as
+            `Tensor.to` does: values are rounded, and integers that the live type has no room for wrap around.
         rename: Saved key prefix to live key prefix, whole components; the longest match wins.
         only: Saved key prefixes, whole components: just what is below them is restored, asserted and warned about. A
             shared object is below every path that leads to it. The save counter is restored if it is named.

@@ -127,6 +127,17 @@ class Background:
                 "the background. Call save(), which needs no thread."
             )
 
+    def require_in_this_process(self) -> None:
+        """Check that the thread is in this process, before waiting for it. Local.
+
+        Raises:
+            CheckpointError: This process was forked from the one that has it.
+        """
+        if not self._thread.is_alive():
+            raise CheckpointError(
+                "this process was forked from the one that saves, which alone knows how the save ends. Ask there."
+            )
+
     def submit(self, task: Task) -> None:
         """Take a task. Local; raises nothing, for the other ranks take theirs."""
         self._tasks.append(task)

@@ -17,7 +17,7 @@ import torch
 import distckpt.draft
 import distckpt.flight
 import distckpt.writer
-from distckpt import Checkpoint, CollectiveError, LayoutError, SaveOptions, latest_checkpoint
+from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, latest_checkpoint
 from distckpt.coordination import background
 from distckpt.flight import Flight
 from distckpt.storage.hdf5 import open_checkpoint
@@ -471,6 +471,22 @@ def test_a_forked_process_does_not_wait_at_its_exit(tmp_path: Path, gate: Gate) 
         ended, status = os.waitpid(child, os.WNOHANG)
     gate.opened.set()
     assert (ended, status) == (child, 0)
+    assert handle.result(PATIENCE) == handle.path
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_is_told_where_to_ask(tmp_path: Path, gate: Gate) -> None:
+    handle = checkpoint_of(1).save_async(tmp_path / "ckpt")
+    child = os.fork()
+    if child == 0:
+        try:
+            handle.result(PATIENCE)
+        except CheckpointError as error:
+            os._exit(7 if "forked from the one that saves" in str(error) else 1)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    gate.opened.set()
+    assert os.waitstatus_to_exitcode(status) == 7
     assert handle.result(PATIENCE) == handle.path
 
 
