@@ -279,7 +279,7 @@ def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob
         value, key = tensors[item.tensor], agreed.keys[item.tensor]
         block = value.block_with(box)
         tensor = torch.tensor(created.counter, device="cpu") if key == COUNTER_KEY and created.counter else block.tensor
-        part = sub_tensor(tensor.detach(), box, block.box)
+        part = sub_tensor(tensor.detach() if tensor.requires_grad else tensor, box, block.box)
         position = offsets[plan.variables[item.tensor]]
         jobs.append(WriteJob(key, position, value.global_shape, box, part, item.checksum))
     return jobs

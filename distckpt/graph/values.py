@@ -88,8 +88,9 @@ class TensorValue(msgspec.Struct, frozen=True):
 
     def block_with(self, box: Box) -> Block:
         """The block that has all of a box; there is one."""
-        if len(self.boxes) == 1:
-            return self.blocks()[0]
+        own = self.boxes[0]
+        if len(self.boxes) == 1 and self.tensor.shape == own.shape:  # nearly always
+            return Block(own, self.tensor)
         return next(block for block in self.blocks() if block.box.contains(box))
 
 
