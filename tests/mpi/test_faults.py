@@ -233,7 +233,7 @@ SAVE_FAULTS = [
     Fault("create", creation, "_create_datasets", ROOT, layouts=NEW),
     Fault("create", creation, "_read_runs", ROOT, layouts=NEW),
     Fault("create", creation, "rebuild", ROOT),
-    Fault("create", distckpt.output.Output, "_place", ROOT, layouts=NEW),
+    Fault("create", manifest, "encode_layout", ROOT, layouts=NEW),
     Fault("create", manifest, "encode", ROOT),
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.writer, "open_shared", EVERY),
