@@ -98,7 +98,7 @@ class Source:
         if not self._closer.alive:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
-            direct = [job for read in reads if read.cast is None for job in self._jobs(read)]
+            direct = [job for read in reads if read.cast is None for job in self._jobs(read, verify)]
             self._run(direct, verify, progress)
             for read in reads:
                 if read.cast is not None:
@@ -106,7 +106,7 @@ class Source:
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
-        for job in self._jobs(read):
+        for job in self._jobs(read, verify):
             piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
             job.tensor.copy_(piece)
@@ -121,13 +121,13 @@ class Source:
         for report in reports:
             self.count(report)
 
-    def _jobs(self, read: TensorRead) -> Iterator[ReadJob]:
+    def _jobs(self, read: TensorRead, verify: bool) -> Iterator[ReadJob]:
         for block in read.target.blocks():
-            yield from self._block_jobs(read, block)
+            yield from self._block_jobs(read, block, verify)
 
-    def _block_jobs(self, read: TensorRead, block: Block) -> Iterator[ReadJob]:
+    def _block_jobs(self, read: TensorRead, block: Block, verify: bool) -> Iterator[ReadJob]:
         variable = self.manifest.variables[read.variable]
-        offset, checksums = self._offsets[read.variable], self._checksums
+        offset, checksums = self._offsets[read.variable], self._checksums if verify else None
         for box, checksum in self._planner.items(read.variable, block.box):
             expected = checksums[checksum] if checksums is not None and checksum >= 0 else None
             part = sub_tensor(block.tensor, box, block.box)

@@ -28,6 +28,7 @@ from distckpt import (
     SaveOptions,
     Trackable,
 )
+from distckpt.storage.checksum import ChecksumReader
 
 OpenFiles = Callable[[], list[str]]
 CAST = RestoreOptions(cast=True)
@@ -396,6 +397,21 @@ def test_a_failure_of_the_users_code_leaves_the_counter(path: str, open_files: O
     assert caught.value.failures == {0: "KeyError: 'not this one' (while p was given its saved state)"}
     assert live.save_counter == 0
     assert open_files() == before
+
+
+def test_a_restore_that_does_not_verify_reads_no_checksums(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Checkpoint(a=torch.ones(300)).write(path)
+
+    def refuse(*_: object) -> None:
+        raise OSError("the checksums cannot be read")
+
+    monkeypatch.setattr(ChecksumReader, "_read", refuse)
+    live = Checkpoint(a=torch.zeros(300))
+    with pytest.raises(CollectiveError, match="the checksums cannot be read"):
+        live.read(file)
+    twin = Checkpoint(a=torch.zeros(300))
+    twin.read(file, options=RestoreOptions(verify=False))
+    assert torch.equal(twin.a, torch.ones(300))
 
 
 @pytest.mark.parametrize("numel", [300, 300_000])
