@@ -5,9 +5,9 @@ and all of its manifest but the timing, as of this moment; a few milliseconds in
 copies the bytes of its write jobs, and nothing else, into a host buffer that it keeps and uses again
 (`storage.snapshot`): one flat copy per tensor. The tensors may change from then on. The thread of
 `coordination.background` makes the file on rank 0 and says so, for reserving its space may take longer than all before;
-on all ranks it writes the copies and their checksums with `pwrite`, syncs them, and the ranks agree. Rank 0 commits and
-tells the others; then each sets its counter. Nothing is copied twice, and nothing is computed for a save that `save`
-would not compute.
+the ranks write together what belongs to many small variables, then each the other copies and their checksums with
+`pwrite`, and syncs them, and the ranks agree. Rank 0 commits and tells the others; then each sets its counter. Nothing
+is copied twice, and nothing is computed for a save that `save` would not compute.
 
 The file is made in the call where the thread may not speak to the other ranks, and where they do not know the positions
 of the variables yet: in the first save of a layout.
@@ -25,12 +25,14 @@ from distckpt.coordination.background import Background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created, Draft, log_saved
 from distckpt.errors import LayoutError
+from distckpt.exchange.aggregation import Aggregation
 from distckpt.log import log
 from distckpt.options import SaveOptions
 from distckpt.request import Attempt
+from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.snapshot import Snapshot
 from distckpt.timing import DURABLE_SAVE_STEPS, Timer, Timing
-from distckpt.writer import write_alone
+from distckpt.writer import Rest, write_aggregated, write_alone
 
 #: Called on every rank when the checkpoint is committed.
 OnCommit = Callable[[Created, Timing], None]
@@ -57,6 +59,7 @@ class Flight:
         created: Created,
         draft: Draft | None,
         snapshot: Snapshot,
+        aggregation: Aggregation,
         options: SaveOptions,
         timer: Timer,
         on_commit: OnCommit,
@@ -74,10 +77,12 @@ class Flight:
         self._background = background
         self._draft = draft
         self._snapshot = snapshot
+        self._aggregation = aggregation
         self._timer = timer
         self._on_commit = on_commit
         self._epilogue = epilogue
         self._begun = Attempt(result=True, error=None)  # the same on all ranks
+        self._rest: Rest | None = None  # what is left after the beginning, where there was one
         self._written: Attempt[bool] | None = None
         self._work_done = threading.Event()
         self._ended = threading.Event()
@@ -85,10 +90,22 @@ class Flight:
     # ---- what the background does ----
 
     def begin(self, coordinator: Coordinator) -> None:
-        """Make the file, if that was left to do. Copy first: the next optimizer step waits for it. Collective."""
+        """Make the file, if that was left to do, and write together what the ranks have of many small variables.
+
+        Copy first: the next optimizer step waits for it. Collective.
+        """
         self._copy()
+        self._begun = Attempt.of(lambda: self._begin(coordinator))
+
+    def _begin(self, coordinator: Coordinator) -> bool:
+        """Make the file, and write into it what ranks write for one another. Collective."""
         if not self.created.exists:
-            self._begun = Attempt.of(lambda: coordinator.on_root("create", self._make_file, bool))
+            coordinator.on_root("create", self._make_file, bool)
+        if not self._aggregation.is_needless:
+            self._rest = write_aggregated(
+                coordinator, self.created, self._snapshot.jobs, self._aggregation, self.options, self._timer
+            )
+        return True
 
     def _make_file(self) -> bool:
         """Rank 0 only."""
@@ -111,8 +128,10 @@ class Flight:
     def _write(self) -> bool:
         try:
             if self._begun.error is None:
-                write_alone(self.created, self._snapshot.jobs(), self.options, self._timer)
+                rest = self._rest or Rest(self._snapshot.jobs(), ChecksumLog())
+                write_alone(self.created, rest, self.options, self._timer)
         finally:
+            self._rest = None
             self._snapshot.release()
         return True
 

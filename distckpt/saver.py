@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
 from distckpt.draft import Created, log_saved
 from distckpt.errors import LayoutError
+from distckpt.exchange.aggregation import Aggregation
 from distckpt.flight import Epilogue, Flight, OnCommit
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.memory import shared_memory_warnings
@@ -49,6 +50,7 @@ class _Agreed:
         keys: Checkpoint key of each tensor of this rank, in order.
         boxes: Of each item of the plan.
         offsets: Position of every variable in the file; None until a file was created.
+        aggregation: What of it the ranks write for one another.
     """
 
     plan: SavePlan
@@ -58,6 +60,7 @@ class _Agreed:
     keys: list[str]
     boxes: list[Box]
     offsets: np.ndarray | None = None
+    aggregation: Aggregation = field(default_factory=Aggregation)
 
 
 class Saver:
@@ -86,7 +89,15 @@ class Saver:
             try:
                 created = self._create(call, output, agreed, captured)
                 plan_jobs = functools.partial(_jobs, created, agreed, captured)
-                write_shards(coordinator, created, plan_jobs, options, timer, lambda: output.seal(timer.timing()))
+                write_shards(
+                    coordinator,
+                    created,
+                    plan_jobs,
+                    agreed.aggregation,
+                    options,
+                    timer,
+                    lambda: output.seal(timer.timing()),
+                )
                 timer.collect(coordinator.gather_rows, ["fsync"])
                 timing = coordinator.on_root("commit", lambda: self._commit(call, output), Timing)
             except BaseException:
@@ -122,7 +133,18 @@ class Saver:
                 output.abandon()
                 raise
             draft = output.hand_over()
-            flight = Flight(coordinator, background, created, draft, snapshot, options, call.timer, on_commit, epilogue)
+            flight = Flight(
+                coordinator,
+                background,
+                created,
+                draft,
+                snapshot,
+                agreed.aggregation,
+                options,
+                call.timer,
+                on_commit,
+                epilogue,
+            )
             protect(snapshot)
             self.in_flight.add(flight)
             background.submit(flight)
@@ -236,7 +258,7 @@ class Saver:
         make = functools.partial(self._make_file, call, output, agreed, captured, later=later)
         created = self._coordinator.on_root("create", make, Created)
         if created.fresh:
-            agreed.offsets = self._coordinator.share(output.offsets)
+            agreed.offsets, agreed.aggregation = self._coordinator.share(output.offsets), Aggregation()
         return created
 
     def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool) -> Created:

@@ -1,10 +1,11 @@
 """From the created file to the durable one: every rank writes its shards and checksums, in either transport.
 
-`write_alone` is a rank's part of a save in the background. The rest of this module is a save that all ranks wait for.
+`write_aggregated` and `write_alone` are a rank's part of a save in the background. The rest of this module is a save
+that all ranks wait for.
 
-The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; what ranks of a node write
-together, agree; parallel HDF5 open; write, whatever happens; close on all ranks, always; agree; tell rank 0 the times;
-rank 0 writes the manifest, all fsync, agree.
+The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; what all ranks write
+together, agree; what ranks of a node write together, agree; parallel HDF5 open; write, whatever happens; close on all
+ranks, always; agree; tell rank 0 the times; rank 0 writes the manifest, all fsync, agree.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created
+from distckpt.exchange.aggregation import Aggregation
 from distckpt.exchange.writing import write_together
 from distckpt.options import SaveOptions
 from distckpt.progress import progress_bar
@@ -33,6 +35,7 @@ def write_shards(
     coordinator: Coordinator,
     created: Created,
     plan_jobs: Callable[[], list[WriteJob]],
+    aggregation: Aggregation,
     options: SaveOptions,
     timer: Timer,
     seal: Callable[[], None],
@@ -43,6 +46,7 @@ def write_shards(
         coordinator: Of the ranks that save.
         created: The file.
         plan_jobs: Gives what this rank writes; called within the first step.
+        aggregation: Of the layout.
         options: Of the save.
         timer: Measures the save on this rank.
         seal: Writes what belongs into the file when all data are in it and before they are made durable.
@@ -55,7 +59,7 @@ def write_shards(
         with coordinator.step("open"), timer.step("open"):
             fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
             work = _Work(coordinator, created, fd, plan_jobs(), options, timer)
-        work = work.after_exchange()
+        work = work.after_aggregation(aggregation).after_exchange()
         if created.transport == "mpio":
             work.write_mpio()
         else:
@@ -73,12 +77,66 @@ def write_shards(
                 os.close(fd)
 
 
-def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions, timer: Timer) -> None:
+class Rest(NamedTuple):
+    """What is left to a rank in the background.
+
+    Attributes:
+        jobs: What it writes.
+        log: Checksums of what was written with others.
+    """
+
+    jobs: list[WriteJob]
+    log: ChecksumLog
+
+
+def write_aggregated(
+    coordinator: Coordinator,
+    created: Created,
+    take_jobs: Callable[[], list[WriteJob]],
+    aggregation: Aggregation,
+    options: SaveOptions,
+    timer: Timer,
+) -> Rest:
+    """Write together with all other ranks what they have of many small variables. Collective; any thread.
+
+    Args:
+        coordinator: Of the thread.
+        created: The file.
+        take_jobs: Gives what this rank writes; called within the first step.
+        aggregation: Of the layout.
+        options: Of the save.
+        timer: Measures the save on this rank.
+
+    Returns:
+        What is left to this rank alone.
+
+    Raises:
+        CollectiveError: A step failed on some rank.
+    """
+    fd, log = -1, ChecksumLog()
+    try:
+        with coordinator.step("write"), timer.step("open"):
+            fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+            jobs = take_jobs()
+        with timer.step("exchange"):
+            wanted = log if options.checksums else None
+            rest = aggregation.write(coordinator, fd, created.file_nbytes, jobs, wanted)
+        with coordinator.step("write"):
+            closing, fd = fd, -1
+            os.close(closing)  # network file systems report a full quota here at the latest
+    finally:
+        if fd >= 0:
+            with suppress(OSError):  # the save has failed already, and all ranks know why
+                os.close(fd)
+    return Rest(rest, log)
+
+
+def write_alone(created: Created, rest: Rest, options: SaveOptions, timer: Timer) -> None:
     """Write this rank's shards and checksums with `pwrite`, and make them durable. Local; any thread.
 
     Args:
         created: The file.
-        jobs: What this rank writes.
+        rest: What this rank writes.
         options: Of the save.
         timer: Measures the save on this rank.
 
@@ -89,7 +147,8 @@ def write_alone(created: Created, jobs: list[WriteJob], options: SaveOptions, ti
         fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
     try:
         with timer.step("write"):
-            checksums = write_posix(fd, jobs, checksums=options.checksums)
+            checksums = write_posix(fd, rest.jobs, checksums=options.checksums)
+            checksums.extend(rest.log)
             checksums.write(fd, created.checksums_offset)
         with timer.step("fsync"):
             if options.durable:
@@ -122,19 +181,33 @@ class _Work:
         """Bytes of data."""
         return sum(job.tensor.nbytes for job in self.jobs)
 
+    def after_aggregation(self, aggregation: Aggregation) -> _Work:
+        """Write together with all other ranks what they have of many small variables. Collective.
+
+        Returns:
+            What is left to this rank and its node.
+        """
+        with self.timer.step("exchange"):
+            rest = aggregation.write(self.coordinator, self.fd, self.created.file_nbytes, self.jobs, self._log)
+        return replace(self, jobs=rest)
+
     def after_exchange(self) -> _Work:
         """Write together with the other ranks of the node what lies in strips between theirs. Collective.
 
         Returns:
             What is left to this rank alone.
         """
-        log = ChecksumLog()
-        node, wanted = self.coordinator.node, log if self.options.checksums else None
+        node = self.coordinator.node
         with self.timer.step("exchange"):
-            rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, wanted))
+            rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, self._log))
         with self.coordinator.step("exchange"):
             rest.require()
-        return replace(self, jobs=rest.value, exchanged=log)
+        return replace(self, jobs=rest.value)
+
+    @property
+    def _log(self) -> ChecksumLog | None:
+        """What takes the checksums."""
+        return self.exchanged if self.options.checksums else None
 
     def write_posix(self) -> None:
         """Write with `pwrite` only. Collective."""

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from distckpt.exchange import taking
+from distckpt.exchange import aggregation, taking
 from distckpt.storage import device, rawio, reading, room, units, writing
 from distckpt.storage.device import Copy
 from distckpt.storage.transfer import copy_bits
@@ -57,7 +57,7 @@ class Machine:
         """Let the package see these GPUs, and log its system calls."""
         for module in (writing, room):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
-        for module in (writing, reading, units, taking):
+        for module in (writing, reading, units, taking, aggregation):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
         monkeypatch.setattr(room, "pinned_memory", self.pinned_memory)
         monkeypatch.setattr(device, "SideStream", lambda gpu: Stream(self, gpu))

@@ -36,10 +36,11 @@ class Collectives(Protocol):
     def broadcast(self, buffer: Buffer) -> None:
         """Fill the buffer with that of rank 0, of the same length."""
 
-    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """Put the values of all ranks behind one another into the buffer of rank 0; others pass an empty one.
+    def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
+        """Put the values of all ranks behind one another into the buffer of one rank; others pass an empty one.
 
-        Rank 0 passes the length of each value; others may pass any lengths with the same sum.
+        That rank passes the length of each value; others may pass any lengths, if only all know whether the values
+        take more than one call (`CALL_LIMIT`).
         """
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
@@ -72,7 +73,7 @@ class SingleRank:
     def broadcast(self, buffer: Buffer) -> None:
         """See `Collectives.broadcast`."""
 
-    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+    def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
         """See `Collectives.gather`."""
         buffer[:] = value
 
@@ -119,18 +120,19 @@ class MpiCollectives:
         for part in self._parts(buffer):
             self._comm.Bcast((part, self._byte))
 
-    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+    def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
         """See `Collectives.gather`."""
         if sum(lengths) <= self._limit:
-            target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == 0 else None
-            self._comm.Gatherv((value, self._byte), target)
-        elif self.rank == 0:
-            buffer[: len(value)] = value
+            target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == root else None
+            self._comm.Gatherv((value, self._byte), target, root)
+        elif self.rank == root:
+            start = sum(lengths[:root])
+            buffer[start : start + len(value)] = value
             for rank, part in self._parts_of_others(buffer, lengths):
                 self._comm.Recv((part, self._byte), rank, _TAG)
         else:
             for part in self._parts(value):
-                self._comm.Send((part, self._byte), 0, _TAG)
+                self._comm.Send((part, self._byte), root, _TAG)
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """See `Collectives.gather_rows`."""
@@ -158,9 +160,9 @@ class MpiCollectives:
             yield view[start : start + self._limit]
 
     def _parts_of_others(self, buffer: Buffer, lengths: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
-        """The parts of rank 0's buffer that belong to the other ranks, in the order in which these move them."""
+        """The parts of this rank's buffer that belong to the other ranks, in the order in which these move them."""
         for rank, (start, length) in enumerate(zip(starts_of(lengths), lengths, strict=True)):
-            for part in self._parts(memoryview(buffer)[start : start + length]) if rank else ():
+            for part in self._parts(memoryview(buffer)[start : start + length]) if rank != self.rank else ():
                 yield rank, part
 
 

@@ -16,6 +16,7 @@ from distckpt.coordination.arrival import Call
 from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.merging import Parts, Reply
+from distckpt.coordination.message import Buffer
 from distckpt.coordination.nodes import Message, Nodes, swap
 from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
 from distckpt.coordination.shared_memory import SharedMemory, allocate
@@ -296,6 +297,19 @@ class Coordinator:
         """
         with INTERRUPTS.held():
             return self._connect("gather rows").gather_rows(row)
+
+    def gather_into(self, root: int, data: Buffer, lengths: Sequence[int], memory: bytearray | memoryview) -> None:
+        """Put the bytes of all ranks behind one another into the memory of one. One gather; nothing foreseeable fails.
+
+        Args:
+            root: That rank.
+            data: This rank's bytes.
+            lengths: On the root: the number of bytes of each rank. Together at most `collectives.CALL_LIMIT`.
+            memory: On the root: for as many bytes.
+        """
+        with INTERRUPTS.held():
+            collectives = self._connect("gather into")
+            collectives.gather(data, lengths if self.rank == root else (), memory, root)
 
     def share(self, array: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
         """Give all ranks the array of rank 0.

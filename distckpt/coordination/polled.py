@@ -63,11 +63,11 @@ class PolledCollectives:
             self._require_open()
             self._wait(self._comm.Ibcast((view[start : start + CALL_LIMIT], self._byte)))
 
-    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+    def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
         """See `Collectives.gather`."""
         self._require_open()
-        target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == 0 else None
-        self._wait(self._comm.Igatherv((value, self._byte), target))
+        target = (buffer, list(lengths), starts_of(lengths), self._byte) if self.rank == root else None
+        self._wait(self._comm.Igatherv((value, self._byte), target, root))
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """See `Collectives.gather_rows`."""

@@ -33,7 +33,7 @@ import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
-from distckpt.exchange import taking
+from distckpt.exchange import aggregation, taking
 from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
@@ -70,19 +70,22 @@ class Meter:
 class Program:
     """What a rank trains: replicated and sharded tensors, optimizer state, python values."""
 
-    def __init__(self, comm: Any, seed: int) -> None:
+    def __init__(self, comm: Any, seed: int, n_small: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = torch.nn.Linear(4, 3)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.model(torch.ones(4)).sum().backward()
         self.optimizer.step()
         self.meter = Meter(seed)
+        own = [torch.full((2,), float(seed + comm.rank + number)) for number in range(n_small)]
+        self.small = [ShardedVariable(tensor, (2 * comm.size,), (2 * comm.rank,)) for tensor in own]
         rows = torch.full((2, 3), float(10 * seed + comm.rank))
         self.checkpoint = Checkpoint(
             comm=comm,
             model=self.model,
             optimizer=self.optimizer,
             meter=self.meter,
+            small=self.small,
             rows=ShardedVariable(rows, (2 * comm.size, 3), (2 * comm.rank, 0)),
             columns=ShardedVariable(rows.clone(), (2, 3 * comm.size), (0, 3 * comm.rank)),
             step=seed,
@@ -97,7 +100,7 @@ class Program:
 
     def values(self) -> list[object]:
         slots = [slot["momentum_buffer"] for slot in self.optimizer.state.values()]
-        sharded = [self.checkpoint.rows.tensor, self.checkpoint.columns.tensor]
+        sharded = [shard.tensor for shard in (self.checkpoint.rows, self.checkpoint.columns, *self.small)]
         tensors = [*self.model.parameters(), *slots, self.meter.values, *sharded]
         return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.checkpoint.step]
 
@@ -142,6 +145,7 @@ class Fault:
         layouts: "new": the first save of a Checkpoint; "known": a later one.
         together: It fails on all `ranks` at once.
         collective: Collective transfers.
+        n_small: Number of small sharded variables.
     """
 
     step: str
@@ -152,6 +156,7 @@ class Fault:
     layouts: tuple[str, ...] = ("new", "known")
     together: bool = False
     collective: bool = False
+    n_small: int = 0
 
     def __str__(self) -> str:
         owner = self.owner.__name__.removeprefix("distckpt.").rpartition(".")[2]
@@ -208,7 +213,7 @@ def assert_usable(comm: Any, program: Program, directory: Path, number: int, opt
     assert program.checkpoint.save_counter == number
     assert names_in(comm, directory) == {"checkpoint", *(f"ckpt-{n + 1}.h5" for n in range(number))}
     assert (verify_file(path) if comm.rank == 0 else []) == []
-    twin = Program(comm, 77)
+    twin = Program(comm, 77, len(program.small))
     assert twin.values() != program.values()
     twin.checkpoint.restore(path).assert_consumed()
     assert twin.values() == program.values()
@@ -218,6 +223,7 @@ def assert_usable(comm: Any, program: Program, directory: Path, number: int, opt
 # ---- save --------------------------------------------------------------------------------------------------------
 
 NEW, KNOWN = ("new",), ("known",)
+MANY = 90  # small variables, whose shards the ranks write for one another
 SAVE_FAULTS = [
     Fault("capture", distckpt.checkpoint, "walk", EVERY),
     Fault("capture", Meter, "state_dict", EVERY),
@@ -238,6 +244,14 @@ SAVE_FAULTS = [
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.writer, "open_shared", EVERY),
     Fault("open", distckpt.saver, "_jobs", EVERY, transports=BOTH),
+    Fault("aggregate", aggregation, "_small_parts", EVERY, layouts=NEW),
+    Fault("aggregate", aggregation, "aggregators", EVERY, layouts=NEW),
+    Fault("aggregate", aggregation, "_own", EVERY, layouts=NEW, n_small=MANY),
+    Fault("aggregate", aggregation, "_decode", EVERY, layouts=NEW, n_small=MANY),
+    Fault("aggregate", aggregation.Assembly, "of", ROOT, layouts=NEW, n_small=MANY),
+    Fault("aggregate", aggregation, "_Writing", EVERY, transports=BOTH, n_small=MANY),
+    Fault("aggregate", aggregation, "digest", EVERY, n_small=MANY),
+    Fault("aggregate", aggregation.Assembly, "put_together", ROOT, transports=BOTH, n_small=MANY),
     Fault("exchange", distckpt.exchange.writing, "_is_narrow", EVERY, transports=BOTH),
     Fault("exchange", distckpt.exchange.writing, "_encode_boxes", EVERY),
     Fault("exchange", mpio.PieceBytes, "get", EVERY),
@@ -262,7 +276,19 @@ SAVE_FAULTS = [
     Fault("commit", distckpt.draft, "record_save", ROOT),
     Fault("commit", state, "write_state", ROOT),
 ]
-INTERRUPTED = {"walk", "merge", "_Agreed", "reserve", "open_shared", "get", "write", "fsync", "commit", "record_save"}
+INTERRUPTED = {
+    "walk",
+    "merge",
+    "_Agreed",
+    "_Writing",
+    "reserve",
+    "open_shared",
+    "get",
+    "write",
+    "fsync",
+    "commit",
+    "record_save",
+}
 SAVE_CASES = [
     pytest.param(fault, transport, kind, id=f"{fault}-{transport}-{kind.__name__}")
     for fault in SAVE_FAULTS
@@ -288,10 +314,10 @@ def test_a_failing_save_is_the_same_error_on_all_ranks_and_changes_nothing(
     for layout in fault.layouts:
         for failing in fault.rounds():
             directory = mpi_dir / f"{layout}-{failing[0]}"
-            program = Program(comm, 1)
+            program = Program(comm, 1, fault.n_small)
             program.checkpoint.save(directory / "ckpt", options=options)
             if layout == "new":
-                program = Program(comm, 2)
+                program = Program(comm, 2, fault.n_small)
             else:
                 program.train()
             before, counter, files = program.values(), program.checkpoint.save_counter, open_files()

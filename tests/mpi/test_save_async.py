@@ -28,6 +28,7 @@ from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOption
 from distckpt.coordination import background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CollectiveError, LayoutError
+from distckpt.exchange import aggregation
 from distckpt.flight import Flight
 from distckpt.storage import creation, rawio
 from distckpt.storage.checksum import ChecksumLog
@@ -40,7 +41,7 @@ pytestmark = [pytest.mark.mpi(min_size=3), pytest.mark.timeout(120)]
 SIZE = 3
 ROOT, EVERY = [0], [0, 1, 2]
 PATIENCE = 30.0
-NAMES = ("model", "optimizer", "rows", "step")
+NAMES = ("model", "optimizer", "rows", "small", "step")
 
 
 @pytest.fixture(params=["multiple", "serialized"])
@@ -56,8 +57,10 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 class Program:
     """What a rank trains: replicated and sharded tensors, optimizer state, python values."""
 
-    def __init__(self, comm: Any, seed: int) -> None:
+    def __init__(self, comm: Any, seed: int, n_small: int = 0) -> None:
         torch.manual_seed(seed)
+        own = [torch.full((2,), float(seed + comm.rank + number)) for number in range(n_small)]
+        self.small = [ShardedVariable(tensor, (2 * comm.size,), (2 * comm.rank,)) for tensor in own]
         self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         rows = torch.full((200, 3), float(10 * seed + comm.rank))
@@ -65,6 +68,7 @@ class Program:
             comm=comm,
             model=self.model,
             optimizer=self.optimizer,
+            small=self.small,
             rows=ShardedVariable(rows, (200 * comm.size, 3), (200 * comm.rank, 0)),
             step=seed,
         )
@@ -81,7 +85,8 @@ class Program:
 
     def values(self) -> list[object]:
         slots = [value for slots in self.optimizer.state.values() for value in slots.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *slots, self.checkpoint.rows.tensor]
+        sharded = [shard.tensor for shard in (self.checkpoint.rows, *self.small)]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *slots, *sharded]
         return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.checkpoint.step]
 
 
@@ -232,19 +237,25 @@ class Fault:
         owner: Module or class in which a function is replaced by one that raises.
         name: The function.
         ranks: The ranks on which it fails, one after the other.
+        n_small: Number of small sharded variables.
     """
 
     step: str
     owner: Any
     name: str
     ranks: list[int]
+    n_small: int = 0
 
     def is_in_background(self, level: str) -> bool:
         """Whether the call has returned before. The file is made there where the thread may say so."""
-        return self.step in ("write", "commit") or (level == "multiple" and self.owner is creation)
+        return self.step in ("write", "aggregate", "commit") or (level == "multiple" and self.owner is creation)
+
+    def is_possible(self, level: str) -> bool:
+        """Whether the function is called at all: without a thread that speaks there is less to do."""
+        return level == "multiple" or self.step not in ("duplicate the communicator", "aggregate")
 
     def __str__(self) -> str:
-        return f"{self.step}-{self.owner.__name__.rpartition('.')[2]}.{self.name}"
+        return f"{self.step}-{self.owner.__name__.rpartition('.')[2]}.{self.name}" + "-many" * (self.n_small > 0)
 
 
 class Raise:
@@ -257,6 +268,7 @@ class Raise:
         raise self.error
 
 
+MANY = 90  # small variables, whose shards the ranks write for one another
 FAULTS = [
     Fault("capture", distckpt.checkpoint, "walk", EVERY),
     Fault("start a thread", background.Background, "start", EVERY),
@@ -272,6 +284,10 @@ FAULTS = [
     Fault("write", rawio, "write_vector", EVERY),
     Fault("write", ChecksumLog, "write", EVERY),
     Fault("write", distckpt.writer, "fsync", EVERY),
+    Fault("write", distckpt.writer, "open_shared", EVERY, MANY),
+    Fault("aggregate", aggregation, "_Writing", EVERY, MANY),
+    Fault("aggregate", aggregation, "digest", EVERY, MANY),
+    Fault("aggregate", aggregation.Assembly, "put_together", ROOT, MANY),
     Fault("commit", distckpt.draft, "write_manifest", ROOT),
     Fault("commit", distckpt.draft, "fsync", ROOT),
     Fault("commit", distckpt.draft, "commit", ROOT),
@@ -294,14 +310,14 @@ def assert_agreed(comm: Any, fault: Fault, failing: int, mine: Outcome) -> None:
 def test_a_failure_is_the_same_error_on_all_ranks_and_changes_nothing(
     subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, level: str, fault: Fault
 ) -> None:
-    if fault.step == "duplicate the communicator" and level == "serialized":
+    if not fault.is_possible(level):
         return
     for rank in fault.ranks:
         comm = subcomm(SIZE)
         if comm is None:
             continue
         directory = mpi_dir / str(rank)
-        program = Program(comm, 1)
+        program = Program(comm, 1, fault.n_small)
         program.checkpoint.save(directory / "ckpt")
         if fault.step not in ONCE:
             program.checkpoint.save_async(directory / "ckpt").result()
@@ -324,7 +340,7 @@ def test_a_failure_is_the_same_error_on_all_ranks_and_changes_nothing(
         path = program.checkpoint.save_async(directory / "ckpt").result()
         assert path == str(directory / f"ckpt-{counter + 1}.h5")
         assert names_in(comm, directory) == {*known, f"ckpt-{counter + 1}.h5"}
-        twin = Program(comm, 77)
+        twin = Program(comm, 77, fault.n_small)
         assert twin.values() != program.values()
         twin.checkpoint.restore(path).assert_consumed()
         assert twin.values() == program.values()

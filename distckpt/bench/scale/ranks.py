@@ -76,7 +76,7 @@ class VirtualRanks:
         self._count(received=len(buffer))
         self._broadcasts.append(buffer)
 
-    def gather(self, value: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
+    def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
         """See `Collectives.gather`. What rank 0 has ordered of the values."""
         start, position = time.perf_counter(), 0
         for own, order in zip(self.values(), self._scatters[-1], strict=True):
