@@ -141,7 +141,7 @@ def commit(temp: str, final: str, *, replace: bool, durable: bool) -> None:
         durable: Return only when the new name is on disk.
 
     Raises:
-        FileExistsError: A file is there, and `replace` is False.
+        FileExistsError: A file is there, and `replace` is False; says what to do.
     """
     source, target = Path(temp), Path(final)
     if replace:
@@ -159,7 +159,7 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
         # The latter: a network file system has repeated a request whose answer was lost.
         return
     if code == errno.EEXIST:
-        raise FileExistsError(code, "a checkpoint of this name exists; saves never replace one", str(target))
+        raise _taken(target)
     if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         raise OSError(code, os.strerror(code), str(target))
     _link_to_free_name(source, target, inode)
@@ -168,18 +168,27 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
 def _link_to_free_name(source: Path, target: Path, inode: int) -> None:
     try:
         target.hardlink_to(source)
-    except FileExistsError:
+    except FileExistsError as error:
         if not _has_inode(target, inode):
-            raise
+            raise _taken(target) from error
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # Nothing better is left. One rank chooses the numbers, so a file in the way can only be another job's.
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "a checkpoint of this name exists", str(target)) from error
+        if os.path.lexists(target):  # nothing better is left
+            raise _taken(target) from error
         source.rename(target)
         return
     source.unlink()
+
+
+def _taken(target: Path) -> FileExistsError:
+    """What to say of a file in the way: one rank chooses the numbers of a job, so it can only be another job's."""
+    return FileExistsError(
+        errno.EEXIST,
+        "another job has written this file meanwhile, and saves never replace one: save again, under the next number, "
+        "and give each job a directory or a file_prefix of its own",
+        str(target),
+    )
 
 
 def _has_inode(path: Path, inode: int) -> bool:

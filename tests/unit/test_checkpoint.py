@@ -18,6 +18,7 @@ from torch import nn
 
 import distckpt
 from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, Trackable
+from distckpt import draft as drafts
 
 
 def full(value: float) -> torch.Tensor:
@@ -325,6 +326,25 @@ def test_a_file_in_the_way_of_a_directory(tmp_path: Path) -> None:
     assert isinstance(caught.value.__cause__, OSError)
     assert checkpoint.save_counter == 0
     assert checkpoint.save(tmp_path / "ckpt").endswith("ckpt-1.h5")
+
+
+def test_another_job_takes_the_number_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, commit = Checkpoint(a=full(1)), drafts.commit
+
+    def commit_late(temp: str, final: str, **how: bool) -> None:
+        if not Path(final).exists():
+            Path(final).write_bytes(b"of another job")
+        commit(temp, final, **how)
+
+    monkeypatch.setattr(drafts, "commit", commit_late)
+    with pytest.raises(CollectiveError, match=r"another job .* save again, .* a file_prefix of its own: '.*ckpt-1.h5'"):
+        checkpoint.save(tmp_path / "ckpt")
+    assert files(tmp_path) == ["ckpt-1.h5"]
+    assert checkpoint.save_counter == 0
+    monkeypatch.undo()
+    assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-2.h5")
+    assert (tmp_path / "ckpt-1.h5").read_bytes() == b"of another job"
+    Checkpoint(a=full(0)).restore(tmp_path / "ckpt-2").assert_consumed()
 
 
 def test_a_restore_or_save_in_another_thread(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_commit_to_a_free_name(tmp_path: Path) -> None:
 def test_commit_never_replaces(tmp_path: Path) -> None:
     final = write(tmp_path / "ckpt-1.h5", b"precious")
     temp = write(temp_path(final))
-    with pytest.raises(FileExistsError, match=r"exist.*ckpt-1.h5"):
+    with pytest.raises(FileExistsError, match=r"another job .*file_prefix of its own.*ckpt-1.h5"):
         commit(str(temp), str(final), replace=False, durable=True)
     assert final.read_bytes() == b"precious"
     assert temp.read_bytes() == b"data"
@@ -96,7 +96,7 @@ def test_commit_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     final = tmp_path / "ckpt-1.h5"
     commit(str(write(temp_path(final))), str(final), replace=False, durable=False)
     assert names(tmp_path) == ["ckpt-1.h5"]
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="another job has written this file meanwhile"):
         commit(str(write(temp_path(final), b"second")), str(final), replace=False, durable=False)
     assert final.read_bytes() == b"data"
 
