@@ -13,7 +13,7 @@ from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created
 from distckpt.flight import Epilogue, Flight
 from distckpt.graph.adapters.base import Adapter
-from distckpt.graph.adapters.registry import adapter_for, is_checkpointable, unwrap
+from distckpt.graph.adapters.registry import adapter_for, refusal, unwrap
 from distckpt.graph.adapters.root import RootAdapter
 from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
@@ -86,11 +86,9 @@ class Checkpoint(Trackable):
         if root is not None and adapter_for(unwrap(self._root())) is None:
             raise ValueError(f"root: a {type(root).__qualname__} cannot be checkpointed.")
         for name, value in sorted(trackables.items()):
-            if not is_checkpointable(value):
-                raise ValueError(
-                    f"{name}: a {type(value).__module__}.{type(value).__qualname__} cannot be checkpointed. Pass a "
-                    "tensor, module, optimizer, an object with state_dict() and load_state_dict(), or python values."
-                )
+            problem = refusal(value)
+            if problem is not None:
+                raise ValueError(f"{name}: {problem}")
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ import base64
 import collections
 import math
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,16 @@ def encode(value: object) -> bytes:
     except UnicodeEncodeError as error:
         raise UnsupportedValueError(f"a str with lone surrogates cannot be stored ({error})") from error
     except RecursionError as error:
-        raise UnsupportedValueError("a container that contains itself cannot be stored") from error
+        raise UnsupportedValueError(f"a container cannot be stored: {too_deep()}") from error
+
+
+def too_deep() -> str:
+    """What to say of a container for which Python's stack is too short."""
+    limit = sys.getrecursionlimit()
+    return (
+        f"it contains itself, or has more levels than Python's recursion limit ({limit}) leaves room for, which is "
+        f"about {limit // 5}. Store it flat"
+    )
 
 
 def decode(data: bytes) -> Any:

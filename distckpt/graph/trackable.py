@@ -112,10 +112,11 @@ class Trackable:
             TypeError: The object cannot be checkpointed.
             ValueError: Another object has the name, and `overwrite` is False.
         """
-        from distckpt.graph.adapters import is_checkpointable
+        from distckpt.graph.adapters import refusal
 
-        if not is_checkpointable(value):
-            raise TypeError(f"track({name!r}): a {type(value).__qualname__} cannot be checkpointed.")
+        problem = refusal(value)
+        if problem is not None:
+            raise TypeError(f"track({name!r}): {problem}")
         current = dict(tracked_attributes(self)).get(name, value)
         if current is not value and not overwrite:
             raise ValueError(f"track({name!r}): the name belongs to another object. Pass overwrite=True to replace it.")

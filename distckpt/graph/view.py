@@ -14,7 +14,7 @@ from distckpt.graph.adapters.base import Adapter, Problem
 from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slot_names
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
-from distckpt.graph.python_value import UnsupportedValueError, encode
+from distckpt.graph.python_value import UnsupportedValueError, encode, too_deep
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
 from distckpt.layout.keys import child_key, join, slot_key
@@ -123,6 +123,9 @@ def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
     except UnsaveableError as error:
         node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")
+    except RecursionError as error:
+        error.add_note(f"while {node.key or 'the root'} was asked for its state: {too_deep()}")
+        raise
     except Exception as error:  # of the user's own methods
         error.add_note(f"while {node.key or 'the root'} was asked for its state")
         raise

@@ -18,11 +18,13 @@ from torch import nn
 from distckpt import (
     Checkpoint,
     CheckpointWarning,
+    CollectiveError,
     LayoutError,
     NoDependency,
     PerRank,
     PythonState,
     RNGState,
+    SaveOptions,
     ShardedVariable,
     Trackable,
 )
@@ -359,11 +361,34 @@ def test_a_chain_deeper_than_the_recursion_limit(path: str) -> None:
 def test_a_container_that_contains_itself_is_no_value(path: str, keys_of: Keys) -> None:
     endless: list[Any] = [1]
     endless.append(endless)
-    with pytest.raises(ValueError, match=r"endless: a builtins\.list cannot be checkpointed"):
+    with pytest.raises(ValueError, match=r"endless: a builtins\.list cannot be checkpointed: it contains itself"):
         Checkpoint(endless=endless)
     loop: list[Any] = [one()]
     loop.append(loop)
     assert keys_of(Checkpoint(loop=loop).write(path)) == {"loop/0"}
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_a_container_nested_too_deeply_is_refused(path: str) -> None:
+    words = r"more levels than Python's recursion limit \(\d+\) leaves room for, which is about \d+\. Store it flat"
+    with pytest.raises(ValueError, match=rf"^x: a builtins\.list cannot be checkpointed: .*{words}, or .*NoDependency"):
+        Checkpoint(x=nested(800))
+    with pytest.raises(TypeError, match=words):
+        Trackable().track(nested(800), "x")
+    optimizer = torch.optim.SGD([{"params": [one()], "own": nested(800)}])
+    for value in ([one(), nested(800)], optimizer):
+        with pytest.raises(CollectiveError, match=rf"RecursionError.*while x.* was asked for its state: .*{words}"):
+            Checkpoint(x=value).write(path)
+    with pytest.raises(LayoutError, match=rf"metadata: .*{words}"):
+        Checkpoint().write(path, options=SaveOptions(metadata={"m": nested(800)}))
+    assert not Path(path + ".h5").exists()
+    Checkpoint(x=nested(0)).read(Checkpoint(x=nested(100)).write(path)).assert_consumed()
 
 
 # ---- what is tracked ---------------------------------------------------------------------------------------------
@@ -424,7 +449,7 @@ def test_track(path: str, keys_of: Keys) -> None:
     live.x = torch.full((1,), 5.0)
     Checkpoint(n=live).read(Checkpoint(n=node).write(path)).assert_consumed()
     assert live.x == other
-    with pytest.raises(TypeError, match=r"track\('y'\): a set cannot be checkpointed"):
+    with pytest.raises(TypeError, match=r"track\('y'\): a builtins.set cannot be checkpointed. Pass"):
         node.track({1}, "y")
     del node.x
     assert keys_of(Checkpoint(n=node).write(path)) == set()

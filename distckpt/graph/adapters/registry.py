@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from distckpt.graph.adapters.base import Adapter
-from distckpt.graph.python_value import is_python_value
+from distckpt.graph.python_value import is_python_value, too_deep
 from distckpt.graph.trackable import NoDependency
 
 #: Classes that only wrap a module, and where they keep it: (module, class) to attribute. By name, because importing
@@ -97,10 +97,20 @@ def adapter_for(obj: object) -> Adapter | None:
 
 def is_checkpointable(obj: object) -> bool:
     """Whether an object can be saved: a python value, an object with an adapter, or a container with such parts."""
+    return refusal(obj) is None
+
+
+def refusal(obj: object) -> str | None:
+    """Why an object cannot be saved, and what to do; None when it can."""
     try:
-        return is_python_value(obj) or _is_node(obj)
-    except RecursionError:  # a container that contains itself
-        return False
+        if is_python_value(obj) or _is_node(obj):
+            return None
+        remedy = (
+            ". Pass a tensor, module, optimizer, an object with state_dict() and load_state_dict(), or python values."
+        )
+    except RecursionError:
+        remedy = f": {too_deep()}, or keep it out with NoDependency."
+    return f"a {type(obj).__module__}.{type(obj).__qualname__} cannot be checkpointed{remedy}"
 
 
 def _is_node(obj: object) -> bool:
