@@ -214,6 +214,7 @@ class Checkpoint(Trackable):
             What matched. Values for names that do not exist yet wait until they do.
 
         Raises:
+            TypeError: `save_path` is no path.
             CheckpointNotFoundError: There is no such file.
             CorruptCheckpointError: The file is damaged.
             RestoreMismatchError: Saved and live values differ in kind, shape or dtype. Nothing was changed.
@@ -234,6 +235,7 @@ class Checkpoint(Trackable):
             What matched.
 
         Raises:
+            TypeError: `path` is no path.
             CheckpointError: As `restore`.
         """
         return self._restore("read", path, given_or_default(options, RestoreOptions))

@@ -20,7 +20,7 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
-from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX
+from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX, as_text
 
 _SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."
 
@@ -90,7 +90,7 @@ class CheckpointManager:
             clock: The time in seconds since the epoch; only that of rank 0 counts.
 
         Raises:
-            TypeError: `checkpoint` is no Checkpoint.
+            TypeError: `checkpoint` is no Checkpoint, or `directory` no path.
             ValueError: An option has a bad value.
         """
         if not isinstance(checkpoint, Checkpoint):
@@ -106,7 +106,7 @@ class CheckpointManager:
         )
         self._times = SaveTimes()
         self._checkpoint = checkpoint
-        self._directory = str(Path(directory))
+        self._directory = str(Path(as_text("directory", directory)))
         self._name = _checked_name(checkpoint_name)
         self._init_fn = init_fn
         self._keeper = Keeper(
@@ -348,7 +348,7 @@ class CheckpointManager:
 
     def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], View]) -> None:
         with self._coordinator.turn, self._coordinator.uninterrupted():
-            text = Attempt.of(functools.partial(os.fspath, path))
+            text = Attempt.of(functools.partial(as_text, "path", path))
             self._meet(operation, SaveOptions().timeout, {"path": repr(text.result)}, text.error)
             self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), View))
 

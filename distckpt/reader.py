@@ -34,6 +34,7 @@ from distckpt.restoration import Restoration, combine
 from distckpt.source import Source, open_local
 from distckpt.status import ValueMismatch
 from distckpt.storage.latest import latest_checkpoint
+from distckpt.storage.paths import as_text
 from distckpt.storage.transfer import copy_bits, sub_tensor
 
 #: Most keys that an unknown one is compared with: that many take a second.
@@ -143,6 +144,7 @@ class CheckpointReader:
             path: The file, with or without ".h5"; or a directory, which means its latest checkpoint.
 
         Raises:
+            TypeError: `path` is no path.
             CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
             CorruptCheckpointError: The file is no complete checkpoint.
         """
@@ -341,11 +343,12 @@ def _live_keys(binding: Binding) -> Iterator[tuple[str, str]]:
 
 def _file_of(path: str | os.PathLike[str]) -> str:
     """The file that a path means."""
-    if not Path(path).is_dir():
-        return os.fspath(path)
-    latest = latest_checkpoint(path)
+    text = as_text("path", path)
+    if not Path(text).is_dir():
+        return text
+    latest = latest_checkpoint(text)
     if latest is None:
-        raise CheckpointNotFoundError(f"{os.fspath(path)}: no complete checkpoint of `save` in this directory.")
+        raise CheckpointNotFoundError(f"{text}: no complete checkpoint of `save` in this directory.")
     return latest
 
 
@@ -359,6 +362,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
         The reader; a context manager.
 
     Raises:
+        TypeError: `path` is no path.
         CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
         CorruptCheckpointError: The file is no complete checkpoint.
     """

@@ -25,6 +25,7 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.restoration import LocalReport, Restoration, combine, describe_mismatches
 from distckpt.source import Source, open_source
 from distckpt.status import Report, RestoreStatus
+from distckpt.storage.paths import as_text
 from distckpt.timing import AGREE, RESTORE_STEPS, Timer, Timing
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Restorer:
         if save_path is None:
             log.info("%s(None): nothing to restore", operation)
             return RestoreStatus(self, self._require_checkpoint(), None, Report(0))
-        source = open_source(coordinator, os.fspath(save_path), timer)
+        path = as_text("save_path" if with_counter else "path", save_path)  # agreed on, so all ranks or none raise
+        source = open_source(coordinator, path, timer)
         checkpoint = self._require_checkpoint()
         counter = checkpoint.save_counter
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distckpt.errors import CheckpointError, CheckpointWarning
 from distckpt.storage.hdf5 import open_checkpoint
-from distckpt.storage.paths import NumberedFile, numbered_files
+from distckpt.storage.paths import NumberedFile, as_text, numbered_files
 from distckpt.storage.state import DamagedStateError, known_prefixes, read_state
 from distckpt.storage.verify import verify_file
 
@@ -38,8 +38,11 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
 
     Returns:
         Path of the checkpoint, below `directory`.
+
+    Raises:
+        TypeError: `directory` is no path.
     """
-    return next(complete_checkpoints(directory, verify=verify), None)
+    return next(complete_checkpoints(as_text("directory", directory), verify=verify), None)
 
 
 def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:

@@ -45,16 +45,37 @@ class NumberedFile:
     name: str
 
 
-def split_prefix(prefix: str | os.PathLike[str]) -> Prefix:
-    """Split a file prefix; "a/ckpt" and "a/ckpt.h5" are the same.
+def as_text(name: str, path: object) -> str:
+    """A path as a user passed it, unchanged.
+
+    Args:
+        name: Of the parameter, for the error.
+        path: What was passed.
 
     Raises:
+        TypeError: It is no path, or one of bytes.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100}, a {type(path).__qualname__}.")
+    return text
+
+
+def split_prefix(prefix: str | os.PathLike[str], parameter: str = "file_prefix") -> Prefix:
+    """Split a file prefix; "a/ckpt" and "a/ckpt.h5" are the same.
+
+    Args:
+        prefix: As a user passed it.
+        parameter: Its name, for errors.
+
+    Raises:
+        TypeError: It is no path.
         ValueError: There is no name in it.
     """
-    text = os.fspath(prefix)
+    text = as_text(parameter, prefix)
     name = text.rpartition("/")[2].removesuffix(SUFFIX)
     if name in {"", ".", ".."}:
-        raise ValueError(f"file prefix: expected a path that ends in a name, such as 'run/ckpt'. Got {text!r}.")
+        raise ValueError(f"{parameter}: expected a path that ends in a name, such as 'run/ckpt'. Got {text!r}.")
     return Prefix(Path(text).parent, name)
 
 
@@ -62,9 +83,10 @@ def single_path(path: str | os.PathLike[str]) -> str:
     """Path of the file that `write(path)` makes.
 
     Raises:
+        TypeError: It is no path.
         ValueError: There is no name in it, or it is the name of the state file.
     """
-    prefix = split_prefix(path)
+    prefix = split_prefix(path, "path")
     if prefix.name == STATE_FILE:
         raise ValueError(
             f"{os.fspath(path)}: {STATE_FILE!r} is the name of the state file of the directory; choose another name"

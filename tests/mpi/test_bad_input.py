@@ -83,7 +83,7 @@ BAD_TARGETS = {
     "below a file": ("file/ckpt", ["NotADirectoryError", "file", "choose another directory"]),
     "far below a file": ("file/a/b/ckpt", ["NotADirectoryError", "choose another directory"]),
     "no file system for it": ("/proc/nowhere/ckpt", ["/proc/nowhere"]),
-    "no name": ("sub/", ["ValueError", "file prefix: expected a path that ends in a name"]),
+    "no name": ("sub/", ["ValueError", ": expected a path that ends in a name"]),
     "too long a name": ("n" * 300, ["OSError", "File name too long"]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -225,10 +226,39 @@ def test_a_directory_can_be_moved(tmp_path: Path) -> None:
     live.restore(latest).assert_consumed()
 
 
-def test_no_path_is_an_error() -> None:
-    for method in ("save", "write"):
-        with pytest.raises((TypeError, CollectiveError), match="NoneType"):
-            getattr(Checkpoint(a=1), method)(None)
+_NO_PATH = [3, b"run/ckpt", [Path("ckpt")]]
+_PARAMETER = {
+    "save": "file_prefix",
+    "save_async": "file_prefix",
+    "write": "path",
+    "restore": "save_path",
+    "read": "path",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [(method, path) for method in _PARAMETER for path in _NO_PATH] + [("save", None), ("write", None)],
+)
+def test_what_is_no_path_is_refused_by_the_name_of_the_parameter(method: str, path: Any) -> None:
+    checkpoint = Checkpoint(a=full(1))
+    words = rf"{_PARAMETER[method]}: expected a str or os.PathLike\[str\]. Got {re.escape(repr(path))}, a "
+    with pytest.raises((TypeError, CollectiveError), match=words):
+        getattr(checkpoint, method)(path)
+    assert checkpoint.save_counter == 0
+
+
+@pytest.mark.parametrize("path", [3, b"run", None], ids=repr)
+def test_other_functions_name_the_parameter_too(path: Any, tmp_path: Path) -> None:
+    expected = rf": expected a str or os.PathLike\[str\]. Got {re.escape(repr(path))}, a "
+    with pytest.raises(TypeError, match=f"^directory{expected}"):
+        distckpt.CheckpointManager(Checkpoint(a=1), path)
+    with pytest.raises(TypeError, match=f"^directory{expected}"):
+        distckpt.latest_checkpoint(path)
+    with pytest.raises(TypeError, match=f"^path{expected}"):
+        distckpt.load_checkpoint(path)
+    with pytest.raises(CollectiveError, match=f"TypeError: path{expected}"):
+        distckpt.CheckpointManager(Checkpoint(a=1), tmp_path).pin(path)
 
 
 # ---- copies ------------------------------------------------------------------------------------------------------
