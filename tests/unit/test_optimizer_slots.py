@@ -589,8 +589,18 @@ def test_state_under_other_keys_than_parameters_is_refused(path: str) -> None:
     model = _Model(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state["global"] = 5  # type: ignore[index]
-    with pytest.raises(LayoutError, match=r"o/\.state: optimizer state under 'global' belongs to no parameter"):
+    words = r"o/\.state: optimizer state under 'global' belongs to no parameter .*entry of a param group.*or track it"
+    with pytest.raises(LayoutError, match=words):
         Checkpoint(m=model, o=optimizer).write(path)
+
+
+def test_state_of_no_parameter_is_kept_in_a_param_group_instead(path: str) -> None:
+    """What the error of the test above says to do."""
+    first, second = (torch.optim.SGD(_Model(1).parameters(), lr=0.1) for _ in range(2))
+    first.param_groups[0]["global"] = torch.tensor(5.0)
+    second.param_groups[0]["global"] = torch.tensor(0.0)
+    Checkpoint(o=second).read(Checkpoint(o=first).write(path)).assert_consumed()
+    assert second.param_groups[0]["global"] == 5
 
 
 def test_python_slots(path: str) -> None:

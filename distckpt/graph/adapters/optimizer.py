@@ -65,7 +65,11 @@ class OptimizerAdapter(Adapter):
         keys: Iterable[object] = stepped_by(obj).state.keys()  # typed as tensors, but nothing enforces it
         for key in keys:
             if not isinstance(key, torch.Tensor):
-                yield Problem(".state", f"optimizer state under {key!r} belongs to no parameter and cannot be stored.")
+                yield Problem(
+                    ".state",
+                    f"optimizer state under {key!r} belongs to no parameter and cannot be stored. Keep it as an entry "
+                    "of a param group, such as optimizer.param_groups[0]['name'], or track it as an object of its own.",
+                )
 
 
 class GroupsAdapter(Adapter):
