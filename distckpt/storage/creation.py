@@ -6,6 +6,7 @@ skeleton, is the same for every save of a layout: the first save lets HDF5 make 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,9 @@ _ALIGNMENT = 4096
 
 #: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
 _MAX_METADATA_BLOCK = 1 << 20
+
+#: What the system says where a file of another path could be made.
+_NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
 
 #: A file system in memory.
 _MEMORY = Path("/dev/shm")
@@ -123,7 +127,7 @@ def create_like(path: str, skeleton: Skeleton) -> None:
 @contextmanager
 def _new_file(path: str) -> Iterator[int]:
     """A new file, which is removed if the body fails."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = _open_new(path)
     try:
         yield fd
     except BaseException:
@@ -131,6 +135,16 @@ def _new_file(path: str) -> Iterator[int]:
         raise
     finally:
         os.close(fd)
+
+
+def _open_new(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        text = f"cannot make the file: {error.strerror}, choose another directory or name"
+        raise OSError(error.errno, text, path) from error
 
 
 def rebuild(fd: int, skeleton: Skeleton) -> None:

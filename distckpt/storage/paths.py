@@ -189,9 +189,9 @@ def make_directory(directory: Path) -> None:
         raise NotADirectoryError(
             error.errno, f"cannot save there: {error.filename} is a file, choose another directory", str(directory)
         ) from error
-    except PermissionError as error:
-        raise PermissionError(
-            error.errno, "cannot make the directory: no permission, choose another one", str(directory)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make the directory: {error.strerror}, choose another one", str(directory)
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         raise PermissionError(

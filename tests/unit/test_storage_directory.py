@@ -115,8 +115,10 @@ def test_make_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
+    with pytest.raises(FileNotFoundError, match=r"cannot make the directory: .*choose another one: '/proc/zz'"):
+        paths.make_directory(Path("/proc/zz"))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(PermissionError, match="cannot make the directory: no permission"):
+    with pytest.raises(PermissionError, match="cannot make the directory: Permission denied, choose another one"):
         paths.make_directory(tmp_path / "c")
 
 

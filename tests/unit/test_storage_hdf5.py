@@ -227,6 +227,13 @@ def test_creating_never_replaces(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("name", ["nowhere/a.h5", "file/a.h5", "n" * 300])
+def test_a_file_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot make the file: [A-Z].*, choose another directory or name: '.*"):
+        creation.create_file(str(tmp_path / name), specs_of(tensors()), 7, 500)
+
+
 @pytest.mark.parametrize("room", [True, False], ids=["in memory", "no memory"])
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     memory = tmp_path / "memory"
