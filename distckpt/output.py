@@ -113,6 +113,7 @@ class Output:
         self._numbered = numbered
         self._merged: Merged | None = None
         self._form: _Form | None = None
+        self._confirmed: _Form | None = None  # the form whose positions all ranks know
         self._with_checksums = True
         self._swept: set[str] = set()
         self._draft: Draft | None = None  # of the save that is going on
@@ -121,7 +122,7 @@ class Output:
     def adopt(self, merged: Merged) -> None:
         """Take a new layout; the next file is made through HDF5."""
         self._merged = merged
-        self._form = None
+        self._form = self._confirmed = None
 
     def update_values(self, python_values: Mapping[str, bytes]) -> None:
         """Take rank 0's present python values, by key."""
@@ -131,6 +132,10 @@ class Output:
     def offsets(self) -> np.ndarray | None:
         """Position of every variable in the file, in bytes; None on other ranks than 0."""
         return None if self._form is None else self._form.skeleton.offsets
+
+    def confirm(self) -> None:
+        """All ranks know the positions of the variables now, so that a failed save leaves them as they are."""
+        self._confirmed = self._form
 
     def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> Created:
         """Create the temporary file with everything but the data and the manifest.
@@ -148,7 +153,8 @@ class Output:
         name = self._name(target)
         self._prepare_directory(Path(name.final).parent)
         if self._with_checksums != options.checksums:
-            self._with_checksums, self._form = options.checksums, None
+            self._with_checksums = options.checksums
+            self._form = self._confirmed = None
         transport = _choose_transport(options, size)
         manifest = self._manifest(name.counter, options, size, transport)
         temp = temp_path(name.final)
@@ -192,7 +198,7 @@ class Output:
 
     def abandon(self) -> None:
         """Remove what a failed save has left; nothing happens when there is nothing, as on other ranks than 0."""
-        self._form = None  # perhaps not all ranks have heard where it has the variables
+        self._form = self._confirmed
         if self._draft is not None:
             self._draft.abandon()
             self._draft = None

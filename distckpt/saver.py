@@ -259,6 +259,7 @@ class Saver:
         created = self._coordinator.on_root("create", make, Created)
         if created.fresh:
             agreed.offsets, agreed.aggregation = self._coordinator.share(output.offsets), Aggregation()
+            output.confirm()
         return created
 
     def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool) -> Created:

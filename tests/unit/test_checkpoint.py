@@ -20,6 +20,7 @@ from torch import nn
 import distckpt
 from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, Trackable
 from distckpt import draft as drafts
+from distckpt import output as outputs
 
 
 def full(value: float) -> torch.Tensor:
@@ -345,6 +346,35 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.save_counter == 1
     del checkpoint.bad
     assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-2.h5")
+
+
+def test_after_a_save_that_fails_the_layout_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, create, created = Checkpoint(a=full(1)), outputs.create_file, list[str]()
+
+    def count(path: str, *how: Any) -> Any:
+        created.append(path)
+        return create(path, *how)
+
+    def fail(owner: object, name: str, **options: bool) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(CollectiveError, match="No space left"):
+                checkpoint.save(tmp_path / "ckpt", options=SaveOptions(**options))
+
+    monkeypatch.setattr(outputs, "create_file", count)
+    fail(drafts, "commit")
+    assert len(created) == 1
+    checkpoint.a += 4
+    Checkpoint(a=full(0)).restore(checkpoint.save(tmp_path / "ckpt")).assert_consumed()
+    fail(outputs, "create_file", checksums=False)
+    assert len(created) == 1
+    live = Checkpoint(a=full(0))
+    live.restore(checkpoint.save(tmp_path / "ckpt", options=SaveOptions(checksums=False))).assert_consumed()
+    assert live.a.tolist() == [5, 5]
+    assert len(created) == 2  # files without checksums are of another form
 
 
 def test_a_file_in_the_way_of_a_directory(tmp_path: Path) -> None:
