@@ -17,6 +17,7 @@ from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, digest, require_checksum
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
+from distckpt.storage.scratch import Scratch, is_slow_target
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
 from distckpt.tensor_bytes import bytes_of, is_packed
 
@@ -212,7 +213,7 @@ class _Filler:
     def __init__(self, fd: int, report: ReadReport) -> None:
         self._fd = fd
         self._report = report
-        self._scratch: torch.Tensor | None = None
+        self._scratch = Scratch()
 
     def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> None:
         """Fill `data` with the bytes of `box`, feeding them to `hasher` unless it is None."""
@@ -227,14 +228,24 @@ class _Filler:
             self._fill_runs(job, box, rows, data, hasher)
 
     def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> None:
-        if hasher is None:
+        detour = is_slow_target(data, offset)
+        if hasher is None and not detour:
             rawio.read_into(self._fd, data, offset)
         else:
             for start in range(0, len(data), STEP_NBYTES):
                 step = data[start : start + STEP_NBYTES]
-                rawio.read_into(self._fd, step, offset + start)
-                hasher.update(step)
+                self._fill_step(step, offset + start, detour)
+                if hasher is not None:
+                    hasher.update(step)
         self._report.bytes_read += len(data)
+
+    def _fill_step(self, data: memoryview, offset: int, detour: bool) -> None:
+        if detour:
+            scratch = self._scratch.room_for(offset, len(data))
+            rawio.read_into(self._fd, scratch, offset)
+            data[:] = scratch
+        else:
+            rawio.read_into(self._fd, data, offset)
 
     def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> None:
         """One `pread` per run."""
@@ -257,9 +268,9 @@ class _Filler:
         for part in cut(box, at_once * rows.run_numel):
             count = part.numel // rows.run_numel
             span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
-            scratch = self._scratch_of(span)
-            first = first_element(part, job.global_shape)
-            rawio.read_into(self._fd, scratch, job.dataset_offset + first * rows.itemsize)
+            offset = job.dataset_offset + first_element(part, job.global_shape) * rows.itemsize
+            scratch = self._scratch.room_for(offset, span)
+            rawio.read_into(self._fd, scratch, offset)
             packed = data[position : position + count * rows.run_nbytes]
             shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
             np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))
@@ -267,12 +278,6 @@ class _Filler:
                 hasher.update(packed)
             position += len(packed)
             self._report.bytes_read += span
-
-    def _scratch_of(self, nbytes: int) -> memoryview:
-        if self._scratch is None or self._scratch.nbytes < nbytes:
-            nbytes_made = max(nbytes, STEP_NBYTES)
-            self._scratch = torch.empty(nbytes_made, dtype=torch.uint8, device="cpu")  # aligned, see `shared_memory`
-        return bytes_of(self._scratch)[:nbytes]
 
 
 @dataclass(frozen=True, slots=True)

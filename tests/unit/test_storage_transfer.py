@@ -5,11 +5,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, is_contiguous, pieces, runs
-from distckpt.storage import mpio, rawio, reading
-from distckpt.storage.reading import read
+from distckpt.storage import mpio, rawio, reading, scratch
+from distckpt.storage.reading import STEP_NBYTES, read
 from distckpt.storage.transfer import ReadJob, WriteJob, copy_bits
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import Tensors, bits, load, part, same_bits, save, twins
@@ -287,6 +288,46 @@ def test_narrow_strips_are_read_by_the_page(fd: int, counted: dict[str, Counted]
     assert torch.equal(target, part(values, box))
     assert counted["preadv"].calls < 50
     assert report.bytes_read == counted["preadv"].nbytes < values.nbytes
+
+
+# ---- where the copies are fast
+
+
+def at(behind: int, nbytes: int) -> torch.Tensor:
+    """Zeros whose memory begins so many bytes behind the position `BASE` of a file, modulo a page."""
+    room = torch.zeros(nbytes + 4096, dtype=torch.uint8)
+    return room[(BASE + behind - room.data_ptr()) % 4096 :][:nbytes]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_no_read_goes_to_just_behind_its_source(fd: int, monkeypatch: pytest.MonkeyPatch, verify: bool) -> None:
+    monkeypatch.setattr(scratch, "_SLOW_NBYTES", 32)
+    values = torch.randint(0, 256, (STEP_NBYTES * 3 + 5,), dtype=torch.uint8)
+    rawio.write_all(fd, memoryview(values.numpy()), BASE)
+    expected = xxhash.xxh3_64_intdigest(values.numpy())
+    distances: list[int] = []
+    preadv = os.preadv
+
+    def watch(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        distances.extend((np.frombuffer(buffer, np.uint8).ctypes.data - offset) % 4096 for buffer in buffers)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watch)
+    for behind in (0, 1, 16, 31, 32, 4095):
+        distances.clear()
+        target = at(behind, len(values))
+        report = read(fd, [read_job(target, whole(target), (len(target),), expected)], verify=verify)
+        assert torch.equal(target, values)
+        assert (report.bytes_read, report.bytes_verified) == (len(values), len(values) * verify)
+        assert set(distances) == ({64} if 0 < behind < 32 else {behind})
+
+
+def test_a_detour_ends_early_like_any_read(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_SLOW_NBYTES", 32)
+    os.ftruncate(fd, BASE + STEP_NBYTES + 7)
+    target = at(16, 2 * STEP_NBYTES)
+    with pytest.raises(CorruptCheckpointError, match=r"^key: "):
+        read(fd, [read_job(target, whole(target), (len(target),))], verify=True)
 
 
 # ---- transports
