@@ -72,9 +72,7 @@ def write_shards(
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
     finally:
-        if fd >= 0:
-            with suppress(OSError):  # the save has failed already, and all ranks know why
-                os.close(fd)
+        _close_after_failure(fd)
 
 
 class Rest(NamedTuple):
@@ -125,9 +123,7 @@ def write_aggregated(
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
     finally:
-        if fd >= 0:
-            with suppress(OSError):  # the save has failed already, and all ranks know why
-                os.close(fd)
+        _close_after_failure(fd)
     return Rest(rest, log)
 
 
@@ -154,10 +150,16 @@ def write_alone(created: Created, rest: Rest, options: SaveOptions, timer: Timer
             if options.durable:
                 fsync(fd)
     except BaseException:
-        with suppress(OSError):
-            os.close(fd)
+        _close_after_failure(fd)
         raise
     os.close(fd)  # network file systems report a full quota here at the latest
+
+
+def _close_after_failure(fd: int) -> None:
+    """Close a descriptor of a save that has failed already; -1 is none. What goes wrong now does not matter."""
+    if fd >= 0:
+        with suppress(OSError):
+            os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)
