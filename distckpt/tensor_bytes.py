@@ -21,3 +21,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def is_packed(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is the bytes of the elements in row-major order, readable by the CPU."""
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def mark_changed(tensor: torch.Tensor) -> None:
+    """Tell autograd that the tensor changed: a backward pass that still needs the old values must fail."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

@@ -55,7 +55,7 @@ class Machine:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the package see these GPUs, and log its system calls."""
-        for module in (writing, room):
+        for module in (writing, room, units):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
         for module in (writing, reading, units, taking, aggregation):
             monkeypatch.setattr(module, "is_packed", self.is_packed)

@@ -20,8 +20,8 @@ from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
 from distckpt.storage.room import Arrivals
 from distckpt.storage.transfer import Progress
-from distckpt.storage.units import Held, shared_parts
-from distckpt.tensor_bytes import is_packed
+from distckpt.storage.units import Held, HeldArray, shared_arrays, shared_parts
+from distckpt.tensor_bytes import is_packed, mark_changed
 
 
 class Want(NamedTuple):
@@ -138,13 +138,14 @@ class Taking:
         self._want = want
         self._own = own
         reads = {index: own.reads[index] for index in variables if index in own.reads}
-        self._held: Mapping[int, Sequence[Held]] = {
+        held = {
             index: [Held(box, tensor.detach()) for box, tensor in read.target.blocks()] for index, read in reads.items()
         }
+        self._arrays, self._tensors = _divide(held)
         taken = {index: _taken_whole(found, wishes[index]) for index, found in pieces.items()}
         read = {index: [piece for piece in found if piece not in taken[index]] for index, found in pieces.items()}
         self._reader = source.unit_reader(self.files, read, verify=want.verify)
-        self._verifier = source.taken_verifier(self.files, taken, self._held, verify=want.verify)
+        self._verifier = source.taken_verifier(self.files, taken, held, verify=want.verify)
         self._arrivals = Arrivals()
 
     def read(self, unit: Unit, memory: memoryview) -> None:
@@ -176,14 +177,25 @@ class Taking:
             # At once: another variable may be restored into the same memory.
             self._verifier.feed(ranges, memory, mover)
 
-    def _copy(self, cells: Iterable[Cell], memory: memoryview) -> None:
-        for there, here in shared_parts(cells, memory, self._held):
+    def _copy(self, cells: Sequence[Cell], memory: memoryview) -> None:
+        for source, target in shared_arrays(cells, memory, self._arrays):
+            np.copyto(target, source)
+            self._tell(target.nbytes)
+        for there, here in shared_parts(cells, memory, self._tensors):
             self._arrivals.pass_on(here, there)
-            if self._want.progress is not None:
-                self._want.progress(here.numel() * here.element_size())
+            self._tell(here.nbytes)
+
+    def _tell(self, nbytes: int) -> None:
+        if self._want.progress is not None:
+            self._want.progress(nbytes)
 
     def settle(self) -> None:
-        """See that all that was taken is in the tensors, those on GPUs too; called whatever happened."""
+        """See that all that was taken is in the tensors, those on GPUs too, and that torch knows; called whatever
+        happened.
+        """
+        for blocks in self._arrays.values():
+            for block in blocks:
+                mark_changed(block.tensor)
         self._arrivals.finish()
 
     def finish(self) -> list[TensorRead]:
@@ -194,6 +206,20 @@ class Taking:
         return [
             read for read in self._want.reads if read.variable not in self.files or own.get(read.variable) is not read
         ]
+
+
+def _divide(held: Mapping[int, Sequence[Held]]) -> tuple[dict[int, list[HeldArray]], dict[int, list[Held]]]:
+    """Blocks that are copied into as arrays, and the others."""
+    arrays: dict[int, list[HeldArray]] = {}
+    tensors: dict[int, list[Held]] = {}
+    for index, blocks in held.items():
+        for block in blocks:
+            array = HeldArray.of(block)
+            if array is None:
+                tensors.setdefault(index, []).append(block)
+            else:
+                arrays.setdefault(index, []).append(array)
+    return arrays, tensors
 
 
 def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> list[PieceSpan]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,6 @@ class PieceTaken(OpenPiece):
         self.update(self._memory[self.fed : arrived])
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    """What indexes an array of the global shape."""
-    return tuple(slice(start, start + extent) for start, extent in zip(*box, strict=True))
+def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
+    """What indexes an array of the global shape; the result is an array, where there are no dimensions, too."""
+    return (*(slice(start, start + extent) for start, extent in zip(*box, strict=True)), ...)

@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Box, Shape, cut, first_element, is_contiguous, run_axis, runs
@@ -19,7 +18,7 @@ from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
 from distckpt.storage.scratch import Scratch, is_slow_target
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
-from distckpt.tensor_bytes import bytes_of, is_packed
+from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed
 
 #: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
 STEP_NBYTES = 256 << 10
@@ -141,7 +140,7 @@ class _Reader:
                 got = self._read_alone(waiting)
             _compare(job, got, self.report)
         if waiting.room is None:
-            _mark_changed(job.tensor)
+            mark_changed(job.tensor)
         else:
             self._arrivals.put(job.tensor.detach(), waiting.room)
         if self._progress is not None:
@@ -167,7 +166,7 @@ class _Reader:
             if self._progress is not None:
                 self._progress(block.nbytes)
         if packed is not None:
-            _mark_changed(job.tensor)
+            mark_changed(job.tensor)
         if hasher is not None:
             _compare(job, hasher.intdigest(), self.report)
 
@@ -189,12 +188,6 @@ class _Reader:
 def _file_offset(job: ReadJob) -> int:
     """Position of the first byte of a box in the file."""
     return job.dataset_offset + first_element(job.box, job.global_shape) * job.tensor.element_size()
-
-
-def _mark_changed(tensor: torch.Tensor) -> None:
-    """Tell autograd that the tensor changed: a backward pass that still needs the old values must fail."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
 
 
 def _compare(job: ReadJob, got: int, report: ReadReport) -> None:

@@ -15,7 +15,7 @@ from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
 Progress = Callable[[int], Any]
 
 #: An integer of each size: elements are moved as bits, whatever their dtype can compute.
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WriteJob(msgspec.Struct, frozen=True):
@@ -112,7 +112,7 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
     if non_blocking and (source.is_conj() or source.is_neg()):
         # On its GPU: for a target on the CPU torch would do it there, before the bytes have come.
         source = source.resolve_conj().resolve_neg()
-    raw = _RAW.get(source.element_size())
+    raw = RAW.get(source.element_size())
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
     if raw is not None and not lazy:
         target, source = target.view(raw), source.view(raw)

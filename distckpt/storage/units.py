@@ -6,6 +6,7 @@ See `layout.exchange` for what a unit is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -17,9 +18,10 @@ from distckpt.layout.exchange import InFile, PieceSpan, Unit, strided_pieces_wit
 from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Checksums
+from distckpt.storage.device import gpu_of
 from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
 from distckpt.storage.reading import ReadReport
-from distckpt.storage.transfer import sub_tensor
+from distckpt.storage.transfer import RAW, sub_tensor
 from distckpt.tensor_bytes import is_packed
 
 
@@ -33,6 +35,41 @@ class Held(msgspec.Struct, frozen=True):
 
     box: Box
     tensor: torch.Tensor
+
+
+class HeldArray(msgspec.Struct, frozen=True):
+    """The same in memory of the CPU: an array takes part of a copy at a tenth of the cost of a tensor.
+
+    Attributes:
+        box: Where it is in the global tensor.
+        array: Its elements as integers of the same size, of shape `box.shape`; any strides.
+        tensor: The tensor, whose memory this is.
+    """
+
+    box: Box
+    array: np.ndarray
+    tensor: torch.Tensor
+
+    @classmethod
+    def of(cls, held: Held) -> HeldArray | None:
+        """None for a GPU, and for elements that are no plain integers of some size."""
+        tensor = held.tensor
+        raw = RAW.get(tensor.element_size())
+        if raw is None or gpu_of(tensor) is not None or tensor.is_conj() or tensor.is_neg():
+            return None
+        return cls(held.box, tensor.view(raw).numpy(), tensor)
+
+
+_HeldT = TypeVar("_HeldT", Held, HeldArray)
+
+
+def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> Iterator[tuple[Cell, _HeldT, Box]]:
+    """The cells and blocks that have elements in common, and which."""
+    for cell in cells:
+        for block in held.get(cell.variable, ()):
+            common = cell.box.intersect(block.box)
+            if common is not None:
+                yield cell, block, common
 
 
 def shared_parts(
@@ -49,17 +86,25 @@ def shared_parts(
         Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
     """
     of_dtype: dict[torch.dtype, torch.Tensor] = {}
-    for variable, box, place in cells:
-        for block in held.get(variable, ()):
-            common = box.intersect(block.box)
-            if common is None:
-                continue
-            dtype, itemsize = block.tensor.dtype, block.tensor.element_size()
-            if dtype not in of_dtype:
-                of_dtype[dtype] = torch.frombuffer(memory, dtype=dtype, count=len(memory) // itemsize)
-            start = place // itemsize + first_element(common.relative_to(box), box.shape)
-            there = of_dtype[dtype].as_strided(common.shape, row_major_strides(box.shape), start)
-            yield there, sub_tensor(block.tensor, common, block.box)
+    for (_, box, place), block, common in _meetings(cells, held):
+        dtype, itemsize = block.tensor.dtype, block.tensor.element_size()
+        if dtype not in of_dtype:
+            of_dtype[dtype] = torch.frombuffer(memory, dtype=dtype, count=len(memory) // itemsize)
+        start = place // itemsize + first_element(common.relative_to(box), box.shape)
+        there = of_dtype[dtype].as_strided(common.shape, row_major_strides(box.shape), start)
+        yield there, sub_tensor(block.tensor, common, block.box)
+
+
+def shared_arrays(
+    cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[HeldArray]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `shared_parts`; as arrays."""
+    for (_, box, place), block, common in _meetings(cells, held):
+        dtype, itemsize = block.array.dtype, block.array.itemsize
+        start = place + first_element(common.relative_to(box), box.shape) * itemsize
+        strides = tuple(itemsize * stride for stride in row_major_strides(box.shape))
+        there = np.ndarray(common.shape, dtype, memory, start, strides)
+        yield there, block.array[slices(common.relative_to(block.box))]
 
 
 def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], message: memoryview) -> None:

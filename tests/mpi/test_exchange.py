@@ -60,8 +60,11 @@ def test_each_byte_is_read_once_and_verified(comm: Any, mpi_dir: Path, sources: 
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
     assert not twin.is_restored()
+    versions = twin.x._version, twin.replica._version
     twin.checkpoint.read(path).assert_consumed()
     assert twin.is_restored()
+    assert twin.x._version > versions[0]  # so that autograd notices
+    assert twin.replica._version > versions[1]
     (source,) = sources
     assert comm.allreduce(source.bytes_read) == comm.allreduce(source.bytes_verified) == NBYTES
 

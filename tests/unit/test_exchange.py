@@ -32,10 +32,10 @@ from distckpt.layout.exchange import (
     piece_spans,
     strided_pieces_within,
 )
-from distckpt.layout.parcels import cells_of
+from distckpt.layout.parcels import Cell, cells_of
 from distckpt.layout.records import Shard, Variable
 from distckpt.layout.rounds import Party, Wanted, plan_rounds
-from distckpt.storage.units import Held, UnitReader, shared_parts, taken_verifier, transfers
+from distckpt.storage.units import Held, HeldArray, UnitReader, shared_arrays, shared_parts, taken_verifier, transfers
 
 ITEMSIZE = 4
 
@@ -310,6 +310,30 @@ def test_a_damaged_byte_is_found_where_it_is_taken(exchange: Exchange, unit_nbyt
     key = exchange.variables[damaged].key
     with pytest.raises(CorruptCheckpointError, match=rf"^{key}: the \d+ bytes of the piece .* at \(0, 0"):
         exchange.take_shards(unit_nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.float64, torch.complex64], ids=str)
+def test_arrays_share_what_tensors_share(dtype: torch.dtype) -> None:
+    full = torch.arange(2 * 6 * 5).remainder(251).to(torch.uint8).view(2, 6, 5).repeat(1, 1, dtype.itemsize)
+    memory = bytearray(full.numpy().tobytes())
+    cells = [Cell(0, Box((3, 0, 0), (2, 6, 5)), 0), Cell(1, Box((), ()), 16)]
+    strided = torch.zeros(5, 2, 4, dtype=dtype).permute(1, 2, 0)  # of a box that has some of the cell
+    held = {0: [Held(Box((4, 1, 0), (2, 4, 5)), strided)], 1: [Held(Box((), ()), torch.zeros((), dtype=dtype))]}
+    arrays = {index: [HeldArray.of(block) for block in blocks] for index, blocks in held.items()}
+    for there, here in shared_arrays(cells, memoryview(memory), arrays):
+        np.copyto(here, there)
+    assert held[1][0].tensor.view(-1).view(torch.uint8).any()
+    pairs = list(shared_parts(cells, memoryview(memory), held))
+    assert [tuple(here.shape) for _, here in pairs] == [(1, 4, 5), ()]
+    for there, here in pairs:
+        raw = {1: torch.uint8, 2: torch.int16, 8: torch.int64}[dtype.itemsize]
+        assert torch.equal(there.view(raw), here.view(raw))
+    assert not strided[1].view(raw).any()  # what the cell does not have
+
+
+def test_what_is_no_array_of_integers() -> None:
+    for tensor in (torch.zeros(3, dtype=torch.complex128), torch.zeros(3, dtype=torch.complex64).conj()):
+        assert HeldArray.of(Held(Box((0,), (3,)), tensor)) is None
 
 
 def test_pieces_within_boxes_as_wide_as_they(exchange: Exchange) -> None:
