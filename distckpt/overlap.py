@@ -52,10 +52,9 @@ def deferral_of(graph: LiveGraph, keys: Sequence[str]) -> Deferral:
 
 def _live_tensor(node: LiveNode) -> torch.Tensor | None:
     """The tensor of a parameter or slot as the program knows it; None for a slot that is a structure."""
-    live: Any = node.obj
+    live = node.obj
     if isinstance(live, Slot):
-        state: Any = live.optimizer.state
-        live = state[live.parameter][live.name]
+        live = live.value
     elif isinstance(live, ShardedVariable):
         live = live.tensor
     return live if isinstance(live, torch.Tensor) else None

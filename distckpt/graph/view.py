@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Problem
-from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slot_names
+from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slots_of
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
 from distckpt.graph.python_value import UnsupportedValueError, encode, too_deep
@@ -161,15 +161,15 @@ def _add_optimizers(graph: LiveGraph, rank: int) -> None:
 
 def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimizer, rank: int) -> None:
     for parameter in parameters_of(optimizer):
-        names = slot_names(optimizer, parameter)
+        slots = slots_of(optimizer, parameter)
         variable_id = graph.ids.get(id(parameter))
         if variable_id is None:
-            graph.unowned += bool(names)
+            graph.unowned += bool(slots)
             continue
         variable = graph.nodes[variable_id]
-        for name in names:
+        for name, value in slots.items():
             key = slot_key(node.key, variable.key, name)
-            slot_id = graph.add(Slot(optimizer, parameter, name), _slot_adapter, key)
+            slot_id = graph.add(Slot(optimizer, parameter, name, value), _slot_adapter, key)
             node.slots.setdefault(variable_id, {})[name] = slot_id
             _expand(graph, slot_id, rank)
             _shard_like(graph.nodes[slot_id], variable)

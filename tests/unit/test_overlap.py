@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
@@ -21,6 +23,10 @@ from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.snapshot import Snapshot, Watch, _SharedWork
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torch about itself: the package uses torch.jit.script, which it deprecates
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 PATIENCE = 30.0
 OVERLAP = SaveOptions(overlap=True, durable=False)
@@ -39,6 +45,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(Flight, "begin", held)
     yield event
     event.set()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Program:
@@ -224,6 +238,32 @@ def test_a_parameter_in_a_sharded_variable_waits_for_the_step(tmp_path: Path, ga
     twin = torch.zeros(4)
     Checkpoint(rows=ShardedVariable(twin, (4,), (0,))).restore(handle.result(PATIENCE)).expect_partial()
     assert twin.eq(1).all()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_slots_of_a_zero_redundancy_optimizer_wait_for_the_step(tmp_path: Path, gate: threading.Event) -> None:
+    def make(value: float) -> tuple[nn.Parameter, ZeroRedundancyOptimizer, Checkpoint]:
+        parameter = nn.Parameter(torch.full((4,), value))
+        optimizer = ZeroRedundancyOptimizer([parameter], torch.optim.Adam, lr=value)
+        parameter.square().sum().backward()
+        optimizer.step()
+        return parameter, optimizer, Checkpoint(rows=parameter, optimizer=optimizer)
+
+    parameter, optimizer, checkpoint = make(1.0)
+    (slots,) = optimizer.optim.state.values()
+    before = [tensor.tolist() for tensor in (parameter, *slots.values())]
+    handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
+    assert not handle._flight.is_staged
+    assert not optimizer.state  # as nothing but the inner optimizer has any
+    optimizer.step()
+    assert handle._flight.is_staged
+    gate.set()
+    parameter, optimizer, checkpoint = make(2.0)
+    (slots,) = optimizer.optim.state.values()
+    assert [tensor.tolist() for tensor in (parameter, *slots.values())] != before
+    checkpoint.restore(handle.result(PATIENCE)).assert_consumed()
+    (slots,) = optimizer.optim.state.values()
+    assert [tensor.tolist() for tensor in (parameter, *slots.values())] == before
 
 
 def test_an_error_of_a_copy_does_not_reach_the_step(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import msgspec
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
@@ -126,13 +127,20 @@ class GroupAdapter(Adapter):
                 obj.group[name] = value
 
 
-class Slot:
-    """Stands for one entry of `optimizer.state[parameter]` as a node of the graph."""
+class Slot(msgspec.Struct, eq=False):
+    """Stands for one entry of `optimizer.state[parameter]` as a node of the graph.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameter: torch.Tensor, name: str) -> None:
-        self.optimizer = optimizer
-        self.parameter = parameter
-        self.name = name
+    Attributes:
+        optimizer: The optimizer that the program knows.
+        parameter: The parameter.
+        name: Name of the entry.
+        value: What the entry held when it was walked.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameter: torch.Tensor
+    name: str
+    value: object
 
 
 class SlotAdapter(Adapter):
@@ -145,7 +153,7 @@ class SlotAdapter(Adapter):
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """The slot's tensor or python value; for a structure (LBFGS) its tensors and the rest."""
         assert isinstance(obj, Slot)
-        value = stepped_by(obj.optimizer).state[obj.parameter][obj.name]
+        value = obj.value
         if isinstance(value, torch.Tensor):
             return (tensor_value(value),)
         if is_python_value(value):
@@ -201,10 +209,10 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def slot_names(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[str]:
-    """Names of the live slots of a parameter; reading them creates nothing."""
+def slots_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Mapping[str, object]:
+    """The live slots of a parameter by name; reading them creates nothing."""
     state: Mapping[torch.Tensor, Mapping[str, object]] = stepped_by(optimizer).state
-    return list(state.get(parameter, {}))
+    return state.get(parameter, {})
 
 
 def flat_size(optimizer: object) -> int | None:
