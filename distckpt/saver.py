@@ -18,8 +18,9 @@ from distckpt.errors import LayoutError
 from distckpt.exchange.aggregation import Aggregation
 from distckpt.flight import Epilogue, Flight, OnCommit
 from distckpt.graph.adapters.root import COUNTER_KEY
+from distckpt.graph.capture import Capture, capture
 from distckpt.graph.memory import shared_memory_warnings
-from distckpt.graph.view import Capture, LiveGraph, capture
+from distckpt.graph.view import LiveGraph
 from distckpt.in_flight import InFlight
 from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off

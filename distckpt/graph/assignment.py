@@ -15,8 +15,8 @@ from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import PythonValue, TensorValue, is_uninitialised, replicated
-from distckpt.graph.view import LiveNode, dtype_name
+from distckpt.graph.values import PythonValue, TensorValue, dtype_name, is_uninitialised, replicated
+from distckpt.graph.view import LiveNode
 from distckpt.layout.dtypes import is_castable
 from distckpt.layout.records import OWN_VALUE, Manifest
 

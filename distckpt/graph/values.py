@@ -150,3 +150,9 @@ def replicated(
 @functools.lru_cache(maxsize=4096)  # models repeat few shapes
 def _whole(shape: torch.Size) -> Box:
     return Box.whole(shape)
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a torch dtype in records and files, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,24 +1,21 @@
-"""The live object graph: a breadth-first walk over objects by identity, and its record for the layout room."""
+"""The live object graph: a breadth-first walk over objects by identity."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
-import numpy as np
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Problem
 from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slots_of
 from distckpt.graph.adapters.registry import adapter_for
-from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
-from distckpt.graph.python_value import UnsupportedValueError, encode, too_deep
+from distckpt.graph.python_value import too_deep
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
+from distckpt.graph.values import Edge, TensorValue, UnsaveableError, Value
 from distckpt.layout.keys import child_key, join, slot_key
-from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout, LocalNode
+from distckpt.layout.records import OWN_VALUE
 
 _slot_adapter = SlotAdapter()
 
@@ -180,113 +177,3 @@ def _shard_like(slot: LiveNode, variable: LiveNode) -> None:
     parameter = variable.values.get(OWN_VALUE)
     if own is not None and isinstance(parameter, TensorValue):
         slot.values[OWN_VALUE] = like_parameter(own, parameter)
-
-
-# ---- the record of this rank -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Capture:
-    """A walk and its record.
-
-    Attributes:
-        graph: The live graph.
-        tensors: Its tensors, in order.
-        layout: What travels to rank 0.
-    """
-
-    graph: LiveGraph
-    tensors: list[TensorValue]
-    layout: LocalLayout
-
-    def tensor_keys(self, keys: Sequence[str]) -> list[str]:
-        """Of one key per attribute in order, those of the tensors."""
-        values = (value for _, value in self.graph.values())
-        return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
-
-    def python_values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The encoded python values by key, given one key per attribute in order."""
-        values = (value for _, value in self.graph.values())
-        own = (key for key, value in zip(keys, values, strict=True) if type(value) is PythonValue)
-        return dict(zip(own, self.layout.python_values, strict=True))
-
-
-@torch.no_grad()
-def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Capture:
-    """Record a live graph. Local; reads tensors, changes nothing.
-
-    Args:
-        graph: A fresh walk.
-        hash_all: Fingerprint every byte of a replicated tensor instead of a sample.
-        skip: Bool per attribute in order: no fingerprint needed; None for none.
-    """
-    values = [value for _, value in graph.values()]
-    tensors = [value for value in values if type(value) is TensorValue]
-    problems = list(graph.problems)
-    encoded = [_encode(node, value, problems) for node, value in graph.values() if type(value) is PythonValue]
-    shardings = [value.sharding for value in tensors]
-    number_of = {words: number for number, words in enumerate(dict.fromkeys(shardings))}
-    layout = LocalLayout(
-        graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),
-        boxes=_numbers(tensors).tobytes(),
-        fingerprints=_fingerprints(values, encoded, hash_all, skip).tobytes(),
-        python_values=encoded,
-        problems=problems,
-        shardings=list(number_of),
-        sharding_of=np.array([number_of[words] for words in shardings], np.uint32).tobytes(),
-    )
-    return Capture(graph, tensors, layout)
-
-
-def _numbers(tensors: Sequence[TensorValue]) -> np.ndarray:
-    """See `LocalLayout.boxes`."""
-    numbers: list[int] = []
-    for value in tensors:
-        for box in value.boxes:
-            numbers += box.offset
-            numbers += box.shape
-    return np.array(numbers, np.int64)
-
-
-def _fingerprints(
-    values: Sequence[Value], encoded: Sequence[bytes], hash_all: bool, skip: np.ndarray | None
-) -> np.ndarray:
-    """See `LocalLayout.fingerprints`."""
-    python = iter(encoded)
-    skips = [False] * len(values) if skip is None else skip.tolist()
-    found = [0] * len(values)
-    for index, (value, skipped) in enumerate(zip(values, skips, strict=True)):
-        if type(value) is PythonValue:
-            found[index] = fingerprint_bytes(next(python))
-        elif not skipped:
-            found[index] = fingerprint(value.tensor, whole=hash_all)  # type: ignore[union-attr]
-    return np.array(found, np.uint64)
-
-
-def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
-    try:
-        return encode(value.value)
-    except UnsupportedValueError as error:
-        problems.append(f"{node.attribute_key(value.name)}: {error}")
-        return b"null"
-
-
-def _record(node: LiveNode) -> LocalNode:
-    children = [(child, name) for name, child in node.children.items()]
-    attributes = [_attribute(value) for value in node.values.values()]
-    slots = [(variable, name, slot) for variable, own in node.slots.items() for name, slot in own.items()]
-    return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
-
-
-def _attribute(value: Value) -> LocalAttribute:
-    if type(value) is PythonValue:
-        return LocalAttribute(value.name, None, ())
-    assert isinstance(value, TensorValue)
-    dtype = dtype_name(value.tensor.dtype)
-    return LocalAttribute(value.name, dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes))
-
-
-@functools.cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a torch dtype in records and files, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")

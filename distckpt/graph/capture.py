@@ -1,0 +1,132 @@
+"""The record of a live object graph, for the layout room: what this rank holds, without the data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
+from distckpt.graph.python_value import UnsupportedValueError, encode
+from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
+from distckpt.graph.view import LiveGraph, LiveNode
+from distckpt.layout.box import Box, Shape
+from distckpt.layout.records import LocalAttribute, LocalLayout, LocalNode
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A walk and its record.
+
+    Attributes:
+        graph: The live graph.
+        tensors: Its tensors, in order.
+        layout: What travels to rank 0.
+        python_places: Which values, counted in order, are python values.
+    """
+
+    graph: LiveGraph
+    tensors: list[TensorValue]
+    layout: LocalLayout
+    python_places: list[int]
+
+    def tensor_keys(self, keys: Sequence[str]) -> list[str]:
+        """Of one key per attribute in order, those of the tensors."""
+        values = (value for _, value in self.graph.values())
+        return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
+
+    def python_values(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The encoded python values by key, given one key per attribute in order."""
+        return {keys[place]: data for place, data in zip(self.python_places, self.layout.python_values, strict=True)}
+
+
+@torch.no_grad()
+def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Capture:
+    """Record a live graph. Local; reads tensors, changes nothing.
+
+    Args:
+        graph: A fresh walk.
+        hash_all: Fingerprint every byte of a replicated tensor instead of a sample.
+        skip: Bool per attribute in order: no fingerprint needed; None for none.
+    """
+    held = list(graph.values())
+    tensors = [value for _, value in held if type(value) is TensorValue]
+    problems = list(graph.problems)
+    encoded = {
+        place: _encode(node, value, problems) for place, (node, value) in enumerate(held) if type(value) is PythonValue
+    }
+    shardings = [value.sharding for value in tensors]
+    number_of = {words: number for number, words in enumerate(dict.fromkeys(shardings))}
+    layout = LocalLayout(
+        graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),
+        boxes=b"".join([_numbers(value.boxes) for value in tensors]),
+        fingerprints=_fingerprints(held, encoded, hash_all, skip).tobytes(),
+        python_values=list(encoded.values()),
+        problems=problems,
+        shardings=list(number_of),
+        sharding_of=np.array([number_of[words] for words in shardings], np.uint32).tobytes(),
+    )
+    return Capture(graph, tensors, layout, list(encoded))
+
+
+@functools.lru_cache(maxsize=4096)  # models repeat few shapes
+def _numbers(boxes: tuple[Box, ...]) -> bytes:
+    """A tensor's part of `LocalLayout.boxes`."""
+    return np.array([number for box in boxes for number in (*box.offset, *box.shape)], np.int64).tobytes()
+
+
+def _fingerprints(
+    held: Sequence[tuple[LiveNode, Value]], encoded: Mapping[int, bytes], hash_all: bool, skip: np.ndarray | None
+) -> np.ndarray:
+    """See `LocalLayout.fingerprints`; `encoded` has the python values by their place in order."""
+    found = np.zeros(len(held), np.uint64)
+    for place in range(len(held)) if skip is None else np.flatnonzero(~skip).tolist():
+        value = held[place][1]
+        if type(value) is TensorValue:
+            found[place] = fingerprint(value.tensor, whole=hash_all)
+    for place, data in encoded.items():
+        found[place] = fingerprint_bytes(data)
+    return found
+
+
+def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
+    try:
+        return encode(value.value)
+    except UnsupportedValueError as error:
+        problems.append(f"{node.attribute_key(value.name)}: {error}")
+        return b"null"
+
+
+def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
+    """A node as `LocalLayout.graph` has it. Nearly all are leaves with one value, and of those few differ."""
+    if len(node.values) == 1 and not node.children and not node.slots and node.parameters is None:
+        (value,) = node.values.values()
+        return _leaf(_fields(value), node.adapter.per_rank)
+    children = [(child, name) for name, child in node.children.items()]
+    attributes = [_attribute(_fields(value)) for value in node.values.values()]
+    slots = [(variable, name, slot) for variable, own in node.slots.items() for name, slot in own.items()]
+    return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
+
+
+#: What a `LocalAttribute` is made of, but with the dtype itself; quicker to make and to look up.
+_Fields = tuple[str, torch.dtype | None, Shape, bool, bool, int]
+
+
+def _fields(value: Value) -> _Fields:
+    if type(value) is TensorValue:
+        return value.name, value.tensor.dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes)
+    return value.name, None, (), False, False, 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _leaf(fields: _Fields, per_rank: bool) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.msgpack.encode(LocalNode([], [_attribute(fields)], [], None, per_rank)))
+
+
+def _attribute(fields: _Fields) -> LocalAttribute:
+    name, dtype, shape, buffer, numpy, n_boxes = fields
+    return LocalAttribute(name, dtype_name(dtype) if dtype else None, shape, buffer, numpy, n_boxes)
