@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
@@ -21,6 +22,8 @@ from distckpt.layout.wording import rank_list
 if TYPE_CHECKING:  # loading it takes a second
     from torch.distributed.tensor import DTensor, Placement
 
+#: Classes whose elements are in memory of their own.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 #: A larger mesh is described by its shape.
 _MAX_NAMED = 32
 
@@ -32,7 +35,7 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
         UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized, subclasses without memory), or a
             placement is no shard.
     """
-    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+    if type(tensor) in _PLAIN:
         _require_plain(tensor)
         return replicated(tensor, name, in_place=in_place)
     if _is_dtensor(tensor):
@@ -100,9 +103,15 @@ def process_number() -> int:
 
 
 def _is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one. Whoever has one has loaded its module, so this function need not."""
-    cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return cls is not None and isinstance(tensor, cls)
+    """Whether it is one."""
+    return _is_dtensor_class(type(tensor))
+
+
+@functools.cache
+def _is_dtensor_class(cls: type) -> bool:
+    """Whether it is one, or derived from it. Whoever has one has loaded its module, so this function need not."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and issubclass(cls, dtensor)
 
 
 def _require_plain(tensor: torch.Tensor) -> None:
@@ -133,7 +142,8 @@ def _require_memory(tensor: torch.Tensor) -> None:
 def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
     local = tensor._local_tensor  # to_local() would make a view of a parameter's, and an autograd node with gradients
     _require_plain(local)
-    shape, boxes, spread = _shard(tensor.shape, local.shape, tensor.device_mesh, tensor.placements)
+    spec = tensor._spec  # the tensor takes several times longer to tell
+    shape, boxes, spread = _known_shards.find(spec.mesh, spec.placements, spec.shape, local.shape)
     return TensorValue(name, local, shape, boxes, in_place, spread=spread)
 
 
@@ -145,8 +155,33 @@ class _Shard(NamedTuple):
     spread: Spread
 
 
-@functools.lru_cache(maxsize=4096)  # models repeat few shapes
-def _shard(size: torch.Size, local: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Shard:
+#: Of the DTensors of one mesh and the same placements, by their size and that of the local tensor.
+_ShardOf = Callable[[torch.Size, torch.Size], _Shard]
+
+
+class _KnownShards:
+    """What is known of DTensors. Neighbours have mesh and placements in common, which take long to hash."""
+
+    def __init__(self) -> None:
+        self._last: tuple[DeviceMesh, tuple[Placement, ...], _ShardOf] | None = None
+
+    def find(self, mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size, local: torch.Size) -> _Shard:
+        """See `_shard`."""
+        last = self._last
+        if last is None or last[0] is not mesh or last[1] != placements:
+            last = self._last = mesh, placements, _shard_of(mesh, placements)
+        return last[2](size, local)
+
+
+_known_shards = _KnownShards()
+
+
+@functools.lru_cache(maxsize=256)  # models have few meshes, and repeat few shapes
+def _shard_of(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _ShardOf:
+    return functools.lru_cache(maxsize=4096)(functools.partial(_shard, mesh, placements))
+
+
+def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size, local: torch.Size) -> _Shard:
     """What a DTensor of this size is of which this rank holds a tensor of size `local`."""
     shape, held = tuple(size), tuple(local)
     sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
