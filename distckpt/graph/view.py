@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Problem
-from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, slots_of
+from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, stepped_by
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.python_value import too_deep
 from distckpt.graph.trackable import ShardedVariable
@@ -26,24 +26,54 @@ class LiveNode(msgspec.Struct):
     Attributes:
         obj: The object.
         adapter: How it is saved and restored.
-        key: Its key by the shortest path from the root.
+        parent: The node before it on the shortest path from the root; of a slot the optimizer. None of the root.
+        name: The local name of that edge; of a slot its name.
+        variable: The node of a slot's parameter; None of other nodes.
         children: Local name to node id, in edge order.
         values: Its own values, by name.
         slots: Optimizer: variable's node id to slot name to the slot's node id.
         parameters: Parameter group: node ids of its members.
         buffer: Reached as a module buffer.
         problem: Why it cannot be stored; "" where it can.
+        known_key: `key`, once that was asked for.
     """
 
     obj: object
     adapter: Adapter
-    key: str
+    parent: LiveNode | None
+    name: str
+    variable: LiveNode | None = None
     buffer: bool = False
     children: dict[str, int] = {}  # a struct copies it
     values: dict[str, Value] = {}
     slots: dict[int, dict[str, int]] = {}
     parameters: list[int] | None = None
     problem: str = ""
+    known_key: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its key by the shortest path from the root. Few are asked for, so they are made then."""
+        if self.known_key is None:
+            for node in reversed(list(self._below_known_key())):  # a graph may be deeper than python's stack
+                node.known_key = node._key_from_parent()
+        assert self.known_key is not None
+        return self.known_key
+
+    def _below_known_key(self) -> Iterator[LiveNode]:
+        """The nodes without a known key on the way to the root."""
+        node: LiveNode | None = self
+        while node is not None and node.known_key is None:
+            yield node
+            node = node.parent
+
+    def _key_from_parent(self) -> str:
+        """Its key, where that of the parent is known."""
+        if self.parent is None:
+            return ""
+        if self.variable is not None:
+            return slot_key(self.parent.key, self.variable.key, self.name)
+        return child_key(self.parent.key, self.name, per_rank=self.parent.adapter.per_rank)
 
     def attribute_key(self, name: str) -> str:
         """Key of one of its values."""
@@ -56,7 +86,7 @@ class LiveGraph:
 
     Attributes:
         nodes: Breadth-first; node 0 is the root, slots come last.
-        ids: `id()` of an object to its node; valid while `nodes` keeps the objects alive.
+        ids: `id()` of an object to its node, slots left out; valid while `nodes` keeps the objects alive.
         problems: What cannot be stored, one sentence each, beginning with the key.
         unowned: Optimizer parameters with state that no tracked object leads to; their slots are not saved.
     """
@@ -77,13 +107,12 @@ class LiveGraph:
             for value in node.values.values():
                 yield node, value
 
-    def add(self, obj: object, adapter: Adapter, key: str, *, buffer: bool = False) -> int:
-        """Append a node that has no edges yet; returns its id."""
-        node_id = len(self.nodes)
-        self.nodes.append(LiveNode(obj, adapter, key, buffer))
-        self.ids[id(obj)] = node_id
-        if isinstance(obj, ShardedVariable):  # an optimizer knows the tensor inside
-            self.ids.setdefault(id(obj.tensor), node_id)
+    def add(self, node: LiveNode) -> int:
+        """Append a node, which is found again by its object; returns its id."""
+        node_id = self.ids[id(node.obj)] = len(self.nodes)
+        self.nodes.append(node)
+        if isinstance(node.obj, ShardedVariable):  # an optimizer knows the tensor inside
+            self.ids.setdefault(id(node.obj.tensor), node_id)
         return node_id
 
 
@@ -96,18 +125,15 @@ def walk(root: object, adapter: Adapter, rank: int) -> LiveGraph:
         rank: This process's rank, which names per-rank values.
     """
     graph = LiveGraph()
-    graph.add(root, adapter, "")
-    position = 0
+    graph.add(LiveNode(root, adapter, None, ""))
     with torch.no_grad():
-        while position < len(graph.nodes):
-            _expand(graph, position, rank)
-            position += 1
+        for node in graph.nodes:  # which grows
+            _expand(graph, node, rank)
         _add_optimizers(graph, rank)
     return graph
 
 
-def _expand(graph: LiveGraph, node_id: int, rank: int) -> None:
-    node = graph.nodes[node_id]
+def _expand(graph: LiveGraph, node: LiveNode, rank: int) -> None:
     try:
         for part in node.adapter.parts(node.obj, rank):
             if type(part) is Edge:
@@ -135,14 +161,15 @@ def _add_value(node: LiveNode, value: Value) -> None:
 
 
 def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:
-    child_id = graph.ids.get(id(edge.target))
+    target = edge.target
+    child_id = graph.ids.get(id(target))
     if child_id is None:
-        key = child_key(parent.key, edge.name, per_rank=parent.adapter.per_rank)
-        adapter = adapter_for(edge.target)
+        adapter = adapter_for(target)
         if adapter is None:
-            graph.problems.append(f"{key}: a {type(edge.target).__qualname__} cannot be checkpointed")
+            key = child_key(parent.key, edge.name, per_rank=parent.adapter.per_rank)
+            graph.problems.append(f"{key}: a {type(target).__qualname__} cannot be checkpointed")
             return
-        child_id = graph.add(edge.target, adapter, key, buffer=edge.buffer)
+        child_id = graph.add(LiveNode(target, adapter, parent, edge.name, None, edge.buffer))
     parent.children[edge.name] = child_id
 
 
@@ -157,23 +184,26 @@ def _add_optimizers(graph: LiveGraph, rank: int) -> None:
 
 
 def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    state: Mapping[torch.Tensor, Mapping[object, object]] = stepped_by(optimizer).state
     for parameter in parameters_of(optimizer):
-        slots = slots_of(optimizer, parameter)
+        slots = state.get(parameter)
+        if not slots:
+            continue
         variable_id = graph.ids.get(id(parameter))
         if variable_id is None:
-            graph.unowned += bool(slots)
+            graph.unowned += 1
             continue
         variable = graph.nodes[variable_id]
+        ids: dict[str, int] = {}
+        node.slots[variable_id] = ids
         for name, value in slots.items():
-            key = slot_key(node.key, variable.key, name)
-            slot_id = graph.add(Slot(optimizer, parameter, name, value), _slot_adapter, key)
-            node.slots.setdefault(variable_id, {})[name] = slot_id
-            _expand(graph, slot_id, rank)
-            _shard_like(graph.nodes[slot_id], variable)
-
-
-def _shard_like(slot: LiveNode, variable: LiveNode) -> None:
-    own = slot.values.get(OWN_VALUE)
-    parameter = variable.values.get(OWN_VALUE)
-    if own is not None and isinstance(parameter, TensorValue):
-        slot.values[OWN_VALUE] = like_parameter(own, parameter)
+            if not isinstance(name, str):
+                graph.problems.append(f"{node.key}: {variable.key} has a slot named {name!r}. Name slots by a str.")
+                continue
+            slot = LiveNode(Slot(optimizer, parameter, name, value), _slot_adapter, node, name, variable)
+            ids[name] = len(graph.nodes)
+            graph.nodes.append(slot)
+            _expand(graph, slot, rank)
+            own, like = slot.values.get(OWN_VALUE), variable.values.get(OWN_VALUE)
+            if type(own) is TensorValue and type(like) is TensorValue:
+                slot.values[OWN_VALUE] = like_parameter(own, like)

@@ -585,6 +585,14 @@ def test_a_group_entry_that_cannot_be_stored_is_refused(path: str) -> None:
         Checkpoint(m=model, o=optimizer).write(path)
 
 
+def test_slots_that_are_named_by_no_str_are_refused(path: str) -> None:
+    model = _Model(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.a] = {0: torch.ones(2)}
+    with pytest.raises(LayoutError, match=r"o: m/a has a slot named 0\. Name slots by a str"):
+        Checkpoint(m=model, o=optimizer).write(path)
+
+
 def test_state_under_other_keys_than_parameters_is_refused(path: str) -> None:
     model = _Model(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

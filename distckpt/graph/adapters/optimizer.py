@@ -209,12 +209,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def slots_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Mapping[str, object]:
-    """The live slots of a parameter by name; reading them creates nothing."""
-    state: Mapping[torch.Tensor, Mapping[str, object]] = stepped_by(optimizer).state
-    return state.get(parameter, {})
-
-
 def flat_size(optimizer: object) -> int | None:
     """Elements of the vectors that LBFGS has, each over all parameters of this rank; None for other optimizers.
 
@@ -236,11 +230,11 @@ def steps_on_device(optimizer: object) -> frozenset[int]:
     return frozenset(id(parameter) for group in groups for parameter in group["params"])
 
 
-def like_parameter(value: Value, parameter: TensorValue) -> Value:
+def like_parameter(value: TensorValue, parameter: TensorValue) -> TensorValue:
     """A slot of a parameter that the user holds in a `ShardedVariable`: of the same local shape, so sharded alike."""
-    if not isinstance(value, TensorValue) or value.tensor.shape != parameter.tensor.shape:
+    if value.boxes == parameter.boxes and value.global_shape == parameter.global_shape:
         return value
-    if (value.boxes, value.global_shape) == (parameter.boxes, parameter.global_shape):
+    if value.tensor.shape != parameter.tensor.shape:
         return value
     return TensorValue(value.name, value.tensor, parameter.global_shape, parameter.boxes, value.in_place)
 
