@@ -40,21 +40,23 @@ def deferral_of(graph: LiveGraph, keys: Sequence[str]) -> Deferral:
         keys: Checkpoint key of each tensor in order.
     """
     deferral = Deferral()
+    later, watch = deferral.later, deferral.watch
     owned = {member for node in graph.nodes for member in node.parameters or ()}
     for number, node in enumerate(graph.nodes):
+        live = _live_tensor(node, number in owned)
         for value in node.values.values():
             if type(value) is TensorValue:
-                live = _live_tensor(node) if number in owned or type(node.obj) is Slot else None
-                key = keys[len(deferral.later)]
-                deferral.later.append(live is not None and _begin_watch(deferral.watch, key, live, value.tensor))
+                later.append(live is not None and _begin_watch(watch, keys[len(later)], live, value.tensor))
     return deferral
 
 
-def _live_tensor(node: LiveNode) -> torch.Tensor | None:
+def _live_tensor(node: LiveNode, owned: bool) -> torch.Tensor | None:
     """The tensor of a parameter or slot as the program knows it; None for a slot that is a structure."""
     live = node.obj
-    if isinstance(live, Slot):
+    if type(live) is Slot:
         live = live.value
+    elif not owned:
+        return None
     elif isinstance(live, ShardedVariable):
         live = live.tensor
     return live if isinstance(live, torch.Tensor) else None

@@ -99,7 +99,7 @@ class LiveGraph:
     @property
     def n_values(self) -> int:
         """Number of values."""
-        return sum(len(node.values) for node in self.nodes)
+        return sum([len(node.values) for node in self.nodes])
 
     def values(self) -> Iterator[tuple[LiveNode, Value]]:
         """All values "in order" (see `layout.records.LocalLayout`)."""
@@ -176,10 +176,10 @@ def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:
 def _add_optimizers(graph: LiveGraph, rank: int) -> None:
     """Groups and slots refer to parameters by node, so they are filled in when all nodes are known."""
     for node in list(graph.nodes):
-        if isinstance(node.obj, Group):
+        if type(node.obj) is Group:
             members = (graph.ids.get(id(parameter)) for parameter in node.obj.parameters)
             node.parameters = [member for member in members if member is not None]
-        elif isinstance(node.obj, torch.optim.Optimizer):
+        elif node.children and isinstance(node.obj, torch.optim.Optimizer):  # most nodes are leaves
             _add_slots(graph, node, node.obj, rank)
 
 

@@ -32,14 +32,11 @@ class Watch:
     """How to see that tensors were changed: torch counts the changes of each in place.
 
     Attributes:
-        keys: Checkpoint key of each tensor, for the message.
-        tensors: Live tensors; of a DTensor that itself and what it holds, for torch counts at either.
-        versions: Their counts when the save was called.
+        seen: Checkpoint key, for the message, live tensor, and its count when the save was called; of a DTensor that
+            itself and what it holds, for torch counts at either.
     """
 
-    keys: list[str] = field(default_factory=list)
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    seen: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Begin to watch a tensor.
@@ -47,14 +44,11 @@ class Watch:
         Raises:
             RuntimeError: torch does not count the changes of an inference tensor.
         """
-        self.versions.append(tensor._version)
-        self.keys.append(key)
-        self.tensors.append(tensor)
+        self.seen.append((key, tensor, tensor._version))
 
     def changed(self) -> list[str]:
         """Keys of the tensors that were changed since, each once."""
-        seen = zip(self.keys, self.tensors, self.versions, strict=True)
-        return list(dict.fromkeys(key for key, tensor, version in seen if tensor._version != version))
+        return list(dict.fromkeys(key for key, tensor, version in self.seen if tensor._version != version))
 
 
 class Snapshot:

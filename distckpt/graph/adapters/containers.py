@@ -6,6 +6,8 @@ import collections
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
+import torch
+
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.registry import adapter_for, unwrap
 from distckpt.graph.python_value import decode, encode, is_python_value
@@ -16,6 +18,8 @@ from distckpt.layout.keys import dict_key, edge_name, escape, unescape
 
 def part_of(name: str, value: object) -> Part:
     """What a named value is to its parent: a python value of its own, or an edge to another node."""
+    if isinstance(value, torch.Tensor):  # by far the most values are
+        return Edge(name, value)
     if is_python_value(value):
         return PythonValue(escape(name), value)
     target = unwrap(value)

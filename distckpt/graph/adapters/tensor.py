@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,8 @@ class TensorAdapter(Adapter):
         """Tensors of every class."""
         return issubclass(cls, torch.Tensor)
 
-    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+    def parts(self, obj: Any, rank: int) -> Iterable[Part]:
         """The tensor's own value; a parameter that is not initialised yet is a node without one."""
-        assert isinstance(obj, torch.Tensor)  # as `handles` says
         return () if is_uninitialised(obj) else (tensor_value(obj),)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
