@@ -292,11 +292,11 @@ class CheckpointManager:
         self,
         operation: str,
         timeout: float,
-        fields: Mapping[str, str] | None = None,
+        fields: Mapping[str, object] | None = None,
         error: BaseException | None = None,
     ) -> None:
         """Wait for all ranks; the first time, look at the directory. Collective over the communicator."""
-        own = {"directory": repr(self._directory), "checkpoint_name": repr(self._name)}
+        own = {"directory": self._directory, "checkpoint_name": self._name}
         request = Request(f"CheckpointManager.{operation}", {**own, **(fields or {})})
         meet(self._coordinator, request, error, timeout)
         if self._known is None:
@@ -312,7 +312,7 @@ class CheckpointManager:
     ) -> tuple[int | None, Decision]:
         """The number that the caller wants, and whether to save. Collective over the communicator."""
         number = Attempt.of(functools.partial(_as_number, checkpoint_number))
-        fields = {"checkpoint_number": repr(number.result), "check_interval": repr(check_interval)}
+        fields = {"checkpoint_number": number.result, "check_interval": check_interval}
         self._meet(operation, options.timeout, fields, number.error)
         decide = functools.partial(self._keeper.decide, metrics, check_interval=check_interval)
         return number.result, self._coordinator.on_root("decide whether to save", decide, Decision)
@@ -349,7 +349,7 @@ class CheckpointManager:
     def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], View]) -> None:
         with self._coordinator.turn, self._coordinator.uninterrupted():
             text = Attempt.of(functools.partial(as_text, "path", path))
-            self._meet(operation, SaveOptions().timeout, {"path": repr(text.result)}, text.error)
+            self._meet(operation, SaveOptions().timeout, {"path": text.result}, text.error)
             self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), View))
 
     def _restore_newest(self, options: RestoreOptions) -> str | None:

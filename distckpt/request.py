@@ -25,39 +25,43 @@ class Request:
     """One collective call as this rank made it.
 
     Attributes:
-        operation: "save", "write", "restore", "read", or a method of the status.
-        fields: Name to value in words: path, counter and every option.
+        operation: "save", "write", "restore", "read", or a method of the status or of the manager.
+        fields: Name to value, as it was passed: path, counter and every option.
     """
 
     operation: str
-    fields: dict[str, str]
+    fields: dict[str, object]
 
     @classmethod
     def of(cls, operation: str, path: object, options: SaveOptions | RestoreOptions, **more: object) -> Request:
-        """Describe a call; the timeout is each rank's own affair."""
-        fields = {"path": _path_in_words(path), **{name: repr(value) for name, value in more.items()}}
-        for option in dataclasses.fields(options):
-            if option.name != "timeout":
-                fields[option.name] = _in_words(getattr(options, option.name))
-        return cls(operation, fields)
-
-    @property
-    def digest(self) -> int:
-        """64 bits that differ when anything differs."""
-        return xxhash.xxh3_64_intdigest(self.encode())
+        """Describe a call; the timeout is each rank's own affair. Asks nothing of the values, so nothing can fail."""
+        names = [option.name for option in dataclasses.fields(options) if option.name != "timeout"]
+        return cls(operation, {"path": path, **more, **{name: getattr(options, name) for name in names}})
 
     def encode(self) -> bytes:
-        """The request for the wire."""
-        return msgspec.msgpack.encode((self.operation, self.fields))
+        """The request for the wire, its values in words: those are the user's own, and may raise anything."""
+        words = {name: _in_words(name, value) for name, value in self.fields.items()}
+        return msgspec.msgpack.encode((self.operation, words))
 
 
-def _path_in_words(path: object) -> str:
-    # What is no path, such as None, is shown as it is: some ranks may have passed one.
-    return repr(os.fspath(path) if isinstance(path, str | os.PathLike) else path)
+def digest_of(encoded: bytes) -> int:
+    """64 bits that differ when anything in an encoded request differs."""
+    return xxhash.xxh3_64_intdigest(encoded)
 
 
-def _in_words(value: Any) -> str:
+def _in_words(name: str, value: Any) -> str:
+    try:
+        return _words_of(value)
+    except Exception as error:
+        error.add_note(f"while {name} was put into words, to be compared with that of the other ranks")
+        raise
+
+
+def _words_of(value: Any) -> str:
     # Mappings compare by content, whatever the order in which they were made, and sequences whatever their type.
+    # Where a path should be, what is none, such as None, is shown as it is: some ranks may have passed one.
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
     if hasattr(value, "items"):
         return repr(sorted(value.items()))
     return repr(list(value)) if isinstance(value, list | tuple) else repr(value)
@@ -150,13 +154,15 @@ def meet(coordinator: Coordinator, request: Request, error: BaseException | None
         LayoutError: The ranks made different calls.
         CollectiveError: A rank came with an error.
     """
-    shared = request.digest if error is None else secrets.randbits(64)
+    asked = Attempt.of(request.encode)
+    error = error or asked.error
+    shared = digest_of(asked.value) if error is None else secrets.randbits(64)
     if coordinator.arrive(request.operation, shared, 0, timeout) and error is None:
         return
     with coordinator.step("capture"):
         if error is not None:
             raise error
-    coordinator.merge("compare calls", request.encode(), compare)
+    coordinator.merge("compare calls", asked.value, compare)
 
 
 def compare(requests: list[bytes]) -> list[bytes]:

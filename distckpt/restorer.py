@@ -70,7 +70,7 @@ class Restorer:
         path = as_text("save_path" if with_counter else "path", save_path)  # agreed on, so all ranks or none raise
         source = open_source(coordinator, path, timer)
         checkpoint = self._require_checkpoint()
-        counter = checkpoint.save_counter
+        counter = checkpoint._session.counter
         try:
             restoration = Restoration(source, options, with_counter=with_counter)
             return self._carry_out(restoration, walk.value, timer)

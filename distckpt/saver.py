@@ -29,7 +29,7 @@ from distckpt.log import warn
 from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
 from distckpt.overlap import deferral_of, protect
-from distckpt.request import Attempt, Request, encode_metadata
+from distckpt.request import Attempt, digest_of, encode_metadata
 from distckpt.save_call import SaveCall, Saved
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
@@ -176,14 +176,15 @@ class Saver:
 
     def _meet(self, call: SaveCall) -> tuple[Capture, _Agreed]:
         """Walk, and agree with the other ranks on what is saved. Collective."""
-        request = call.request()
-        captured = Attempt.of(lambda: self._capture(call))
+        request = Attempt.of(call.request().encode)
+        captured = Attempt.of(lambda: self._capture(call, request))
         agreed = self._agree(call, request, captured)
         return captured.value, agreed
 
-    def _capture(self, call: SaveCall) -> Capture:
+    def _capture(self, call: SaveCall, request: Attempt[bytes]) -> Capture:
         """Walk and record this rank's objects. Local."""
         encode_metadata(call.options)
+        request.require()
         if call.operation == "save_async" and call.options.transport == "mpio":
             raise LayoutError(
                 "save_async: expected transport 'auto' or 'posix', for MPI-IO cannot be used beside the program. Got "
@@ -204,12 +205,12 @@ class Saver:
                 return captured
         return capture(graph, hash_all=whole, skip=None)
 
-    def _agree(self, call: SaveCall, request: Request, captured: Attempt[Capture]) -> _Agreed:
+    def _agree(self, call: SaveCall, request: Attempt[bytes], captured: Attempt[Capture]) -> _Agreed:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, options, timer = self._coordinator, call.options, call.timer
         agreed = self._agreed.get(call.family)
         unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
-        shared = (request.digest ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
+        shared = (digest_of(request.value) ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
         balance = balance_of(captured.value.layout, agreed.weights) if agreed and unchanged else 0
         with timer.step(AGREE):
             same = coordinator.arrive(call.operation, shared, balance, options.timeout)
@@ -220,7 +221,7 @@ class Saver:
             if captured.error is not None:
                 raise captured.error
             layout = captured.value.layout
-            message = encode_message(request.encode(), layout)
+            message = encode_message(request.value, layout)
         reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages))
         with coordinator.step("plan"), timer.step("plan"):
             plan = decode_reply(reply)

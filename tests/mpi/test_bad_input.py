@@ -20,9 +20,12 @@ import torch
 from distckpt import (
     Checkpoint,
     CheckpointError,
+    CheckpointManager,
     CheckpointNotFoundError,
     CollectiveError,
     CorruptCheckpointError,
+    LayoutError,
+    RestoreOptions,
     SaveOptions,
     ShardedVariable,
     latest_checkpoint,
@@ -379,3 +382,126 @@ def test_a_null_communicator(two: Any, mpi_dir: Path) -> None:
     checkpoint = Checkpoint(comm=MPI.COMM_NULL, step=1)
     text = same_error(two, CheckpointError, lambda: checkpoint.save(mpi_dir / "ckpt"))
     assert "a communicator that this rank belongs to" in text
+
+
+# ---- the user's own values that fail before the ranks have met ---------------------------------------------------
+
+SOON = 10.0  # seconds after which a rank gives up that waits for one which has left
+
+
+class Unshown(str):
+    """A str that cannot be shown."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be shown")
+
+
+class Nowhere:
+    """A path that cannot be told."""
+
+    def __fspath__(self) -> str:
+        raise RuntimeError("nowhere")
+
+
+class Uncounted(Checkpoint):
+    """On rank 1 the counter cannot be read."""
+
+    @property
+    def save_counter(self) -> int:
+        if self._session.coordinator.rank == 1:
+            raise RuntimeError("uncounted")
+        return super().save_counter
+
+
+class Secret:
+    """What only pickle could store, and what cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("secret")
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"inner": value}
+    return value
+
+
+def options_for(name: str) -> SaveOptions | RestoreOptions:
+    return RestoreOptions(timeout=SOON) if name in {"restore", "read"} else SaveOptions(durable=False, timeout=SOON)
+
+
+@pytest.mark.parametrize("name", ["save", "save_async", "write", "restore", "read"])
+def test_a_path_that_cannot_be_told(two: Any, mpi_dir: Path, name: str) -> None:
+    program = Program(two, 1)
+    path = mpi_dir / "ckpt" if two.rank == 0 else Nowhere()
+    call = getattr(program.checkpoint, name)
+    text = same_error(two, CollectiveError, lambda: call(path, options=options_for(name)))
+    assert "failed on 1 rank(s)" in text
+    assert "rank 1: RuntimeError: nowhere (while path was put into words" in text
+    assert list(mpi_dir.iterdir()) == []
+    assert_works(two, program, mpi_dir)
+
+
+METADATA = {
+    "deep": (lambda: nested(1000), "Store it flat"),
+    "unshown": (Secret, "test_bad_input.Secret cannot be stored"),
+}
+
+
+@pytest.mark.parametrize("name", ["save", "save_async", "write"])
+@pytest.mark.parametrize("kind", METADATA)
+@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one", "all"])
+def test_metadata_that_cannot_be_stored(two: Any, mpi_dir: Path, name: str, kind: str, ranks: list[int]) -> None:
+    program = Program(two, 1)
+    make, words = METADATA[kind]
+    metadata = {"note": make() if two.rank in ranks else 1}
+    options = SaveOptions(durable=False, timeout=SOON, metadata=metadata)
+    call = getattr(program.checkpoint, name)
+    text = same_error(two, LayoutError, lambda: call(mpi_dir / "ckpt", options=options))
+    assert text.startswith("SaveOptions.metadata: ")
+    assert words in text
+    assert list(mpi_dir.iterdir()) == []
+    assert_works(two, program, mpi_dir)
+
+
+def test_options_that_cannot_be_shown(two: Any, mpi_dir: Path) -> None:
+    program = Program(two, 1)
+    path = program.checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    text = Unshown("8") if two.rank == 1 else "8"
+    hints = SaveOptions(timeout=SOON, hints={"cb_nodes": text})
+    error = same_error(two, CollectiveError, lambda: program.checkpoint.save(mpi_dir / "ckpt", options=hints))
+    assert "rank 1: RuntimeError: not to be shown (while hints was put into words" in error
+    rename = {"step": text}
+    options = RestoreOptions(timeout=SOON, rename=rename)
+    error = same_error(two, CollectiveError, lambda: program.checkpoint.restore(path, options=options))
+    assert "(while rename was put into words" in error
+    rename["step"] = "number"
+    status = program.checkpoint.restore(path, options=options)
+    rename["step"] = text
+    for name in ("assert_consumed", "assert_existing_objects_matched", "initialize_or_restore"):
+        error = same_error(two, CollectiveError, getattr(status, name))
+        assert "(while rename was put into words" in error
+    assert_works(two, program, mpi_dir)
+
+
+def test_what_a_manager_cannot_show(two: Any, mpi_dir: Path) -> None:
+    program = Program(two, 1)
+    manager = CheckpointManager(program.checkpoint, mpi_dir)
+    unshown: Any = Secret() if two.rank == 1 else True
+    options = SaveOptions(durable=False, timeout=SOON)
+    for call in (manager.save, manager.save_async):
+        text = same_error(two, CollectiveError, lambda: call(check_interval=unshown, options=options))  # noqa: B023
+        assert "rank 1: RuntimeError: secret (while check_interval was put into words" in text
+    path = manager.save(options=options, metrics={"loss": unshown} if two.rank == 1 else None)
+    assert path == str(mpi_dir / "ckpt-1.h5"), "the metrics of rank 0 alone count"
+    assert_works(two, program, mpi_dir)
+
+
+def test_a_restore_asks_nothing_of_a_subclass_between_the_agreements(two: Any, mpi_dir: Path) -> None:
+    path = Checkpoint(comm=two, step=1).save(mpi_dir / "ckpt", options=FAST)
+    twin = Uncounted(comm=two, step=2)
+    twin.restore(path).assert_consumed()
+    assert (twin.step, Checkpoint.save_counter.fget(twin)) == (1, 1)  # type: ignore[attr-defined]

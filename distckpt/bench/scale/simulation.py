@@ -23,7 +23,7 @@ from distckpt.layout.merge import Merged
 from distckpt.layout.plan import ReadPlanner
 from distckpt.layout.records import CHECKSUM_ALGORITHM, FORMAT, FORMAT_VERSION, Manifest
 from distckpt.options import SaveOptions
-from distckpt.request import Request
+from distckpt.request import Request, digest_of
 from distckpt.source import Found
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import StoredChecksums
@@ -126,9 +126,10 @@ class Simulation:
     def prepare_unchanged_save(self) -> None:
         """What each rank does on its own before it arrives: compare its layout with the agreed one."""
         brought = self.session.brought = []
+        request = digest_of(self.request.encode())
         for layout, reply in zip(layouts_of(self.job), self.ranks.replies(), strict=True):
             plan = decode_reply(reply)
-            brought.append((self.request.digest ^ plan.plan_id, balance_of(layout, weights_of(plan))))
+            brought.append((request ^ plan.plan_id, balance_of(layout, weights_of(plan))))
 
     def unchanged_save(self) -> bool:
         """Arrive; returns whether the ranks agreed."""
