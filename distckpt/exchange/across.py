@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Message, Nodes
-from distckpt.exchange.node import UNIT_NBYTES, Round, agreed, area, run_rounds
+from distckpt.exchange.node import UNIT_NBYTES, Round, agreed, area, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes
 from distckpt.exchange.wants import Distinct, gather_distinct, join_hulls, join_wishes, variables_that_meet
 from distckpt.graph.assignment import TensorRead
@@ -48,12 +48,12 @@ def read_across(ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want)
         FailedElsewhere: Another rank failed. On the rank that failed, what was raised.
     """
     own = agreed(ranks, lambda: Own.of(want))
-    hulls = gather_distinct(ranks, nodes, "hulls", lambda: join_hulls(node.gather_all("hulls", own.hulls)))
+    hulls = gather_distinct(ranks, nodes, "hulls", lambda: join_hulls(gathered(node, "hulls", own.hulls)))
     meeting = agreed(ranks, lambda: variables_that_meet(hulls))
     if not meeting:
         return list(want.reads)
     encoded = agreed(ranks, lambda: own.wishes(meeting))
-    wishes = gather_distinct(ranks, nodes, "wishes", lambda: join_wishes(node.gather_all("wishes", encoded)))
+    wishes = gather_distinct(ranks, nodes, "wishes", lambda: join_wishes(gathered(node, "wishes", encoded)))
     relay = agreed(ranks, lambda: _Relay(ranks, node, nodes, want, own, wishes))
     return relay.run()
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.shared_memory import SharedMemory
+from distckpt.errors import CollectiveError
 from distckpt.layout.exchange import Unit
 from distckpt.log import log
 from distckpt.request import Attempt
@@ -58,6 +59,31 @@ def agreed(ranks: Coordinator, work: Callable[[], T]) -> T:
     if ranks.any_set(attempt.error is not None):
         attempt.require()
         raise FailedElsewhere
+    return attempt.value
+
+
+def gathered(ranks: Coordinator, name: str, value: bytes) -> list[bytes]:
+    """The values of all ranks; where one has no memory for them, all stop. Collective over `ranks`.
+
+    `Coordinator.gather_all` raises on all ranks, and in the agreement to come each of them would name that one anew.
+
+    Args:
+        ranks: Those that exchange.
+        name: Of the values, shown in errors.
+        value: This rank's value.
+
+    Raises:
+        FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
+    """
+    attempt = Attempt.of(lambda: ranks.gather_all(name, value))
+    error = attempt.error
+    if isinstance(error, CollectiveError):
+        if ranks.rank not in error.failures:
+            raise FailedElsewhere
+        error = error.__cause__ or error
+        error.add_note(f"while the {name} of all ranks were gathered")
+        raise error
+    attempt.require()
     return attempt.value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
 from distckpt.exchange.across import read_across
-from distckpt.exchange.node import FailedElsewhere, Round, agreed, run_rounds
+from distckpt.exchange.node import FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes, stack_hulls
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
@@ -60,11 +60,11 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
     if node.size == 1:
         return list(want.reads)
     own = agreed(node, lambda: Own.of(want))
-    gathered = node.gather_all("hulls", own.hulls)
-    meeting = agreed(node, lambda: hulls_that_meet(stack_hulls(gathered)))
+    hulls = gathered(node, "hulls", own.hulls)
+    meeting = agreed(node, lambda: hulls_that_meet(stack_hulls(hulls)))
     if not meeting:
         return list(want.reads)
-    wishes = node.gather_all("wishes", agreed(node, lambda: own.wishes(meeting)))
+    wishes = gathered(node, "wishes", agreed(node, lambda: own.wishes(meeting)))
     taking = agreed(node, lambda: _plan(node, want, own, wishes))
     done = run_rounds(
         node,

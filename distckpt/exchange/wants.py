@@ -11,7 +11,7 @@ import xxhash
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
-from distckpt.exchange.node import agreed
+from distckpt.exchange.node import agreed, gathered
 from distckpt.exchange.taking import decode_wishes, stack_hulls
 from distckpt.layout.exchange import hulls_that_meet
 
@@ -46,10 +46,10 @@ def gather_distinct(ranks: Coordinator, nodes: Nodes, name: str, of_node: Callab
     """
     is_leader = nodes.leaders[nodes.own] == ranks.rank
     own = agreed(ranks, lambda: _Digested.of(of_node()))
-    digests = ranks.gather_all(f"digests of {name}", own.digest if is_leader else b"")
+    digests = gathered(ranks, f"digests of {name}", own.digest if is_leader else b"")
     found = agreed(ranks, lambda: _Found.of([digests[leader] for leader in nodes.leaders]))
     sends = is_leader and nodes.own in found.firsts
-    values = ranks.gather_all(name, own.value if sends else b"")
+    values = gathered(ranks, name, own.value if sends else b"")
     return agreed(ranks, lambda: Distinct([values[nodes.leaders[node]] for node in found.firsts], found.number_of))
 
 

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, run_rounds
+from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.layout.box import Box
 from distckpt.layout.exchange import InFile, Span, filled_bands, hull, is_narrow
 from distckpt.layout.parcels import cells_of
@@ -48,7 +48,7 @@ def write_together(node: Coordinator, fd: int, jobs: Sequence[WriteJob], log: Ch
         narrow = agreed(node, lambda: [job for job in jobs if _is_narrow(job)])
         if not node.any_set(bool(narrow)):  # no rank has any
             return list(jobs)
-        boxes = node.gather_all("boxes", agreed(node, lambda: _encode_boxes(narrow)))
+        boxes = gathered(node, "boxes", agreed(node, lambda: _encode_boxes(narrow)))
         writing = agreed(node, lambda: _Writing(node, narrow, boxes))
         done = writing.run(fd, log)
     except FailedElsewhere:

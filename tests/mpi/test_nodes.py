@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, CollectiveError, CorruptCheckpointError, SaveOptions, ShardedVariable
-from distckpt.coordination import coordinator, shared_memory
+from distckpt.coordination import coordinator, outcome, shared_memory
 from distckpt.coordination.nodes import Message
 from distckpt.coordination.session import Session
 from distckpt.exchange import across, node, taking, wants, writing
@@ -331,3 +331,47 @@ def as_method(function: Callable[..., object]) -> Callable[..., object]:
         return function(*args)
 
     return method
+
+
+#: Gathers of one restore over several nodes: the name of the values, and for the how-manieth time.
+GATHERS = [
+    ("hulls", 1),
+    ("digests of hulls", 1),
+    ("hulls", 2),
+    ("wishes", 1),
+    ("digests of wishes", 1),
+    ("wishes", 2),
+]
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_a_rank_without_memory_for_what_is_gathered_is_named_once(
+    split: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    comm = split(name)
+    path = Program(comm, [rows] * len(LAYOUTS), blank=False).checkpoint.write(mpi_dir / "x", options=FAST)
+    for values, at in GATHERS:
+        twin = Program(comm, LAYOUTS, blank=True)
+        with monkeypatch.context() as patch:
+            if comm.rank == 2:
+                patch.setattr(outcome, "make", WithoutMemory(values, at))
+            with pytest.raises(CollectiveError) as error:
+                twin.checkpoint.read(path)
+        assert error.value.failures == {2: f"MemoryError: (while the {values} of all ranks were gathered)"}, values
+        assert not twin.is_restored()
+    twin.checkpoint.read(path).assert_consumed()
+    assert twin.is_restored()
+
+
+class WithoutMemory:
+    """`outcome.make` on a rank that has no memory for the n-th gather of some values."""
+
+    def __init__(self, values: str, at: int) -> None:
+        self.values, self.left, self.make = values, at, outcome.make
+
+    def __call__(self, collectives: Any, step: str, fn: Callable[[], Any]) -> Any:
+        self.left -= step == self.values
+        return self.make(collectives, step, fn if self.left or step != self.values else self.fail)
+
+    def fail(self) -> Any:
+        raise MemoryError
