@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,29 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distckpt.errors import CorruptCheckpointError
-from distckpt.layout.box import Box, Shape, cut, first_element, is_contiguous, run_axis, runs
+from distckpt.layout.box import first_element, is_contiguous
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Hasher, digest, require_checksum
+from distckpt.storage.filling import STEP_NBYTES, Filler
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
-from distckpt.storage.scratch import Scratch, is_slow_target
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
 from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed
 
-#: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
-STEP_NBYTES = 256 << 10
-
-#: Runs closer than this are read together with what is between them: the disk delivers whole pages anyway. In bytes.
-_PAGE_NBYTES = 4096
-
-#: That many runs are read one by one even when they are close, so that a small box costs just its own bytes.
-_FEW_RUNS = 64
-
 #: Room for what is joined into one read, in bytes.
 _JOINED_NBYTES = STEP_NBYTES + rawio.MAX_VECTORS * ALIGNMENT
-
-#: Most runs that are listed at once.
-_RUNS_AT_ONCE = 8192
 
 
 @dataclass(slots=True)
@@ -88,7 +75,7 @@ class _Reader:
         self._verify = verify
         self._progress = progress
         self._arrivals = arrivals
-        self._filler = _Filler(fd, self.report)
+        self._filler = Filler(fd)
         self._waiting: list[_Waiting] = []
         self._start = 0
         self._stop = 0
@@ -180,7 +167,7 @@ class _Reader:
 
     def _fill(self, job: ReadJob, block: Block, data: memoryview, hasher: Any) -> None:
         try:
-            self._filler.fill(job, block.box, data, hasher)
+            self.report.bytes_read += self._filler.fill(job, block.box, data, hasher)
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{job.key}: {error}") from error
 
@@ -195,116 +182,6 @@ def _compare(job: ReadJob, got: int, report: ReadReport) -> None:
     nbytes = job.tensor.numel() * job.tensor.element_size()
     require_checksum(job.key, job.box, nbytes, job.expected, got)
     report.bytes_verified += nbytes
-
-
-# ---- from the file into packed memory ----------------------------------------------------------------------------
-
-
-class _Filler:
-    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file."""
-
-    def __init__(self, fd: int, report: ReadReport) -> None:
-        self._fd = fd
-        self._report = report
-        self._scratch = Scratch()
-
-    def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> None:
-        """Fill `data` with the bytes of `box`, feeding them to `hasher` unless it is None."""
-        itemsize = job.tensor.element_size()
-        if is_contiguous(box, job.global_shape):
-            self._fill_range(data, job.dataset_offset + first_element(box, job.global_shape) * itemsize, hasher)
-            return
-        rows = _Rows.of(box, job.global_shape, itemsize)
-        if rows.pitch_nbytes - rows.run_nbytes < _PAGE_NBYTES and rows.count > _FEW_RUNS:
-            self._fill_from_spans(job, box, rows, data, hasher)
-        else:
-            self._fill_runs(job, box, rows, data, hasher)
-
-    def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> None:
-        detour = is_slow_target(data, offset)
-        if hasher is None and not detour:
-            rawio.read_into(self._fd, data, offset)
-        else:
-            for start in range(0, len(data), STEP_NBYTES):
-                step = data[start : start + STEP_NBYTES]
-                self._fill_step(step, offset + start, detour)
-                if hasher is not None:
-                    hasher.update(step)
-        self._report.bytes_read += len(data)
-
-    def _fill_step(self, data: memoryview, offset: int, detour: bool) -> None:
-        if detour:
-            scratch = self._scratch.room_for(offset, len(data))
-            rawio.read_into(self._fd, scratch, offset)
-            data[:] = scratch
-        else:
-            rawio.read_into(self._fd, data, offset)
-
-    def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> None:
-        """One `pread` per run."""
-        position = 0
-        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, STEP_NBYTES // rows.run_nbytes))):
-            begin = position
-            for start in runs(part, job.global_shape).starts:
-                run = data[position : position + rows.run_nbytes]
-                rawio.read_into(self._fd, run, job.dataset_offset + start * rows.itemsize)
-                position += rows.run_nbytes
-            if hasher is not None:
-                hasher.update(data[begin:position])
-        self._report.bytes_read += len(data)
-
-    def _fill_from_spans(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> None:
-        """Read runs with the narrow gaps between them, then pick the runs."""
-        position = 0
-        dtype = np.dtype(f"V{rows.itemsize}")
-        at_once = min(rows.length, max(1, STEP_NBYTES // rows.pitch_nbytes))
-        for part in cut(box, at_once * rows.run_numel):
-            count = part.numel // rows.run_numel
-            span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
-            offset = job.dataset_offset + first_element(part, job.global_shape) * rows.itemsize
-            scratch = self._scratch.room_for(offset, span)
-            rawio.read_into(self._fd, scratch, offset)
-            packed = data[position : position + count * rows.run_nbytes]
-            shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
-            np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))
-            if hasher is not None:
-                hasher.update(packed)
-            position += len(packed)
-            self._report.bytes_read += span
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A box that is not contiguous in the file, as rows with gaps between them.
-
-    Attributes:
-        itemsize: Bytes per element.
-        run_numel: Elements of a run.
-        run_nbytes: Bytes of a run.
-        pitch_nbytes: Bytes from one run to the next.
-        length: Number of runs at this pitch.
-        count: Number of runs of the box.
-    """
-
-    itemsize: int
-    run_numel: int
-    run_nbytes: int
-    pitch_nbytes: int
-    length: int
-    count: int
-
-    @classmethod
-    def of(cls, box: Box, global_shape: Shape, itemsize: int) -> _Rows:
-        axis = run_axis(box, global_shape)
-        run_numel = math.prod(box.shape[axis:])
-        return cls(
-            itemsize=itemsize,
-            run_numel=run_numel,
-            run_nbytes=run_numel * itemsize,
-            pitch_nbytes=math.prod(global_shape[axis:]) * itemsize,
-            length=box.shape[axis - 1],
-            count=box.numel // run_numel,
-        )
 
 
 # ---- through HDF5 ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
-from distckpt.storage import hdf5, rawio, reading
+from distckpt.storage import filling, hdf5, rawio
 from distckpt.storage.checksum import digest
 from distckpt.storage.device import Ticket
 from distckpt.storage.reading import read, read_through_hdf5
@@ -71,7 +71,7 @@ MAKERS: dict[str, Callable[[], torch.Tensor]] = {
     "bfloat16": lambda: torch.randn(33).bfloat16(),
     "parameter": lambda: torch.nn.Parameter(torch.rand(3, 4)),
     "empty": lambda: torch.empty(0, 3),
-    "a step": lambda: torch.rand(reading.STEP_NBYTES // 4),
+    "a step": lambda: torch.rand(filling.STEP_NBYTES // 4),
     "large": lambda: torch.rand(N_PIECE),
     "pieces": lambda: torch.rand(2 * N_PIECE + 5),
     "large columns": lambda: torch.rand(1500, 2000)[:, :1700],
@@ -129,7 +129,7 @@ def test_the_next_batch_is_copied_while_one_is_written(machine: Machine, fd: int
 def test_one_buffer_is_copied_while_the_next_is_read(
     machine: Machine, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
+    monkeypatch.setattr(filling, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
     tensors = [torch.rand(N_PIECE) for _ in range(4)]
     saved = values(tensors)
     os.pwrite(fd, b"".join(saved), 0)

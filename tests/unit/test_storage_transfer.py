@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, is_contiguous, pieces, runs
-from distckpt.storage import mpio, rawio, reading, scratch
-from distckpt.storage.reading import STEP_NBYTES, read
+from distckpt.storage import filling, mpio, rawio, reading, scratch
+from distckpt.storage.filling import STEP_NBYTES
+from distckpt.storage.reading import read
 from distckpt.storage.transfer import ReadJob, WriteJob, copy_bits
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import Tensors, bits, load, part, same_bits, save, twins
@@ -124,8 +125,9 @@ def test_boxes_round_trip(
     part(expected, box).copy_(values)
     fd = os.open(path, os.O_RDWR)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_FEW_RUNS", 64 if few else 1)
-        patch.setattr(reading, "STEP_NBYTES", 40)
+        patch.setattr(filling, "_FEW_RUNS", 64 if few else 1)
+        for module in (filling, reading):
+            patch.setattr(module, "STEP_NBYTES", 40)
         log = write_posix(fd, [write_job(layouts(values)[strides], box, shape, 5)], checksums=True)
         assert path.read_bytes() == bytes(BASE) + bits(expected)
         assert (log.indices, log.values) == ([5], [xxhash.xxh3_64_intdigest(bits(values))])

@@ -1,0 +1,150 @@
+"""From the file into packed memory: boxes with more than a step of bytes, or with gaps between their runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distckpt.layout.box import Box, Shape, cut, first_element, is_contiguous, run_axis, runs
+from distckpt.storage import rawio
+from distckpt.storage.scratch import Scratch, is_slow_target
+from distckpt.storage.transfer import ReadJob
+
+#: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
+STEP_NBYTES = 256 << 10
+
+#: Runs closer than this are read together with what is between them: the disk delivers whole pages anyway. In bytes.
+_PAGE_NBYTES = 4096
+
+#: That many runs are read one by one even when they are close, so that a small box costs just its own bytes.
+_FEW_RUNS = 64
+
+#: Most runs that are listed at once.
+_RUNS_AT_ONCE = 8192
+
+
+class Filler:
+    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file."""
+
+    def __init__(self, fd: int) -> None:
+        """Local.
+
+        Args:
+            fd: Descriptor of the file.
+        """
+        self._fd = fd
+        self._scratch = Scratch()
+
+    def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> int:
+        """Fill memory with the bytes of a box. Local.
+
+        Args:
+            job: Whose dataset it is.
+            box: What to read of it, in coordinates of the dataset; not empty.
+            data: The memory, as long as the packed bytes of the box.
+            hasher: Is fed with the bytes, in their order; None for no hash.
+
+        Returns:
+            Bytes asked of the file system.
+
+        Raises:
+            CorruptCheckpointError: The file is too short.
+        """
+        itemsize = job.tensor.element_size()
+        if is_contiguous(box, job.global_shape):
+            offset = job.dataset_offset + first_element(box, job.global_shape) * itemsize
+            return self._fill_range(data, offset, hasher)
+        rows = _Rows.of(box, job.global_shape, itemsize)
+        if rows.pitch_nbytes - rows.run_nbytes < _PAGE_NBYTES and rows.count > _FEW_RUNS:
+            return self._fill_from_spans(job, box, rows, data, hasher)
+        return self._fill_runs(job, box, rows, data, hasher)
+
+    def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> int:
+        detour = is_slow_target(data, offset)
+        if hasher is None and not detour:
+            rawio.read_into(self._fd, data, offset)
+        else:
+            for start in range(0, len(data), STEP_NBYTES):
+                step = data[start : start + STEP_NBYTES]
+                self._fill_step(step, offset + start, detour)
+                if hasher is not None:
+                    hasher.update(step)
+        return len(data)
+
+    def _fill_step(self, data: memoryview, offset: int, detour: bool) -> None:
+        if detour:
+            scratch = self._scratch.room_for(offset, len(data))
+            rawio.read_into(self._fd, scratch, offset)
+            data[:] = scratch
+        else:
+            rawio.read_into(self._fd, data, offset)
+
+    def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> int:
+        """One `pread` per run."""
+        position = 0
+        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, STEP_NBYTES // rows.run_nbytes))):
+            begin = position
+            for start in runs(part, job.global_shape).starts:
+                run = data[position : position + rows.run_nbytes]
+                rawio.read_into(self._fd, run, job.dataset_offset + start * rows.itemsize)
+                position += rows.run_nbytes
+            if hasher is not None:
+                hasher.update(data[begin:position])
+        return len(data)
+
+    def _fill_from_spans(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> int:
+        """Read runs with the narrow gaps between them, then pick the runs."""
+        position = bytes_read = 0
+        dtype = np.dtype(f"V{rows.itemsize}")
+        at_once = min(rows.length, max(1, STEP_NBYTES // rows.pitch_nbytes))
+        for part in cut(box, at_once * rows.run_numel):
+            count = part.numel // rows.run_numel
+            span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
+            offset = job.dataset_offset + first_element(part, job.global_shape) * rows.itemsize
+            scratch = self._scratch.room_for(offset, span)
+            rawio.read_into(self._fd, scratch, offset)
+            packed = data[position : position + count * rows.run_nbytes]
+            shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
+            np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))
+            if hasher is not None:
+                hasher.update(packed)
+            position += len(packed)
+            bytes_read += span
+        return bytes_read
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A box that is not contiguous in the file, as rows with gaps between them.
+
+    Attributes:
+        itemsize: Bytes per element.
+        run_numel: Elements of a run.
+        run_nbytes: Bytes of a run.
+        pitch_nbytes: Bytes from one run to the next.
+        length: Number of runs at this pitch.
+        count: Number of runs of the box.
+    """
+
+    itemsize: int
+    run_numel: int
+    run_nbytes: int
+    pitch_nbytes: int
+    length: int
+    count: int
+
+    @classmethod
+    def of(cls, box: Box, global_shape: Shape, itemsize: int) -> _Rows:
+        axis = run_axis(box, global_shape)
+        run_numel = math.prod(box.shape[axis:])
+        return cls(
+            itemsize=itemsize,
+            run_numel=run_numel,
+            run_nbytes=run_numel * itemsize,
+            pitch_nbytes=math.prod(global_shape[axis:]) * itemsize,
+            length=box.shape[axis - 1],
+            count=box.numel // run_numel,
+        )
