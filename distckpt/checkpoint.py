@@ -300,6 +300,7 @@ class Checkpoint(Trackable):
     def _walk_for_save(self, *, with_counter: bool) -> LiveGraph:
         graph = self._walk(with_counter=with_counter)
         self._session.restorer.before_save(graph)
+        self._session.saver.warn_once(*graph.omissions)
         if graph.unowned:
             self._session.saver.warn_once(
                 f"{graph.unowned} optimizer parameter(s) have state but belong to no tracked object: their state is "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Problem
+from distckpt.graph.adapters.base import Adapter, Omission, Problem
 from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_parameter, parameters_of, stepped_by
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.python_value import too_deep
@@ -88,12 +88,14 @@ class LiveGraph:
         nodes: Breadth-first; node 0 is the root, slots come last.
         ids: `id()` of an object to its node, slots left out; valid while `nodes` keeps the objects alive.
         problems: What cannot be stored, one sentence each, beginning with the key.
+        omissions: What is left out, and the user should know, in the same form.
         unowned: Optimizer parameters with state that no tracked object leads to; their slots are not saved.
     """
 
     nodes: list[LiveNode] = field(default_factory=list)
     ids: dict[int, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    omissions: list[str] = field(default_factory=list)
     unowned: int = 0
 
     @property
@@ -141,8 +143,10 @@ def _expand(graph: LiveGraph, node: LiveNode, rank: int) -> None:
             elif type(part) is Problem:
                 key = join(node.key, part.name) if part.name else node.key or "the root"
                 graph.problems.append(f"{key}: {part.text}")
+            elif type(part) is Omission:
+                graph.omissions.append(f"{join(node.key, part.name)}: {part.text}")
             else:
-                _add_value(node, part)  # type: ignore[arg-type]  # Edge and Problem are handled above
+                _add_value(node, part)  # type: ignore[arg-type]  # the others are handled above
     except UnsaveableError as error:
         node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")

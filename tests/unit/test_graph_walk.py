@@ -391,6 +391,24 @@ def test_a_container_nested_too_deeply_is_refused(path: str) -> None:
     Checkpoint(x=nested(0)).read(Checkpoint(x=nested(100)).write(path)).assert_consumed()
 
 
+@pytest.mark.parametrize("root", [None, Trackable()], ids=["own root", "other root"])
+def test_an_attribute_nested_too_deeply_is_left_out_with_a_warning(path: str, keys_of: Keys, root: Any) -> None:
+    checkpoint = Checkpoint(root, x=1)
+    checkpoint.part = Trackable()
+    checkpoint.deep = checkpoint.part.deep = nested(800)
+    checkpoint.other, checkpoint.later = object(), [object()]
+    with pytest.warns(CheckpointWarning) as warned:
+        assert keys_of(checkpoint.write(path)) == {"x"}
+    texts = sorted(str(warning.message) for warning in warned)
+    for key, text in zip(["deep", "part/deep"], texts, strict=True):
+        assert text.startswith(f"{key}: left out: a builtins.list cannot be checkpointed: it contains itself, or has")
+        assert text.endswith("Store it flat, or keep it out with NoDependency.")
+    checkpoint.write(path)  # once: a warning would be an error here
+    checkpoint.part.deep = NoDependency(nested(800))
+    checkpoint.deep = nested(5)
+    assert keys_of(checkpoint.write(path)) == {"x", "deep"}
+
+
 # ---- what is tracked ---------------------------------------------------------------------------------------------
 
 

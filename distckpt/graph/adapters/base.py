@@ -23,7 +23,20 @@ class Problem:
     text: str
 
 
-Part = Edge | Value | Problem
+@dataclass(frozen=True, slots=True)
+class Omission:
+    """A part that is left out, though others of its kind are stored: the user hears of it.
+
+    Attributes:
+        name: As `layout.records.Attribute.name`.
+        text: Why, and what to do.
+    """
+
+    name: str
+    text: str
+
+
+Part = Edge | Value | Problem | Omission
 
 
 class Adapter:

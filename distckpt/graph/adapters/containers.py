@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part, Problem
-from distckpt.graph.adapters.registry import adapter_for, unwrap
+from distckpt.graph.adapters.base import Adapter, Omission, Part, Problem
+from distckpt.graph.adapters.registry import adapter_for, is_too_deep, refusal, unwrap
 from distckpt.graph.python_value import decode, encode, is_python_value
 from distckpt.graph.trackable import NoDependency
 from distckpt.graph.values import Edge, PythonValue
@@ -31,6 +31,14 @@ def part_of(name: str, value: object) -> Part:
             "load_state_dict(), wrap it in a PythonState, or keep it out with NoDependency.",
         )
     return Edge(name, target)
+
+
+def attribute(name: str, value: object) -> Part | None:
+    """What an attribute is to its owner; None where no object of its kind is saved: such are left out silently."""
+    problem = refusal(value)
+    if problem is None:
+        return part_of(name, value)
+    return Omission(escape(name), f"left out: {problem}") if is_too_deep(value) else None
 
 
 def assign_python_value(live: object, saved: object) -> bool:

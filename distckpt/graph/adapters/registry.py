@@ -113,6 +113,15 @@ def refusal(obj: object) -> str | None:
     return f"a {type(obj).__module__}.{type(obj).__qualname__} cannot be checkpointed{remedy}"
 
 
+def is_too_deep(obj: object) -> bool:
+    """Whether Python's stack is too short to look into a container."""
+    try:
+        is_python_value(obj) or _is_node(obj)
+    except RecursionError:
+        return True
+    return False
+
+
 def _is_node(obj: object) -> bool:
     obj = unwrap(obj)
     adapter = adapter_for(obj)

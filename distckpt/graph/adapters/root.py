@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part, Problem
-from distckpt.graph.adapters.containers import assign_python_value, part_of
-from distckpt.graph.adapters.registry import is_checkpointable
+from distckpt.graph.adapters.base import Adapter, Omission, Part, Problem
+from distckpt.graph.adapters.containers import assign_python_value, attribute
 from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, Value, replicated
 from distckpt.layout.keys import escape
@@ -53,8 +52,9 @@ class RootAdapter(Adapter):
             own[part.name] = part
             yield part
         for name, value in self.attached.items():
-            if is_checkpointable(value):
-                yield self._unless_taken(part_of(name, value), own)
+            attached = attribute(name, value)
+            if attached is not None:
+                yield attached if isinstance(attached, Omission) else self._unless_taken(attached, own)
         if self.counter is not None:
             yield self._unless_taken(replicated(self.counter, COUNTER_KEY, in_place=False), own)
 

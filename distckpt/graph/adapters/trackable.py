@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from distckpt.graph.adapters.base import Adapter, Part
-from distckpt.graph.adapters.containers import assign_python_value, part_of
-from distckpt.graph.adapters.registry import is_checkpointable
+from distckpt.graph.adapters.containers import assign_python_value, attribute
 from distckpt.graph.trackable import Trackable, tracked_attributes
 from distckpt.layout.keys import unescape
 
@@ -22,11 +21,12 @@ class TrackableAdapter(Adapter):
         return issubclass(cls, Trackable)
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
-        """Every checkpointable attribute; others are left out with a debug message."""
+        """Every checkpointable attribute; those of other kinds are left out with a debug message."""
         assert isinstance(obj, Trackable)
         for name, value in tracked_attributes(obj):
-            if is_checkpointable(value):
-                yield part_of(name, value)
+            part = attribute(name, value)
+            if part is not None:
+                yield part
             else:
                 _log.debug(
                     "attribute %r of %s is a %s and is not saved", name, type(obj).__name__, type(value).__name__
