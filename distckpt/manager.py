@@ -1,4 +1,4 @@
-"""`CheckpointManager`: when to save, and which checkpoints to keep; `checkpoints_iterator` for evaluation jobs."""
+"""`CheckpointManager`: when to save, and which checkpoints to keep."""
 
 from __future__ import annotations
 
@@ -399,6 +399,3 @@ def _as_number(checkpoint_number: int | None) -> int | None:
     if not 0 <= number < NUMBER_LIMIT:
         raise ValueError(f"checkpoint_number: expected a number >= 0 and below {NUMBER_LIMIT}. Got {number}.")
     return number
-
-
-# ---- watching a directory ----------------------------------------------------------------------------------------
