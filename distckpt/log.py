@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from distckpt.errors import CheckpointWarning
 
-log = logging.getLogger("distckpt")
+
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    """A logger that may be used between two agreements of the ranks: it raises nothing, whatever its handlers do."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a message; what handlers and filters raise is shown on standard error."""
+        kwargs.setdefault("stacklevel", 2)  # not this line, but the one that has something to say
+        try:
+            super().log(level, msg, *args, **kwargs)
+        except Exception:
+            if logging.raiseExceptions:  # as for what fails inside of logging's own handlers
+                traceback.print_exc()
+
+
+log = _Log(logging.getLogger("distckpt"))
 
 _PACKAGE = str(Path(__file__).parent)
 
