@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import sys
 import threading
@@ -12,8 +11,8 @@ from contextlib import contextmanager, suppress
 from types import ModuleType, TracebackType
 
 from distckpt.errors import RankTimeoutError
+from distckpt.log import log
 
-_LOG = logging.getLogger("distckpt")
 _EXIT_CODE = 1
 
 
@@ -33,7 +32,7 @@ def watchdog(step: str, rank: int, timeout: float) -> Iterator[None]:
     try:
         thread.start()
     except RuntimeError:  # no more threads: a step without a watchdog is better than a rank that leaves
-        _LOG.warning("rank %d: cannot start the watchdog of step '%s'", rank, step)
+        log.warning("rank %d: cannot start the watchdog of step '%s'", rank, step)
     try:
         yield
     finally:
@@ -62,7 +61,7 @@ class _EndOnTimeout:
 
 
 def _end_unless(ended: threading.Event, step: str, rank: int, timeout: float) -> None:
-    if ended.wait(timeout):
+    if ended.wait(min(timeout, threading.TIMEOUT_MAX)):
         return
     _show_stacks()
     _end_job(

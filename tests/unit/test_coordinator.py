@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import mmap
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -72,6 +74,14 @@ def test_verbs_alone(alone: Coordinator) -> None:
     np.testing.assert_array_equal(alone.any(np.array([True, False])), [1, 0])
     with alone.watchdog("close", 60.0):
         pass
+
+
+@pytest.mark.parametrize("timeout", [math.inf, sys.maxsize])
+def test_a_watchdog_may_wait_for_ever(alone: Coordinator, timeout: float) -> None:
+    with alone.watchdog("close", timeout):
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "distckpt-watchdog-close"]
+        thread.join(timeout=0.2)
+        assert thread.is_alive()
 
 
 def test_launched_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
