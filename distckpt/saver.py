@@ -79,10 +79,11 @@ class Saver:
         self._outputs: dict[str, Output] = {}
         self._warned: set[str] = set()
 
+    @collector_off()  # around the locals, too: what is freed before it ends is not visited
     def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> Saved:
         """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in flight."""
         coordinator = self._coordinator
-        with collector_off(), coordinator.uninterrupted():
+        with coordinator.uninterrupted():
             call = SaveCall(operation, walk, target, options)
             timer = call.timer
             captured, agreed = self._meet(call)
@@ -111,6 +112,7 @@ class Saver:
 
     # ---- in the background ----
 
+    @collector_off()  # around the locals, too: what is freed before it ends is not visited
     def start(
         self,
         walk: Callable[[], LiveGraph],
@@ -121,7 +123,7 @@ class Saver:
     ) -> Flight:
         """See `Checkpoint.save_async`. Collective over the communicator; `in_flight` has room."""
         coordinator = self._coordinator
-        with collector_off(), coordinator.uninterrupted():
+        with coordinator.uninterrupted():
             call = SaveCall("save_async", walk, target, options)
             captured, agreed = self._meet(call)
             output = self._output(call)
