@@ -5,26 +5,20 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
-import torch
-
+from distckpt.agreed import Agreed
 from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
 from distckpt.draft import Created, log_saved
 from distckpt.errors import LayoutError
-from distckpt.exchange.aggregation import Aggregation
 from distckpt.flight import Epilogue, Flight, OnCommit
-from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.capture import Capture, capture
 from distckpt.graph.memory import shared_memory_warnings
 from distckpt.graph.view import LiveGraph
 from distckpt.in_flight import InFlight
-from distckpt.layout.box import Box
 from distckpt.layout.collector import collector_off
-from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.log import warn
 from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
@@ -33,35 +27,9 @@ from distckpt.request import Attempt, digest_of, encode_metadata
 from distckpt.save_call import SaveCall, Saved
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
-from distckpt.storage.transfer import WriteJob, sub_tensor
 from distckpt.timing import AGREE, Timing
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
 from distckpt.writer import write_shards
-
-
-@dataclass(slots=True)
-class _Agreed:
-    """What was agreed when the layout last changed; later saves of the same layout only compare digests.
-
-    Attributes:
-        plan: What this rank does.
-        layout: This rank's layout, as it was merged.
-        replicas: The option under which it was merged.
-        weights: `plan.weights` as uint64.
-        keys: Checkpoint key of each tensor of this rank, in order.
-        boxes: Of each item of the plan.
-        offsets: Position of every variable in the file; None until a file was created.
-        aggregation: What of it the ranks write for one another.
-    """
-
-    plan: SavePlan
-    layout: LocalLayout
-    replicas: str
-    weights: np.ndarray
-    keys: list[str]
-    boxes: list[Box]
-    offsets: np.ndarray | None = None
-    aggregation: Aggregation = field(default_factory=Aggregation)
 
 
 class Saver:
@@ -73,7 +41,7 @@ class Saver:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._agreed: dict[str, _Agreed] = {}  # by family of operations
+        self._agreed: dict[str, Agreed] = {}  # by family of operations
         self._buffers = HostBuffers()
         self.in_flight = InFlight(coordinator)
         self._outputs: dict[str, Output] = {}
@@ -90,7 +58,7 @@ class Saver:
             output = self._output(call)
             try:
                 created = self._create(call, output, agreed, captured)
-                plan_jobs = functools.partial(_jobs, created, agreed, captured)
+                plan_jobs = functools.partial(agreed.jobs, created, captured)
                 write_shards(
                     coordinator,
                     created,
@@ -154,7 +122,7 @@ class Saver:
             return flight
 
     def _stage(
-        self, call: SaveCall, background: Background, created: Created, agreed: _Agreed, captured: Capture
+        self, call: SaveCall, background: Background, created: Created, agreed: Agreed, captured: Capture
     ) -> Snapshot:
         """Copy what this rank writes. Collective."""
         options = call.options
@@ -162,7 +130,7 @@ class Saver:
         try:
             with self._coordinator.step("stage"), call.timer.step("stage"):
                 background.require_running()
-                jobs = _jobs(created, agreed, captured)
+                jobs = agreed.jobs(created, captured)
                 deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
                 items = agreed.plan.items
                 later = [deferral is not None and deferral.later[item.tensor] for item in items]
@@ -176,7 +144,7 @@ class Saver:
 
     # ---- capture and agree ----
 
-    def _meet(self, call: SaveCall) -> tuple[Capture, _Agreed]:
+    def _meet(self, call: SaveCall) -> tuple[Capture, Agreed]:
         """Walk, and agree with the other ranks on what is saved. Collective."""
         request = Attempt.of(call.request().encode)
         captured = Attempt.of(lambda: self._capture(call, request))
@@ -203,15 +171,15 @@ class Saver:
         whole = call.options.replicas == "check_all"
         if agreed is not None and len(agreed.weights) == graph.n_values:
             captured = capture(graph, hash_all=whole, skip=agreed.weights == 0)
-            if _same_layout(captured.layout, agreed, call.options):
+            if agreed.has_layout(captured.layout, call.options):
                 return captured
         return capture(graph, hash_all=whole, skip=None)
 
-    def _agree(self, call: SaveCall, request: Attempt[bytes], captured: Attempt[Capture]) -> _Agreed:
+    def _agree(self, call: SaveCall, request: Attempt[bytes], captured: Attempt[Capture]) -> Agreed:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, options, timer = self._coordinator, call.options, call.timer
         agreed = self._agreed.get(call.family)
-        unchanged = agreed is not None and captured.error is None and _unchanged(captured.value.layout, agreed, options)
+        unchanged = agreed is not None and captured.error is None and agreed.holds_for(captured.value.layout, options)
         shared = (digest_of(request.value) ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
         balance = balance_of(captured.value.layout, agreed.weights) if agreed and unchanged else 0
         with timer.step(AGREE):
@@ -229,8 +197,7 @@ class Saver:
             plan = decode_reply(reply)
             weights = weights_of(plan)
             keys = captured.value.tensor_keys(plan.keys)
-            boxes = [Box(item.offset, item.shape) for item in plan.items]
-            agreed = _Agreed(plan, layout, options.replicas, weights, keys, boxes)
+            agreed = Agreed(plan, layout, options.replicas, weights, keys)
             self.warn_once(*shared_memory_warnings(keys, [value.tensor for value in captured.value.tensors]))
         self._agreed[call.family] = agreed
         return agreed
@@ -256,17 +223,17 @@ class Saver:
     # ---- write ----
 
     def _create(
-        self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool = False
+        self, call: SaveCall, output: Output, agreed: Agreed, captured: Capture, *, later: bool = False
     ) -> Created:
         """Make the file on rank 0, or settle what it will be, and tell all ranks where what is in it. Collective."""
         make = functools.partial(self._make_file, call, output, agreed, captured, later=later)
         created = self._coordinator.on_root("create", make, Created)
         if created.fresh:
-            agreed.offsets, agreed.aggregation = self._coordinator.share(output.offsets), Aggregation()
+            agreed.place(self._coordinator.share(output.offsets))
             output.confirm()
         return created
 
-    def _make_file(self, call: SaveCall, output: Output, agreed: _Agreed, captured: Capture, *, later: bool) -> Created:
+    def _make_file(self, call: SaveCall, output: Output, agreed: Agreed, captured: Capture, *, later: bool) -> Created:
         """Rank 0 only."""
         with call.timer.step("create"):
             output.update_values(captured.python_values(agreed.plan.keys))
@@ -278,35 +245,3 @@ class Saver:
             output.commit(call.options)
         call.timer.add_own("commit")
         return call.timer.timing()
-
-
-def _same_layout(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
-    """Whether this rank holds the same kinds of values in the same places as when the ranks last agreed."""
-    old = agreed.layout
-    return layout.graph == old.graph and layout.boxes == old.boxes and options.replicas == agreed.replicas
-
-
-def _unchanged(layout: LocalLayout, agreed: _Agreed, options: SaveOptions) -> bool:
-    """Whether rank 0 can save what this rank holds without hearing more than a digest from it."""
-    if layout.problems or not _same_layout(layout, agreed, options):
-        return False
-    if not agreed.plan.watched:
-        return True
-    new, old = np.frombuffer(layout.fingerprints, np.uint64), np.frombuffer(agreed.layout.fingerprints, np.uint64)
-    return bool((new[agreed.plan.watched] == old[agreed.plan.watched]).all())
-
-
-def _jobs(created: Created, agreed: _Agreed, captured: Capture) -> list[WriteJob]:
-    """What this rank writes, in file order."""
-    assert agreed.offsets is not None, "shared when the file was created"
-    plan, tensors = agreed.plan, captured.tensors
-    offsets = agreed.offsets.tolist()
-    jobs = []
-    for item, box in zip(plan.items, agreed.boxes, strict=True):
-        value, key = tensors[item.tensor], agreed.keys[item.tensor]
-        block = value.block_with(box)
-        tensor = torch.tensor(created.counter, device="cpu") if key == COUNTER_KEY and created.counter else block.tensor
-        part = sub_tensor(tensor.detach() if tensor.requires_grad else tensor, box, block.box)
-        position = offsets[plan.variables[item.tensor]]
-        jobs.append(WriteJob(key, position, value.global_shape, box, part, item.checksum))
-    return jobs

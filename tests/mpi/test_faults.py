@@ -31,6 +31,7 @@ import distckpt.source
 import distckpt.wire
 import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
+from distckpt.agreed import Agreed
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import aggregation, taking
@@ -230,7 +231,7 @@ SAVE_FAULTS = [
     Fault("capture", distckpt.saver, "capture", EVERY),
     Fault("layout", distckpt.wire, "merge", ROOT, layouts=NEW),
     Fault("layout", distckpt.output.Output, "adopt", ROOT, layouts=NEW),
-    Fault("plan", distckpt.saver, "_Agreed", EVERY, layouts=NEW),
+    Fault("plan", distckpt.saver, "Agreed", EVERY, layouts=NEW),
     Fault("create", distckpt.output.Output, "update_values", ROOT),
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", distckpt.output, "sweep", ROOT, layouts=NEW),
@@ -243,7 +244,7 @@ SAVE_FAULTS = [
     Fault("create", manifest, "encode", ROOT),
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.writer, "open_shared", EVERY),
-    Fault("open", distckpt.saver, "_jobs", EVERY, transports=BOTH),
+    Fault("open", Agreed, "jobs", EVERY, transports=BOTH),
     Fault("aggregate", aggregation, "_small_parts", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "aggregators", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "_own", EVERY, layouts=NEW, n_small=MANY),
@@ -279,7 +280,7 @@ SAVE_FAULTS = [
 INTERRUPTED = {
     "walk",
     "merge",
-    "_Agreed",
+    "Agreed",
     "_Writing",
     "reserve",
     "open_shared",

@@ -25,6 +25,7 @@ import distckpt.output
 import distckpt.saver
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
+from distckpt.agreed import Agreed
 from distckpt.coordination import background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CollectiveError, LayoutError
@@ -276,7 +277,7 @@ FAULTS = [
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", creation, "rebuild", ROOT),
     Fault("create", creation, "_new_file", ROOT),
-    Fault("stage", distckpt.saver, "_jobs", EVERY),
+    Fault("stage", Agreed, "jobs", EVERY),
     Fault("stage", distckpt.flight.Snapshot, "_copy_now", EVERY),
     Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),
     Fault("write", distckpt.flight.Snapshot, "jobs", EVERY),
