@@ -7,7 +7,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,24 +14,17 @@ import msgspec
 import numpy as np
 import torch
 
-from distckpt.checkpoint import Checkpoint
+from distckpt.dry_run import CheckpointDiff, DryRun
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from distckpt.graph.adapters.registry import adapter_for, unwrap
-from distckpt.graph.adapters.root import COUNTER_KEY
-from distckpt.graph.assignment import Assignment, TensorRead
-from distckpt.graph.match import Binding
+from distckpt.graph.assignment import TensorRead
 from distckpt.graph.python_value import decode, resolve
 from distckpt.graph.values import TensorValue
-from distckpt.graph.view import LiveGraph, walk
 from distckpt.layout.aliases import find_key
 from distckpt.layout.box import Box, Shape
-from distckpt.layout.keys import join, slot_key
 from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
 from distckpt.layout.slicing import Index, Part, parts_of, select
 from distckpt.options import RestoreOptions, given_or_default
-from distckpt.restoration import Restoration, combine
 from distckpt.source import Source, open_local
-from distckpt.status import ValueMismatch
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import as_text
 from distckpt.storage.transfer import copy_bits, sub_tensor
@@ -107,23 +99,6 @@ class VariableHandle:
 
     def __repr__(self) -> str:
         return f"<{self.key}: shape {self.shape}, {self.dtype}, {len(self.shards)} shard(s)>"
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointDiff:
-    """Where a checkpoint and a live object differ; as the properties of `RestoreStatus`, all sorted.
-
-    Attributes:
-        missing: Keys of live values that the file does not have.
-        unexpected: Keys of saved values that nothing live takes.
-        pending: Those of `unexpected` that would wait for a name to appear on an existing object.
-        mismatched: Saved values that do not fit the live ones.
-    """
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    pending: tuple[str, ...]
-    mismatched: tuple[ValueMismatch, ...]
 
 
 class CheckpointReader:
@@ -265,8 +240,7 @@ class CheckpointReader:
         Raises:
             TypeError: The object cannot be checkpointed.
         """
-        plan = self._plan(live, options)
-        return {key: where for key, where in _live_keys(plan.binding) if key in plan.assignment.consumed}
+        return self._dry_run(live, options).matches()
 
     def diff(self, live: object, *, options: RestoreOptions | None = None) -> CheckpointDiff:
         """What a restore into a live object would not find; it stays as it is. The save counter is not counted.
@@ -281,29 +255,14 @@ class CheckpointReader:
         Raises:
             TypeError: The object cannot be checkpointed.
         """
-        plan = self._plan(live, options)
-        report = combine(plan.restoration, [plan.restoration.report(plan.live, plan.binding, plan.assignment)])
-        return CheckpointDiff(report.missing, report.unexpected, tuple(sorted(report.pending)), report.mismatched)
+        return self._dry_run(live, options).diff()
 
-    def _plan(self, live: object, options: RestoreOptions | None) -> _Plan:
-        with_counter = self.save_counter is not None
-        restoration = Restoration(self._source, given_or_default(options, RestoreOptions), with_counter=with_counter)
-        graph = _walk(live, with_counter)
-        return _Plan(restoration, graph, *restoration.plan(graph))
+    def _dry_run(self, live: object, options: RestoreOptions | None) -> DryRun:
+        return DryRun(self._source, live, given_or_default(options, RestoreOptions))
 
     def __repr__(self) -> str:
         tensors, python_values = len(self._variables), len(self._manifest.python_state)
         return f"<CheckpointReader of {self.path}: {tensors} tensors, {python_values} python values>"
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A restore that is not carried out."""
-
-    restoration: Restoration
-    live: LiveGraph
-    binding: Binding
-    assignment: Assignment
 
 
 class _Tensors(dict[str, Any]):
@@ -317,28 +276,6 @@ class _Tensors(dict[str, Any]):
         if name not in self._keys:
             raise CorruptCheckpointError(f"a python value refers to {name!r}, which is not in the file.")
         return self._read(self._keys[name])
-
-
-def _walk(live: object, with_counter: bool) -> LiveGraph:
-    if isinstance(live, Checkpoint):
-        return live._walk(with_counter=with_counter)
-    root = unwrap(live)
-    adapter = adapter_for(root)
-    if adapter is None:
-        raise TypeError(f"a {type(root).__qualname__} cannot be checkpointed, so nothing can match it.")
-    return walk(root, adapter, 0)
-
-
-def _live_keys(binding: Binding) -> Iterator[tuple[str, str]]:
-    """Saved keys and the keys of the live values that they are bound to."""
-    for match in binding.matches:
-        if match.key != COUNTER_KEY:
-            yield match.key, match.node.attribute_key(match.name)
-    for new in binding.new_slots:
-        for slot, attributes in new.slots.items():
-            key = slot_key(new.optimizer.key, new.parameter.key, slot)
-            for name, saved in attributes.items():
-                yield saved, key if name == OWN_VALUE else join(key, name)
 
 
 def _file_of(path: str | os.PathLike[str]) -> str:
