@@ -101,7 +101,7 @@ class Flight:
         """Make the file, and write into it what ranks write for one another. Collective."""
         if not self.created.exists:
             coordinator.on_root("create", self._make_file, bool)
-        if not self._aggregation.is_needless:
+        if coordinator.size > 1 and not self._aggregation.is_needless:
             self._rest = write_aggregated(
                 coordinator, self.created, self._snapshot.jobs, self._aggregation, self.options, self._timer
             )

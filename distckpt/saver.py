@@ -47,13 +47,14 @@ class Saver:
         self._outputs: dict[str, Output] = {}
         self._warned: set[str] = set()
 
-    @collector_off()  # around the locals, too: what is freed before it ends is not visited
     def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> Saved:
         """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in flight."""
-        coordinator = self._coordinator
+        with collector_off():  # what is freed before it ends is not visited: so around all locals
+            return self._save(SaveCall(operation, walk, target, options))
+
+    def _save(self, call: SaveCall) -> Saved:
+        coordinator, options, timer = self._coordinator, call.options, call.timer
         with coordinator.uninterrupted():
-            call = SaveCall(operation, walk, target, options)
-            timer = call.timer
             captured, agreed = self._meet(call)
             output = self._output(call)
             try:
@@ -80,7 +81,6 @@ class Saver:
 
     # ---- in the background ----
 
-    @collector_off()  # around the locals, too: what is freed before it ends is not visited
     def start(
         self,
         walk: Callable[[], LiveGraph],
@@ -90,9 +90,12 @@ class Saver:
         epilogue: Epilogue | None,
     ) -> Flight:
         """See `Checkpoint.save_async`. Collective over the communicator; `in_flight` has room."""
-        coordinator = self._coordinator
+        with collector_off():  # as for `save`
+            return self._start(SaveCall("save_async", walk, target, options), on_commit, epilogue)
+
+    def _start(self, call: SaveCall, on_commit: OnCommit, epilogue: Epilogue | None) -> Flight:
+        coordinator, options = self._coordinator, call.options
         with coordinator.uninterrupted():
-            call = SaveCall("save_async", walk, target, options)
             captured, agreed = self._meet(call)
             output = self._output(call)
             try:
