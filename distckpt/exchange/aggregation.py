@@ -243,7 +243,7 @@ class _Writing:
             arrived = self._arrived[: sum(lengths)]
             coordinator.gather_into(each.root, bytes_of(self._message)[: each.nbytes], lengths, arrived.data)
             if each.assembly is not None:
-                self._try(self._write, each.assembly, arrived)
+                self._try(self._write, each.assembly, arrived, self._name(each))
         self._writeback.flush()
 
     def _pack(self, each: _Bin) -> None:
@@ -273,7 +273,11 @@ class _Writing:
                 message[part.start : part.stop] = source.get(piece)
             source.flushed()
 
-    def _write(self, assembly: Assembly, arrived: np.ndarray) -> None:
+    def _name(self, each: _Bin) -> str:
+        """What is in a bin, for an error. The aggregator knows the keys of its own parts only."""
+        return f"{self._jobs[each.parts[0].job].key} and other small variables" if each.parts else "small variables"
+
+    def _write(self, assembly: Assembly, arrived: np.ndarray, name: str) -> None:
         """Put a bin together, and write it."""
         memory = self._memory[: assembly.nbytes]
         assembly.put_together(arrived, memory)
@@ -282,7 +286,7 @@ class _Writing:
             try:
                 rawio.write_all(self._fd, memory[position : position + nbytes].data, offset)
             except OSError as error:
-                text = f"{error.strerror}: small variables, {nbytes} bytes at byte {offset} of the checkpoint"
+                text = f"{error.strerror}: {name}, {nbytes} bytes at byte {offset} of the checkpoint"
                 raise OSError(error.errno, text) from error
             self._writeback.add(offset, nbytes)
 

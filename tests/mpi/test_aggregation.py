@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpoint, SaveOptions, ShardedVariable, load_variable
+from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable, load_variable
 from distckpt.coordination import background
 from distckpt.exchange import aggregation
 from distckpt.exchange.aggregation import Aggregation
@@ -212,6 +212,34 @@ def test_saves_in_the_background(subcomm: Any, mpi_dir: Path, monkeypatch: pytes
             shard.copy_(shards[name] + 2)
             program.full[name] += 2
     assert len(aggregated) == 3 * speaks
+
+
+def test_an_error_of_the_disk_names_what_was_written(
+    subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = subcomm(3)
+    if comm is None:
+        return
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write = aggregation._Writing._write
+    program = Program(comm, 1)
+
+    def on_full_disk(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(rawio, "write_all", full)
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aggregation._Writing, "_write", on_full_disk)
+        with pytest.raises(CollectiveError) as raised:
+            program.checkpoint.write(mpi_dir / "x")
+    (text,) = raised.value.failures.values()
+    assert "No space left on device: v0_step and other small variables, " in text
+    assert " bytes at byte " in text
+    assert_saved(comm, program.checkpoint.write(mpi_dir / "x"), program)
 
 
 def test_where_there_are_few_nothing_is_asked_again(
