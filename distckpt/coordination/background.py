@@ -17,7 +17,6 @@ When the program exits, or calls MPI_Finalize, tasks are completed first, within
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import queue
 import threading
@@ -34,7 +33,6 @@ from distckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LOG = logging.getLogger("distckpt")
 #: The lowest priority: the thread gets what the program leaves of the cores.
 _NICE = 19
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import re
 import secrets
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import xxhash
 
+from distckpt.log import log
 from distckpt.storage import rawio
 from distckpt.storage.paths import list_directory
-
-logger = logging.getLogger("distckpt")
 
 #: Temporary files of unknown writers are left alone for this long. In seconds.
 STALE_AGE = 24 * 3600.0
@@ -100,7 +98,7 @@ def sweep(directory: str | os.PathLike[str]) -> list[str]:
     """
     removed = [path.name for path in list_directory(directory) if _remove_if_stale(path)]
     if removed:
-        logger.info("removed %d stale temporary files from %s", len(removed), directory)
+        log.info("removed %d stale temporary files from %s", len(removed), directory)
     return removed
 
 
@@ -115,7 +113,7 @@ def _remove_if_stale(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        logger.warning("stale temporary file %s: %s", path, error)
+        log.warning("stale temporary file %s: %s", path, error)
         return False
     return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,11 @@ import numpy as np
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.layout.checksum_index import ChecksumIndex, index_checksums
 from distckpt.layout.records import CHECKSUM_ALGORITHM, Manifest, Variable
+from distckpt.log import log
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import CHECKSUM_NBYTES, StoredChecksums
 from distckpt.storage.hdf5_types import hdf5_type, itemsize
 from distckpt.storage.paths import resolve
-
-logger = logging.getLogger("distckpt")
 
 MANIFEST = ".manifest"
 CHECKSUMS = ".checksums"
@@ -171,7 +169,7 @@ def _find_checksums(file: Any, manifest: Manifest, expected: int, file_nbytes: i
     if manifest.checksums is None:
         return None
     if manifest.checksums != CHECKSUM_ALGORITHM:
-        logger.warning("checksums of algorithm %r cannot be verified", manifest.checksums)
+        log.warning("checksums of algorithm %r cannot be verified", manifest.checksums)
         return None
     try:
         dataset = _open_vector(file, CHECKSUMS, "uint64", file_nbytes)

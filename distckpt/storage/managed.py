@@ -5,16 +5,14 @@ Managers of one directory differ in the prefix of their files. Each has an entry
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distckpt.log import log
 from distckpt.storage.paths import numbered_files
 from distckpt.storage.state import CHANGING, DamagedStateError, read_state, write_state
-
-logger = logging.getLogger("distckpt")
 
 _FIELD = "managers"
 
@@ -57,9 +55,9 @@ def _remove(path: Path) -> bool:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("old checkpoint %s cannot be removed: %s", path, error)
+        log.warning("old checkpoint %s cannot be removed: %s", path, error)
         return False
-    logger.info("removed old checkpoint %s", path)
+    log.info("removed old checkpoint %s", path)
     return True
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import resource
 import time
@@ -12,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distckpt.errors import CheckpointError, CorruptCheckpointError
-
-logger = logging.getLogger("distckpt")
+from distckpt.log import log
 
 #: Seconds to wait before each retry of a transfer that failed with one of `_TRANSIENT`.
 _BACKOFF = (0.01, 0.1, 1.0)
@@ -62,7 +60,7 @@ class Retries:
         if error.errno not in _TRANSIENT or attempt >= len(_BACKOFF):
             return False
         self.count += 1
-        logger.warning("%s failed with %s, retry %d of %d", what, error, attempt + 1, len(_BACKOFF))
+        log.warning("%s failed with %s, retry %d of %d", what, error, attempt + 1, len(_BACKOFF))
         time.sleep(_BACKOFF[attempt])
         return True
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.containers import assign_python_value, attribute
 from distckpt.graph.trackable import Trackable, tracked_attributes
 from distckpt.layout.keys import unescape
-
-_log = logging.getLogger("distckpt")
+from distckpt.log import log
 
 
 class TrackableAdapter(Adapter):
@@ -28,9 +26,7 @@ class TrackableAdapter(Adapter):
             if part is not None:
                 yield part
             else:
-                _log.debug(
-                    "attribute %r of %s is a %s and is not saved", name, type(obj).__name__, type(value).__name__
-                )
+                log.debug("attribute %r of %s is a %s and is not saved", name, type(obj).__name__, type(value).__name__)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the attributes; a list or dict is changed in place, so that others who hold it see the saved content."""
