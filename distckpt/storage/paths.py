@@ -57,7 +57,9 @@ def as_text(name: str, path: object) -> str:
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
-        raise TypeError(f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100}, a {type(path).__qualname__}.")
+        raise TypeError(
+            f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100} (type: {type(path).__qualname__})."
+        )
     return text
 
 

@@ -243,7 +243,8 @@ _PARAMETER = {
 )
 def test_what_is_no_path_is_refused_by_the_name_of_the_parameter(method: str, path: Any) -> None:
     checkpoint = Checkpoint(a=full(1))
-    words = rf"{_PARAMETER[method]}: expected a str or os.PathLike\[str\]. Got {re.escape(repr(path))}, a "
+    got = rf"{re.escape(repr(path))} \(type: {type(path).__name__}\)"
+    words = rf"{_PARAMETER[method]}: expected a str or os.PathLike\[str\]. Got {got}"
     with pytest.raises((TypeError, CollectiveError), match=words):
         getattr(checkpoint, method)(path)
     assert checkpoint.save_counter == 0
@@ -251,7 +252,7 @@ def test_what_is_no_path_is_refused_by_the_name_of_the_parameter(method: str, pa
 
 @pytest.mark.parametrize("path", [3, b"run", None], ids=repr)
 def test_other_functions_name_the_parameter_too(path: Any, tmp_path: Path) -> None:
-    expected = rf": expected a str or os.PathLike\[str\]. Got {re.escape(repr(path))}, a "
+    expected = rf": expected a str or os.PathLike\[str\]. Got {re.escape(repr(path))} \(type: {type(path).__name__}\)"
     with pytest.raises(TypeError, match=f"^directory{expected}"):
         distckpt.CheckpointManager(Checkpoint(a=1), path)
     with pytest.raises(TypeError, match=f"^directory{expected}"):
