@@ -41,14 +41,14 @@ def file_access() -> Any:
     return access
 
 
-def _serial_access(*, locking: bool) -> Any:
+def _serial_access(*, locking: bool, where_possible: bool = True) -> Any:
     from h5py import h5f, h5p
 
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_fapl_sec2()
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
     if hasattr(access, "set_file_locking"):
-        access.set_file_locking(locking, True)
+        access.set_file_locking(locking, where_possible)
     return access
 
 
@@ -101,18 +101,21 @@ def _opened(path: str) -> Any:
     from h5py import h5f
 
     name = os.fsencode(path)
-    try:
-        return h5f.open(name, h5f.ACC_RDONLY, file_access())
-    except OSError as error:
-        if _OPEN_OTHERWISE not in str(error):
-            raise
-    # The program has the file open itself, with locks, which is the default of h5py, or without; none is taken now.
-    try:
-        return h5f.open(name, h5f.ACC_RDONLY, _serial_access(locking=True))
-    except OSError as error:
-        if _OPEN_OTHERWISE not in str(error):
-            raise
-    return h5f.open(name, h5f.ACC_RDONLY, _serial_access(locking=False))
+    *ways, last = (
+        file_access(),
+        # The program has the file open itself, in one of the ways of h5py's `locking`; no lock is taken now.
+        _serial_access(locking=True),
+        _serial_access(locking=True, where_possible=False),
+        _serial_access(locking=False),
+        _serial_access(locking=False, where_possible=False),
+    )
+    for access in ways:
+        try:
+            return h5f.open(name, h5f.ACC_RDONLY, access)
+        except OSError as error:
+            if _OPEN_OTHERWISE not in str(error):
+                raise
+    return h5f.open(name, h5f.ACC_RDONLY, last)
 
 
 def open_checkpoint(path: str) -> Opened:

@@ -632,9 +632,9 @@ def test_verify_reports_progress(tmp_path: Path) -> None:
     assert sum(done) == sum(tensor.nbytes for tensor in saved.values())
 
 
-@pytest.mark.parametrize("locking", [None, True, False])
+@pytest.mark.parametrize("locking", [None, True, False, "best-effort"])
 @pytest.mark.parametrize("mode", ["r", "r+"])
-def test_a_file_that_the_program_has_open_itself(mode: str, locking: bool | None, tmp_path: Path) -> None:
+def test_a_file_that_the_program_has_open_itself(mode: str, locking: bool | str | None, tmp_path: Path) -> None:
     path, saved = str(tmp_path / "c.h5"), {"w": torch.arange(5.0)}
     save(path, saved)
     with h5py.File(path, mode, locking=locking) as own:
