@@ -38,9 +38,9 @@ test-e2e: install ## tests that start mpirun themselves: N to M ranks, kills, ex
 test-slurm: install ## launch/slurm.sbatch under a real Slurm, on two virtual nodes of this machine: 2 minutes
 	pytest tests/slurm
 
-test-gpu: install ## the tests of CUDA devices, one rank per device; without one they are skipped
+test-gpu: install ## the tests of CUDA devices, a rank per device and at least two; without one they are skipped
 	pytest -m gpu tests/unit
-	mpirun -n $$(python -c 'import torch; print(max(1, torch.cuda.device_count()))') \
+	mpirun -n $$(python -c 'import torch; print(max(2, torch.cuda.device_count()))') \
 		python -m pytest --with-mpi -m gpu tests/mpi
 
 lint: install ## ruff: rules and format; shellcheck, where it is installed

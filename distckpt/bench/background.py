@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from distckpt.bench.builders import background_builders, builders
 from distckpt.bench.competitor import BackgroundCompetitor, Pending
-from distckpt.bench.runner import Trial, agreed, extra_mib, over_ranks, seconds, settle_disks
+from distckpt.bench.runner import Trial, agreed, extra_mib, finish_device_work, over_ranks, seconds, settle_disks
 from distckpt.bench.samples import Samples, measure
 from distckpt.bench.setting import Bench
 from distckpt.bench.state import State
@@ -83,7 +83,9 @@ class MemcpyTrial:
         self.name = "raw memcpy"
         self.kind = ""
         self._state = state
-        self.copies = [torch.zeros_like(shard) for shard in state.shards]
+        # GPUs copy at their full speed to pinned memory only.
+        pinned = state.device.type == "cuda"
+        self.copies = [torch.zeros(shard.shape, pin_memory=pinned) for shard in state.shards]
 
     def prepare(self) -> None:
         """Change the values as training would."""
@@ -92,7 +94,8 @@ class MemcpyTrial:
     def run(self) -> None:
         """Copy, one variable after the other."""
         for copy, shard in zip(self.copies, self._state.shards, strict=True):
-            copy.copy_(shard)
+            copy.copy_(shard, non_blocking=True)
+        finish_device_work()
 
     def clean(self) -> None:
         """Nothing is left behind."""
@@ -174,7 +177,7 @@ class SlowdownTrial(StallTrial):
     def __init__(self, competitor: BackgroundCompetitor, directory: Path) -> None:
         super().__init__(competitor, directory)
         self.lost = 0.0
-        self._loop = TrainingLoop()
+        self._loop = TrainingLoop(competitor.state.device)
 
     def prepare(self) -> None:
         """Measure the steps in quiet, too."""

@@ -66,7 +66,7 @@ def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilde
     if "dcp" in bench.setup.competitors:
         from distckpt.bench.dcp import DcpAsync, modes
 
-        found += [partial(DcpAsync, mode=mode, overlap=overlap) for mode in modes()]
+        found += [partial(DcpAsync, mode=mode, overlap=overlap) for mode in modes(bench.device)]
     if "torchsnapshot" in bench.setup.competitors:
         from distckpt.bench.torchsnapshot import TorchsnapshotAsync
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
-import torch
-
 from distckpt.bench.runner import gather
 from distckpt.bench.setting import Setup
 
@@ -33,8 +31,8 @@ def _missing(setup: Setup) -> Iterator[tuple[str, str]]:
         reason = _reason(_PACKAGES[name]) if name in _PACKAGES else ""
         if reason:
             yield name, reason
-    if "dcp" in setup.competitors and set(_IN_BACKGROUND) & set(setup.cases) and not torch.cuda.is_available():
-        yield "DCP in a thread, pinned", "no CUDA device"
+    if "dcp" in setup.competitors and set(_IN_BACKGROUND) & set(setup.cases) and setup.device == "cpu":
+        yield "DCP in a thread, pinned", "for tensors of GPUs only"
 
 
 def _reason(package: str) -> str:

@@ -58,7 +58,8 @@ def run_session(
     """
     init_process_group(backend="gloo")
     try:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        # What ranks tell each other is in host memory; NCCL would also refuse two ranks on one GPU.
+        mesh = init_device_mesh(setup.device, (dist.get_world_size(),))
         missing = find_missing(setup)
         there = replace(setup, competitors=tuple(name for name in setup.competitors if name not in missing))
         own = gather(agreed("make the directory", make_directory, there, directory))[0]

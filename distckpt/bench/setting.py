@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from distckpt.bench.state import State, build_state, gpt_shapes
 
 #: Layout of a state to the dimension that is split over the ranks.
 LAYOUTS = {"rows": 0, "columns": 1}
+#: Where the state is.
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +23,7 @@ class Setup:
     Attributes:
         nbytes: Bytes of the GPT-like state over all ranks.
         hidden: Width of the GPT; None takes one that suits the size.
+        device: Where the state is: one of `DEVICES`. Ranks share the GPUs of their node.
         layout: How the state of the cases "save", "restore", "reshard" and "memory" is split: one of `LAYOUTS`.
         variables: Numbers of small variables for the case "overhead".
         small: Number of small variables for the case "small".
@@ -30,6 +34,7 @@ class Setup:
 
     nbytes: int
     hidden: int | None
+    device: str
     layout: str
     variables: tuple[int, ...]
     small: int
@@ -44,13 +49,18 @@ class Bench:
 
     Attributes:
         setup: What to measure.
-        mesh: One-dimensional mesh of all ranks.
+        mesh: One-dimensional mesh of all ranks, on the device of the state.
         directory: Where files are written.
     """
 
     setup: Setup
     mesh: DeviceMesh
     directory: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        return torch.device(self.mesh.device_type)
 
     @property
     def dim(self) -> int:

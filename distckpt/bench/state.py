@@ -33,6 +33,11 @@ class State:
     shards: tuple[torch.Tensor, ...]
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank's shards are."""
+        return self.shards[0].device
+
+    @property
     def is_replicated(self) -> bool:
         """Whether each rank holds all of every variable."""
         return any(tensor.placements[0].is_replicate() for tensor in self.tensors.values())
@@ -66,7 +71,7 @@ class State:
         return [
             name
             for index, ((name, tensor), shard) in enumerate(zip(self.tensors.items(), self.shards, strict=True))
-            if not torch.equal(shard.view(torch.int32), _expected(index, tensor))
+            if not torch.equal(shard.view(torch.int32).cpu(), _expected(index, tensor))
         ]
 
 
@@ -98,7 +103,7 @@ def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int | None) -> State:
 
     Args:
         shapes: Name to global shape.
-        mesh: One-dimensional mesh of all ranks.
+        mesh: One-dimensional mesh of all ranks, on the device where the state shall be.
         dim: The dimension that is split over the ranks; variables with fewer dimensions are split along dimension 0.
             None gives every rank all of them.
 
@@ -135,13 +140,15 @@ def _block(hidden: int) -> Shapes:
 
 
 def _replicated(shape: tuple[int, ...], mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(torch.empty(shape, dtype=torch.float32), mesh, [Replicate()], run_check=False)
+    local = torch.empty(shape, dtype=torch.float32, device=mesh.device_type)
+    return DTensor.from_local(local, mesh, [Replicate()], run_check=False)
 
 
 def _sharded(shape: tuple[int, ...], mesh: DeviceMesh, dim: int) -> DTensor:
     dim = dim if dim < len(shape) else 0
     rows = _rows(shape[dim], mesh)
-    local = torch.empty((*shape[:dim], len(rows), *shape[dim + 1 :]), dtype=torch.float32)
+    local_shape = (*shape[:dim], len(rows), *shape[dim + 1 :])
+    local = torch.empty(local_shape, dtype=torch.float32, device=mesh.device_type)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
 

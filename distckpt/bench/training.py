@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distckpt.bench.competitor import Pending
-from distckpt.bench.runner import over_ranks
+from distckpt.bench.runner import finish_device_work, over_ranks
 
 _WIDTH = 256
 _WARM_STEPS = 10
@@ -18,13 +18,17 @@ _QUIET_STEPS = 50
 
 
 class TrainingLoop:
-    """Forward, backward and optimizer step of two layers, and one collective, as of the gradients, per step."""
+    """Forward, backward and optimizer step of two layers, and one collective, as of the gradients, per step.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         layers = torch.nn.Linear(_WIDTH, _WIDTH), torch.nn.ReLU(), torch.nn.Linear(_WIDTH, _WIDTH)
-        self._model = torch.nn.Sequential(*layers)
+        self._model = torch.nn.Sequential(*layers).to(device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
-        self._batch = torch.ones(_WIDTH, _WIDTH)
+        self._batch = torch.ones(_WIDTH, _WIDTH, device=device)
         self._quiet = 0.0
 
     def calibrate(self) -> None:
@@ -59,4 +63,5 @@ class TrainingLoop:
             pending.wait_staged()
         self._optimizer.step()
         self._optimizer.zero_grad()
+        finish_device_work()
         return over_ranks(pending is None or pending.is_done(), dist.ReduceOp.MIN) > 0

@@ -41,6 +41,7 @@ def measure(
     size: Annotated[str, typer.Option(help="Bytes of the state over all ranks, as in 64MiB.")] = "1GiB",
     against: Annotated[str, typer.Option(help=_AGAINST)] = "raw,dcp,torchsnapshot,torch.save,safetensors",
     cases: Annotated[str, typer.Option(help=_CASES)] = "save,restore,reshard",
+    device: Annotated[str, typer.Option(help="Where the state is: cpu or cuda, which ranks may share.")] = "cpu",
     layout: Annotated[str, typer.Option(help="How the state is split: rows or columns.")] = "rows",
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 5,
     variables: Annotated[str, typer.Option(help="Numbers of 1 KiB variables, for overhead.")] = "1000,10000",
@@ -59,11 +60,12 @@ def measure(
     # Torch takes seconds to import, and other commands have no use for it.
     from distckpt.bench.builders import COMPETITORS
     from distckpt.bench.cases import CASES
-    from distckpt.bench.setting import LAYOUTS, Setup
+    from distckpt.bench.setting import DEVICES, LAYOUTS, Setup
 
     setup = Setup(
         nbytes=parse_size(size),
         hidden=hidden,
+        device=parse_choice("--device", device, DEVICES),
         layout=parse_choice("--layout", layout, tuple(LAYOUTS)),
         variables=tuple(parse_number(word) for word in variables.split(",")),
         small=small,
@@ -71,6 +73,7 @@ def measure(
         cases=parse_choices("--cases", cases, tuple(CASES)),
         rounds=rounds,
     )
+    _require_device(device)
     _require_directory("--json", json_path)
     _require_directory("--plot", plot_path)
     _require_plotting(plot_path)
@@ -153,6 +156,13 @@ def parse_choice(option: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise typer.BadParameter(f"expected {' or '.join(choices)}. Got {text!r}.", param_hint=option)
     return text
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this machine has no CUDA device, or torch none to use it.", param_hint="--device")
 
 
 def _require_directory(option: str, path: Path | None) -> None:

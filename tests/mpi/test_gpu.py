@@ -1,4 +1,4 @@
-"""FSDP2 on NCCL: one rank per GPU, as many as there are of both."""
+"""FSDP2 on NCCL: one rank per GPU, as many as there are of both. Ranks that share a GPU exchange what it holds."""
 
 from __future__ import annotations
 
@@ -71,3 +71,60 @@ def test_strips_and_replicas_are_exchanged(mpi_dir: Path, agree: Callable[..., N
     replica.zero_()
     checkpoint.read(path).assert_consumed()
     agree(torch.equal(strip.cpu(), full[:, start:stop]) and torch.equal(replica.cpu(), full))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_many_small_shards_are_aggregated(
+    mpi_dir: Path, agree: Callable[..., None], comm: Any, background: bool
+) -> None:
+    device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    full = {f"v{number}": torch.arange(64 * comm.size) + 1000.0 * number for number in range(600)}
+    shards = {name: tensor.chunk(comm.size)[comm.rank].to(device) for name, tensor in full.items()}
+    variables = {
+        name: distckpt.ShardedVariable(shard, tuple(full[name].shape), (64 * comm.rank,))
+        for name, shard in shards.items()
+    }
+    checkpoint = distckpt.Checkpoint(comm=comm, variables=variables)
+    for _ in range(2):
+        if background:
+            handle = checkpoint.save_async(mpi_dir / "c")
+            for shard in shards.values():
+                shard.add_(1)
+            path = handle.result()
+        else:
+            path = checkpoint.save(mpi_dir / "c")
+            for shard in shards.values():
+                shard.add_(1)
+    checkpoint.restore(path).assert_consumed()
+    expected = {name: tensor.chunk(comm.size)[comm.rank] + 1 for name, tensor in full.items()}
+    agree(all(torch.equal(shard.cpu(), expected[name]) for name, shard in shards.items()))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_rows_become_columns(mpi_dir: Path, agree: Callable[..., None], comm: Any, background: bool) -> None:
+    device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    full = torch.randn(3001, 1100, generator=torch.Generator().manual_seed(1))
+    rows, columns = ([full.shape[axis] * rank // comm.size for rank in range(comm.size + 1)] for axis in (0, 1))
+    row, column = (slice(*bounds[comm.rank : comm.rank + 2]) for bounds in (rows, columns))
+    saved = distckpt.ShardedVariable(full[row].to(device), tuple(full.shape), (row.start, 0))
+    checkpoint = distckpt.Checkpoint(comm=comm, w=saved)
+    path = checkpoint.save_async(mpi_dir / "c").result() if background else checkpoint.save(mpi_dir / "c")
+    live = torch.zeros_like(full[:, column], device=device)
+    twin = distckpt.Checkpoint(comm=comm, w=distckpt.ShardedVariable(live, tuple(full.shape), (0, column.start)))
+    twin.restore(path).assert_consumed()
+    agree(torch.equal(live.cpu(), full[:, column]))
+
+
+def test_a_save_in_the_background_of_what_ranks_share_on_one_gpu(
+    mpi_dir: Path, agree: Callable[..., None], comm: Any
+) -> None:
+    """Replicas, of which each rank writes a part, while the program changes them."""
+    device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    replica = torch.full((9 << 20,), 7.0, device=device)
+    checkpoint = distckpt.Checkpoint(comm=comm, replica=replica)
+    handle = checkpoint.save_async(mpi_dir / "c")
+    replica.zero_()
+    path = handle.result()
+    agree(bool((replica == 0).all()))
+    checkpoint.restore(path).assert_consumed()
+    agree(bool((replica == 7).all()))

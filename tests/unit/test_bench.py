@@ -51,6 +51,13 @@ from distckpt.cli.main import build
 from distckpt.errors import CollectiveError
 
 MIB = 2**20
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of states on a GPU."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(test))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,7 @@ def a_setup(**changes: object) -> Setup:
     values = {
         "nbytes": MIB,
         "hidden": None,
+        "device": "cpu",
         "layout": "rows",
         "variables": (20,),
         "small": 25,
@@ -253,7 +261,7 @@ def test_saves_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tm
 
 UNITS = {"memory": {"MiB"}, "async": {"s", "s lost"}, "overlap": {"s", "s lost"}}
 DCP = {"DCP, 1 thread", "DCP, 2 threads"}
-DCP_ASYNC = {f"DCP in a {mode}" for mode in modes()}
+DCP_ASYNC = {f"DCP in a {mode}" for mode in modes(CPU)}
 SAVED = {"raw", "torch.save", *DCP}
 RESTORED = {"raw", "torch.save", "DCP"}
 PARTS = {
@@ -297,6 +305,17 @@ def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@needs_gpu
+@pytest.mark.parametrize("case", ["save", "restore", "reshard", "async", "overlap", "replicated", "columns"])
+@pytest.mark.usefixtures("mesh")
+def test_states_on_gpus(case: str, tmp_path: Path) -> None:
+    competitors = ("distckpt", "raw", "torch.save")
+    setup = a_setup(nbytes=2**16, rounds=1, competitors=competitors, device="cuda")
+    bench = Bench(setup, init_device_mesh("cuda", (1,)), tmp_path)
+    assert bench.gpt(0).device.type == "cuda"
+    assert {name for samples in run_case(bench, case) for name in samples.name.split(",")[:1]} >= {"distckpt"}
+
+
 @pytest.mark.parametrize(("layout", "saved", "restored"), [("rows", 0, 1), ("columns", 1, 0)])
 def test_the_layout_is_that_of_saves_and_a_reshard_goes_to_the_other(
     layout: str, saved: int, restored: int, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,10 +343,23 @@ def background(name: str, state: State, *, overlap: bool) -> BackgroundCompetito
     return DcpAsync(state, name, overlap=overlap)
 
 
-@pytest.mark.parametrize(("name", "overlap"), [*itertools.product(modes(), [False, True]), ("torchsnapshot", False)])
+@pytest.mark.parametrize(("name", "overlap"), [*itertools.product(modes(CPU), [False, True]), ("torchsnapshot", False)])
 def test_saves_in_the_background_have_the_values_of_the_moment(
     name: str, overlap: bool, mesh: DeviceMesh, tmp_path: Path
 ) -> None:
+    require_values_of_the_moment(name, overlap, mesh, tmp_path)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("name", "overlap"), [*itertools.product(modes(GPU), [False, True])])
+@pytest.mark.usefixtures("mesh")
+def test_saves_of_gpus_in_the_background_have_the_values_of_the_moment(
+    name: str, overlap: bool, tmp_path: Path
+) -> None:
+    require_values_of_the_moment(name, overlap, init_device_mesh("cuda", (1,)), tmp_path)
+
+
+def require_values_of_the_moment(name: str, overlap: bool, mesh: DeviceMesh, tmp_path: Path) -> None:
     saved, live = (build_state(gpt_shapes(MIB), mesh, dim=0) for _ in range(2))
     competitor = background(name, saved, overlap=overlap)
     reader = competitor_class("torchsnapshot" if name == "torchsnapshot" else "dcp")(live)
@@ -351,7 +383,7 @@ def test_what_cannot_be_measured_is_named_with_its_reason(monkeypatch: pytest.Mo
     assert describe_missing({}) == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     missing = find_missing(replace(setup, cases=("async",)))
-    assert missing["DCP in a thread, pinned"] == "no CUDA device"
+    assert missing["DCP in a thread, pinned"] == "for tensors of GPUs only"
 
 
 def test_plans_that_dcp_caches_are_those_of_one_competitor(mesh: DeviceMesh, tmp_path: Path) -> None:
@@ -465,6 +497,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path) -> 
         (["--against", "tar"], "expected some of raw, dcp, torchsnapshot, torch.save, safetensors. Got 'tar'"),
         (["--cases", "sleep"], f"expected some of {', '.join(CASES)}. Got 'sleep'"),
         (["--layout", "diagonal"], "expected rows or columns. Got 'diagonal'"),
+        (["--device", "tpu"], "expected cpu or cuda. Got 'tpu'"),
         (["--plot", "no/such/directory/file.png"], "no/such/directory/file.png: its directory does not exist"),
         (["--plot", "file.xls"], "expected a name that ends in .png, .svg, .pdf. Got file.xls"),
         (["--size", "big"], "expected a size such as 64MiB or 1GiB. Got 'big'"),

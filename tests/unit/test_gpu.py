@@ -117,3 +117,82 @@ def test_two_buffers_are_pinned_whatever_the_size(tmp_path: Path, monkeypatch: p
     os.close(fd)
     assert asked == [MAX_PIECE_NBYTES] * 4
     assert bool((tensor == 1).all())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_saves_while_training(tmp_path: Path, overlap: bool) -> None:
+    """Each of many saves has the values of its moment, though the next steps are queued at once."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 7)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
+    batch = torch.randn(64, 2048, device="cuda")
+    moments = []
+    for _ in range(10):
+        model(batch).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle = checkpoint.save_async(tmp_path / "c", options=distckpt.SaveOptions(overlap=overlap, durable=False))
+        moments.append((handle, {key: value.clone() for key, value in tensors_of(model, optimizer).items()}))
+    twin = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 7)).cuda()
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.02, fused=True)
+    live = distckpt.Checkpoint(model=twin, optimizer=twin_optimizer)
+    for handle, expected in moments:
+        assert not torch.equal(twin[0].weight, expected["0.weight"])
+        live.restore(handle.result()).assert_consumed()
+        restored = tensors_of(twin, twin_optimizer)
+        assert same(restored, expected)
+        assert all(tensor.is_cuda for tensor in restored.values())
+
+
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters and slots, which the optimizer has on their device, the step among them."""
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{slot}": value for slot, value in optimizer.state[parameter].items()}
+    return found
+
+
+def test_what_changes_after_it_was_staged_is_not_in_the_save(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4096, 4096).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
+    handle = checkpoint.save_async(tmp_path / "c", options=distckpt.SaveOptions(overlap=True))
+    handle.wait_staged()
+    with torch.no_grad():
+        model.weight.zero_()
+    assert bool((distckpt.load_variable(handle.result(), "model/weight") != 0).any())
+
+
+def test_generators(tmp_path: Path) -> None:
+    checkpoint = distckpt.Checkpoint(rng=distckpt.RNGState(), generator=torch.Generator(device="cuda").manual_seed(5))
+    torch.cuda.manual_seed(3)
+
+    def numbers() -> tuple[torch.Tensor, torch.Tensor]:
+        own = torch.rand(5, device="cuda", generator=checkpoint.generator)
+        return torch.rand(5, device="cuda"), own
+
+    path = checkpoint.save(tmp_path / "c")
+    expected = numbers()
+    assert not any(torch.equal(a, b) for a, b in zip(numbers(), expected, strict=True))
+    checkpoint.restore(path).assert_consumed()
+    assert all(torch.equal(a, b) for a, b in zip(numbers(), expected, strict=True))
+
+
+def test_a_cast_restore(tmp_path: Path) -> None:
+    saved = torch.randn(3000, 1000, device="cuda")
+    path = distckpt.Checkpoint(w=saved).save(tmp_path / "c")
+    live = torch.zeros(3000, 1000, dtype=torch.bfloat16, device="cuda")
+    distckpt.Checkpoint(w=live).restore(path, options=distckpt.RestoreOptions(cast=True)).assert_consumed()
+    assert torch.equal(live, saved.bfloat16())
+
+
+def test_memory_of_a_process_that_ends_is_unpinned_in_order(tmp_path: Path) -> None:
+    """Buffers are pinned until they are given up: a save after a smaller one, and the end of the Checkpoint."""
+    for numel in (1 << 10, 40 << 20, 1 << 20):
+        weight = torch.full((numel,), 3.0, device="cuda")
+        checkpoint = distckpt.Checkpoint(weight=weight)
+        for _ in range(3):
+            path = checkpoint.save_async(tmp_path / "c").result()
+        assert bool((distckpt.load_variable(path, "weight") == 3).all())
+        del checkpoint
