@@ -27,7 +27,8 @@ from distckpt.options import RestoreOptions, given_or_default
 from distckpt.source import Source, open_local
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import as_text
-from distckpt.storage.transfer import copy_bits, sub_tensor
+from distckpt.storage.transfer import sub_tensor
+from distckpt.tensor_bytes import copy_bits
 
 #: Most keys that an unknown one is compared with: that many take a second.
 _MAX_COMPARED = 20_000

@@ -6,6 +6,9 @@ import ctypes
 
 import torch
 
+#: An integer of each size: elements are moved as bits, whatever their dtype can compute.
+RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A writeable view of a contiguous CPU tensor's memory; valid as long as the caller keeps the tensor.
@@ -27,3 +30,17 @@ def mark_changed(tensor: torch.Tensor) -> None:
     """Tell autograd that the tensor changed: a backward pass that still needs the old values must fail."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
+
+
+def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
+    """Copy elements of the same dtype bit for bit, between any strides and devices."""
+    if non_blocking and (source.is_conj() or source.is_neg()):
+        # On its GPU: for a target on the CPU torch would do it there, before the bytes have come.
+        source = source.resolve_conj().resolve_neg()
+    raw = RAW.get(source.element_size())
+    lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
+    if raw is not None and not lazy:
+        target, source = target.view(raw), source.view(raw)
+    elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
+        target, source = torch.view_as_real(target), torch.view_as_real(source)
+    target.copy_(source, non_blocking=non_blocking)

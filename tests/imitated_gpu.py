@@ -11,11 +11,13 @@ import itertools
 import pytest
 import torch
 
+from distckpt import device
+from distckpt.device import Copy
 from distckpt.exchange import aggregation, taking
-from distckpt.storage import device, rawio, reading, room, units, writing
-from distckpt.storage.device import Copy
-from distckpt.storage.transfer import copy_bits
-from distckpt.tensor_bytes import is_packed
+from distckpt.graph import fingerprint
+from distckpt.storage import rawio, reading, room, snapshot, units, writing
+from distckpt.storage.staging import HostBuffer
+from distckpt.tensor_bytes import copy_bits, is_packed
 
 
 class Machine:
@@ -25,6 +27,7 @@ class Machine:
         log: "start k": copies of batch k begin; "wait k": they have ended; "write", "read": a system call.
         buffers: The pinned memory that was asked for.
         copied: Bytes of all copies that began.
+        n_follows: How often a stream was told to see what the program has begun.
     """
 
     def __init__(self, *, late: bool) -> None:
@@ -32,6 +35,7 @@ class Machine:
         self.log: list[str] = []
         self.buffers: list[torch.Tensor] = []
         self.copied = 0
+        self.n_follows = 0
         self.n_starts = itertools.count()
         self.fails_at = -1
         self._places: dict[int, torch.device] = {}
@@ -55,11 +59,13 @@ class Machine:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the package see these GPUs, and log its system calls."""
-        for module in (writing, room, units):
+        for module in (writing, room, units, snapshot, fingerprint):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
-        for module in (writing, reading, units, taking, aggregation):
+        for module in (writing, reading, units, taking, aggregation, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
-        monkeypatch.setattr(room, "pinned_memory", self.pinned_memory)
+        for module in (room, fingerprint):
+            monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)
+        monkeypatch.setattr(HostBuffer, "pin", lambda _: self.log.append("pin"))
         monkeypatch.setattr(device, "SideStream", lambda gpu: Stream(self, gpu))
         _log_calls(monkeypatch, self, "write_vector", "write")
         _log_calls(monkeypatch, self, "read_into", "read")
@@ -75,6 +81,9 @@ class Stream:
     def __init__(self, machine: Machine, gpu: torch.device) -> None:
         self.machine, self.gpu = machine, gpu
         self.queue: list[Mark] = []
+
+    def follow(self) -> None:
+        self.machine.n_follows += 1
 
     def start(self, copies: list[Copy]) -> Mark:
         number = next(self.machine.n_starts)

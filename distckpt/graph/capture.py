@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-from distckpt.graph.fingerprint import fingerprint, fingerprint_bytes
+from distckpt.graph.fingerprint import fingerprint_bytes, fingerprints
 from distckpt.graph.python_value import UnsupportedValueError, encode
 from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
 from distckpt.graph.view import LiveGraph, LiveNode
@@ -84,10 +84,10 @@ def _fingerprints(
 ) -> np.ndarray:
     """See `LocalLayout.fingerprints`; `encoded` has the python values by their place in order."""
     found = np.zeros(len(held), np.uint64)
-    for place in range(len(held)) if skip is None else np.flatnonzero(~skip).tolist():
-        value = held[place][1]
-        if type(value) is TensorValue:
-            found[place] = fingerprint(value.tensor, whole=hash_all)
+    places = range(len(held)) if skip is None else np.flatnonzero(~skip).tolist()
+    tensors = {place: value.tensor for place in places if type(value := held[place][1]) is TensorValue}
+    if tensors:
+        found[list(tensors)] = np.array(fingerprints(list(tensors.values()), whole=hash_all), np.uint64)
     for place, data in encoded.items():
         found[place] = fingerprint_bytes(data)
     return found

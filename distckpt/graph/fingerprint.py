@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 import xxhash
 
-from distckpt.tensor_bytes import bytes_of, is_packed
+from distckpt.device import Copy, DeviceCopies, gpu_of, pinned_memory
+from distckpt.tensor_bytes import RAW, bytes_of, is_packed
 
 #: Tensors up to this many bytes are hashed whole; of larger ones this much is sampled.
 _SAMPLE_NBYTES = 64 << 10
 _SAMPLE_BLOCKS = 16
 _BLOCK_NBYTES = _SAMPLE_NBYTES // _SAMPLE_BLOCKS
 
-#: Bytes per element to a dtype that torch can copy whatever the bits are.
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: What GPUs hold of this many bytes is copied at once, to be hashed.
+_BATCH_NBYTES = 4 << 20
+#: Copies begin at multiples of this. In bytes.
+_ALIGNMENT = 16
 
 
-def fingerprint_bytes(data: bytes) -> int:
-    """xxh3-64 of an encoded python value; never 0, which means "not computed"."""
+def fingerprint_bytes(data: bytes | memoryview) -> int:
+    """xxh3-64 of bytes, as of an encoded python value; never 0, which means "not computed"."""
     return xxhash.xxh3_64_intdigest(data) or 1
+
+
+def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
+    """The `fingerprint` of each tensor. What GPUs hold is copied in batches, for each wait costs more than to hash.
+
+    Call it without gradients.
+
+    Args:
+        tensors: On any device, of any strides.
+        whole: Hash all bytes whatever the size.
+    """
+    found = [0] * len(tensors)
+    on_gpus = []
+    for place, tensor in enumerate(tensors):
+        gpu = gpu_of(tensor)
+        if gpu is None or (whole and tensor.nbytes > _BATCH_NBYTES):
+            found[place] = fingerprint(tensor, whole=whole)
+        else:
+            on_gpus.append(_OnGpu(place, gpu, _hashed_part(tensor, whole=whole)))
+    for batch in _batches(on_gpus):
+        for part, each in zip(batch, _digests(batch), strict=True):
+            found[part.place] = each
+    return found
 
 
 def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
@@ -30,22 +59,32 @@ def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
         tensor: On any device, of any strides.
         whole: Hash all bytes whatever the size.
     """
-    sampled = tensor.nbytes > _SAMPLE_NBYTES and not whole
     if is_packed(tensor):
         data = bytes_of(tensor)
+        sampled = _is_sampled(tensor, whole)
         return (_digest_of_sample(data, tensor.element_size()) if sampled else xxhash.xxh3_64_intdigest(data)) or 1
-    tensor = _copyable(tensor)
-    if sampled:
-        tensor = _sample(tensor)
-    tensor = tensor.cpu().contiguous()
-    return xxhash.xxh3_64_intdigest(bytes_of(tensor)) or 1
+    packed = _hashed_part(tensor, whole=whole).cpu().contiguous()
+    return fingerprint_bytes(bytes_of(packed))
+
+
+# ---- which part of a tensor is hashed ----------------------------------------------------------------------------
+
+
+def _is_sampled(tensor: torch.Tensor, whole: bool) -> bool:
+    return tensor.nbytes > _SAMPLE_NBYTES and not whole
+
+
+def _hashed_part(tensor: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    """The tensor or a sample, such that torch can copy it."""
+    copyable = _copyable(tensor)
+    return _sample(copyable) if _is_sampled(tensor, whole) else copyable
 
 
 def _copyable(tensor: torch.Tensor) -> torch.Tensor:
     """The same elements such that torch can copy them: not every dtype has that, and some views are lazy."""
     if tensor.is_conj() or tensor.is_neg():
         return tensor.resolve_conj().resolve_neg()
-    raw = _RAW.get(tensor.element_size())
+    raw = RAW.get(tensor.element_size())
     return tensor if raw is None or tensor.is_contiguous() else tensor.view(raw)
 
 
@@ -73,3 +112,55 @@ def _digest_of_sample(data: memoryview, itemsize: int) -> int:
 def _step(numel: int, block: int) -> int:
     """Elements from the start of one block of a sample to the start of the next."""
     return (numel - block) // (_SAMPLE_BLOCKS - 1)
+
+
+# ---- what GPUs hold ----------------------------------------------------------------------------------------------
+
+
+class _OnGpu(NamedTuple):
+    """What is hashed of a tensor of a GPU.
+
+    Attributes:
+        place: The tensor's, among all.
+        gpu: The GPU.
+        hashed: Its part that is hashed, at most `_BATCH_NBYTES`; any strides.
+    """
+
+    place: int
+    gpu: torch.device
+    hashed: torch.Tensor
+
+
+def _batches(parts: Sequence[_OnGpu]) -> Iterator[list[_OnGpu]]:
+    """Neighbours that fit into one buffer."""
+    batch: list[_OnGpu] = []
+    used = 0
+    for part in parts:
+        nbytes = _padded(part.hashed.nbytes)
+        if used + nbytes > _BATCH_NBYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(part)
+        used += nbytes
+    if batch:
+        yield batch
+
+
+def _digests(batch: Sequence[_OnGpu]) -> list[int]:
+    """The hash of each, copied to pinned memory together."""
+    memory = pinned_memory(_BATCH_NBYTES)
+    streams = DeviceCopies()
+    copies, start = [], 0
+    for part in batch:
+        target = memory.narrow(0, start, part.hashed.nbytes).view(part.hashed.dtype).view(part.hashed.shape)
+        copies.append(Copy(part.gpu, target, part.hashed))
+        start += _padded(part.hashed.nbytes)
+    try:
+        streams.start(copies)
+    finally:
+        streams.finish()
+    return [fingerprint_bytes(bytes_of(copy.target)) for copy in copies]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

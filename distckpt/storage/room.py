@@ -8,10 +8,9 @@ from typing import NamedTuple, Self
 
 import torch
 
+from distckpt.device import Copy, DeviceCopies, Ticket, gpu_of, pinned_memory
 from distckpt.layout.box import MAX_PIECE_NBYTES
-from distckpt.storage.device import Copy, DeviceCopies, Ticket, gpu_of, pinned_memory
-from distckpt.storage.transfer import copy_bits
-from distckpt.tensor_bytes import bytes_of
+from distckpt.tensor_bytes import bytes_of, copy_bits
 
 #: Bytes of the one buffer for tensors of the CPU.
 HOST_NBYTES = 2 * MAX_PIECE_NBYTES

@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
+from distckpt.device import Copy, DeviceCopies, gpu_of
 from distckpt.storage.staging import HostBuffer, HostBuffers
-from distckpt.storage.transfer import WriteJob, copy_bits
-from distckpt.tensor_bytes import is_packed
+from distckpt.storage.transfer import WriteJob
+from distckpt.tensor_bytes import copy_bits, is_packed
 
 #: Copies begin at multiples of this. In bytes.
 _ALIGNMENT = 64
@@ -79,13 +80,9 @@ class Snapshot:
         self._buffers = buffers
         self._buffer: HostBuffer | None = buffers.take(self.nbytes, limit) if self.nbytes else None
         try:
-            self._cuda = self._prepare_cuda()
-            try:
-                for index, deferred in enumerate(later):
-                    if not deferred:
-                        self._copy_now(index)
-            finally:
-                self._cuda.wait()  # after a failure, too: the memory they copy into is given back
+            self._gpus = [gpu_of(job.tensor) for job in jobs]
+            self._copies = self._device_copies()
+            self._copy_now([index for index, deferred in enumerate(later) if not deferred])
             self._later = _SharedWork(self._parts([index for index, deferred in enumerate(later) if deferred]), watch)
         except BaseException:
             self.release()
@@ -121,37 +118,42 @@ class Snapshot:
     def _room(self, index: int) -> torch.Tensor:
         """The copy of a job's tensor."""
         tensor = self._live[index].tensor
-        if self._buffer is None:
-            return tensor  # no job has any elements
-        room = self._buffer.bytes.narrow(0, self._starts[index], self._sizes[index])
-        return room.view(tensor.dtype).view(tensor.shape)
+        return tensor if self._buffer is None else self._buffer.room(tensor, self._starts[index])
 
-    def _copy_now(self, index: int) -> None:
+    def _copy_now(self, indices: Sequence[int]) -> None:
+        """Copy tensors: those of the CPU while GPUs copy theirs."""
+        try:
+            self._start_from_gpus(indices)
+            for index in indices:
+                if self._gpus[index] is None:
+                    self._copy_from_host(index)
+        finally:
+            self._copies.finish()  # after a failure, too: the memory they copy into is given back
+
+    def _copy_from_host(self, index: int) -> None:
         tensor, nbytes = self._live[index].tensor, self._sizes[index]
         if nbytes < _LARGE_NBYTES and is_packed(tensor):
             self._move(index, 0, nbytes)
-        elif tensor.is_cuda:
-            self._cuda.copy(self._room(index), tensor)
         else:
             copy_bits(self._room(index), tensor)
 
     def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
-        """Copies that threads can share: large ones in parts."""
+        """Copies that threads can share: large ones in parts; all of GPUs, which need no thread, at once and first."""
         parts: list[Callable[[], object]] = []
+        if any(self._gpus[index] is not None for index in indices):
+            parts.append(functools.partial(self._copy_from_gpus, indices))
         for index in indices:
-            nbytes = self._sizes[index]
-            divided = nbytes > _SHARED_NBYTES and is_packed(self._live[index].tensor)
-            step = _SHARED_NBYTES if divided else max(nbytes, 1)
-            parts += [functools.partial(self._copy_part, index, start, step) for start in range(0, nbytes, step)]
+            if self._gpus[index] is None:
+                nbytes = self._sizes[index]
+                divided = nbytes > _SHARED_NBYTES and is_packed(self._live[index].tensor)
+                step = _SHARED_NBYTES if divided else max(nbytes, 1)
+                parts += [functools.partial(self._copy_part, index, start, step) for start in range(0, nbytes, step)]
         return parts
 
     def _copy_part(self, index: int, start: int, nbytes: int) -> None:
         tensor = self._live[index].tensor
         if is_packed(tensor):
             self._move(index, start, min(nbytes, self._sizes[index] - start))
-        elif tensor.is_cuda:
-            self._cuda.copy(self._room(index), tensor)
-            self._cuda.wait()
         else:
             copy_bits(self._room(index), tensor)
 
@@ -162,11 +164,28 @@ class Snapshot:
             target = self._buffer.address + self._starts[index] + start
             ctypes.memmove(target, self._live[index].tensor.data_ptr() + start, nbytes)
 
-    def _prepare_cuda(self) -> _CudaCopies:
-        devices = {job.tensor.device for job in self._live if job.tensor.is_cuda}
-        if devices and self._buffer is not None:
+    # ---- GPUs ----
+
+    def _device_copies(self) -> DeviceCopies:
+        """Copies of what the program has begun so far leaves on its GPUs."""
+        gpus = dict.fromkeys(gpu for gpu in self._gpus if gpu is not None)
+        if gpus and self._buffer is not None:
             self._buffer.pin()
-        return _CudaCopies(devices)
+        return DeviceCopies(gpus)
+
+    def _start_from_gpus(self, indices: Sequence[int]) -> None:
+        """Begin to copy those of some tensors that are on GPUs."""
+        self._copies.start(
+            Copy(gpu, self._room(index), self._live[index].tensor)
+            for index in indices
+            if (gpu := self._gpus[index]) is not None
+        )
+
+    def _copy_from_gpus(self, indices: Sequence[int]) -> None:
+        try:
+            self._start_from_gpus(indices)
+        finally:
+            self._copies.finish()
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -238,31 +257,3 @@ def _error_of(changed: list[str]) -> RuntimeError | None:
         "step may change parameters and optimizer state until handle.wait_staged() returns. Call that before other "
         "changes, or save with overlap=False."
     )
-
-
-# ---- CUDA --------------------------------------------------------------------------------------------------------
-
-
-class _CudaCopies:
-    """Copies from GPUs, on streams of their own beside the program's, so that neither waits for the other's work.
-
-    Args:
-        devices: Where from. What is copied is what the program's present work leaves there.
-    """
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        for device in devices:
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(device))
-            self._streams[device] = stream
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Begin a copy to the host, which ends before `wait` returns."""
-        with torch.cuda.stream(self._streams[source.device]):
-            copy_bits(target, source, non_blocking=True)
-
-    def wait(self) -> None:
-        """Wait for the copies."""
-        for stream in self._streams.values():
-            stream.synchronize()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from distckpt.layout.box import row_major_strides
+
 #: A free buffer that is larger than twice what is wanted, and by more than this, is given back. In bytes.
 _SPARE_NBYTES = 64 << 20
 
@@ -35,6 +37,16 @@ class HostBuffer:
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
         self._pinned = False
+        self._of_dtype: dict[torch.dtype, torch.Tensor] = {}
+
+    def room(self, like: torch.Tensor, start: int) -> torch.Tensor:
+        """Room for the elements of `like`, as a contiguous tensor, from byte `start`, a multiple of their size."""
+        memory = self._of_dtype.get(like.dtype)
+        if memory is None:
+            nbytes = self.nbytes - self.nbytes % like.element_size()
+            memory = self._of_dtype[like.dtype] = self.bytes[:nbytes].view(like.dtype)
+        strides = like.stride() if like.is_contiguous() else row_major_strides(like.shape)
+        return memory.as_strided(like.shape, strides, start // like.element_size())
 
     def pin(self) -> None:
         """Register the memory with CUDA, which then copies to it without a detour. May be called again."""

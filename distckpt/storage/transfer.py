@@ -14,9 +14,6 @@ from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
 #: Called with the number of bytes that were just moved.
 Progress = Callable[[int], Any]
 
-#: An integer of each size: elements are moved as bits, whatever their dtype can compute.
-RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 class WriteJob(msgspec.Struct, frozen=True):
     """A box that this rank writes.
@@ -105,17 +102,3 @@ def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
         if extent != outer.shape[axis]:
             tensor = tensor.narrow(axis, start - base, extent)
     return tensor
-
-
-def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
-    """Copy elements of the same dtype bit for bit, between any strides and devices."""
-    if non_blocking and (source.is_conj() or source.is_neg()):
-        # On its GPU: for a target on the CPU torch would do it there, before the bytes have come.
-        source = source.resolve_conj().resolve_neg()
-    raw = RAW.get(source.element_size())
-    lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()
-    if raw is not None and not lazy:
-        target, source = target.view(raw), source.view(raw)
-    elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
-        target, source = torch.view_as_real(target), torch.view_as_real(source)
-    target.copy_(source, non_blocking=non_blocking)

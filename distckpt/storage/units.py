@@ -12,17 +12,17 @@ import msgspec
 import numpy as np
 import torch
 
+from distckpt.device import gpu_of
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Box, first_element, row_major_strides
 from distckpt.layout.exchange import InFile, PieceSpan, Unit, strided_pieces_within
 from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Checksums
-from distckpt.storage.device import gpu_of
 from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
 from distckpt.storage.reading import ReadReport
-from distckpt.storage.transfer import RAW, sub_tensor
-from distckpt.tensor_bytes import is_packed
+from distckpt.storage.transfer import sub_tensor
+from distckpt.tensor_bytes import RAW, is_packed
 
 
 class Held(msgspec.Struct, frozen=True):

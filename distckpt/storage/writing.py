@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from distckpt.device import Copy, DeviceCopies, Ticket, gpu_of
 from distckpt.layout.box import cut, first_element, is_contiguous, run_axis, runs
 from distckpt.storage import rawio
 from distckpt.storage.checksum import ChecksumLog, digest
-from distckpt.storage.device import Copy, DeviceCopies, Ticket, gpu_of
 from distckpt.storage.room import HOST_NBYTES, PINNED_NBYTES, Buffer, padded
-from distckpt.storage.transfer import Block, Progress, WriteJob, blocks_of, copy_bits, part_of
-from distckpt.tensor_bytes import bytes_of, is_packed
+from distckpt.storage.transfer import Block, Progress, WriteJob, blocks_of, part_of
+from distckpt.tensor_bytes import bytes_of, copy_bits, is_packed
 
 #: Neighbours in the file are joined until a write has this many bytes.
 _JOINED_NBYTES = 1 << 20

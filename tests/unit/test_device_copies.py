@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from distckpt.device import Ticket
 from distckpt.errors import CorruptCheckpointError
+from distckpt.graph.fingerprint import fingerprint, fingerprints
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
 from distckpt.storage import filling, hdf5, rawio
 from distckpt.storage.checksum import digest
-from distckpt.storage.device import Ticket
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.room import Arrivals, Departing, Departures
+from distckpt.storage.snapshot import Snapshot, Watch
+from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
 from tests.checkpoint_files import bits, save
@@ -286,3 +289,109 @@ def test_a_ticket_whose_wait_failed_is_not_over() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="CUDA error"):
             ticket.wait()
+
+
+# ---- fingerprints ------------------------------------------------------------------------------------------------
+
+
+def of_all_kinds() -> list[torch.Tensor]:
+    """As many as need several batches: small, large, strided, lazy, empty and without dimensions."""
+    torch.manual_seed(3)
+    made = [torch.randn(16 << 10) for _ in range(100)] + [torch.randn(300, 200).t(), torch.randn(1 << 20)]
+    made += [torch.randn(9).to(torch.bfloat16), torch.tensor(3), torch.empty(0), torch.tensor([1, 0], dtype=torch.bool)]
+    return [*made, torch.randn(40, dtype=torch.complex64).conj(), torch.randn(2 << 20)[::2]]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_fingerprints_are_those_of_the_cpu(machine: Machine, whole: bool) -> None:
+    tensors = of_all_kinds()
+    expected = [fingerprint(tensor, whole=whole) for tensor in tensors]
+    for number, tensor in enumerate(tensors):
+        if number % 5 and tensor.is_contiguous() and not tensor.is_conj():  # what GPUs make of others is not imitated
+            machine.put(tensor, number % 2)
+    assert fingerprints(tensors, whole=whole) == expected
+    assert len(set(expected)) == len(expected)
+    n_starts = len(machine.of("start"))
+    assert 2 <= n_starts < 10
+    assert len(machine.of("wait")) == n_starts
+    assert all(buffer.nbytes == 4 << 20 for buffer in machine.buffers)
+
+
+def test_a_gpu_that_fails_leaves_no_copy_of_a_fingerprint_under_way(machine: Machine) -> None:
+    machine.fails_at = 1
+    tensors = [machine.put(torch.randn(9), number) for number in range(2)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fingerprints(tensors, whole=False)
+    assert machine.log == ["start 0", "wait 0"]
+
+
+# ---- snapshots ---------------------------------------------------------------------------------------------------
+
+
+def expected_copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().clone().resolve_conj().resolve_neg() for tensor in tensors]
+
+
+def assert_copied(copied: Snapshot, tensors: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """The copies hold what was there, in memory of their own, though the tensors have changed."""
+    for tensor in tensors:
+        tensor.zero_()
+    for job, value, tensor in zip(copied.jobs(), expected, tensors, strict=True):
+        assert job.tensor.is_contiguous()
+        assert torch.equal(job.tensor, value)
+        assert not tensor.numel() or job.tensor.data_ptr() != tensor.data_ptr()
+
+
+def test_a_snapshot_copies_from_all_gpus_while_the_cpu_copies(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = of_all_kinds()
+    for number, tensor in enumerate(tensors):
+        if number % 3:
+            machine.put(tensor, number % 2)
+    copy = Snapshot._copy_from_host
+    monkeypatch.setattr(
+        Snapshot, "_copy_from_host", lambda self, index: (machine.log.append("copy"), copy(self, index))
+    )
+    expected = expected_copies(tensors)
+    copied = Snapshot(write_jobs(tensors), [False] * len(tensors), Watch(), HostBuffers(), None)
+    assert copied.is_complete
+    assert [entry for entry, _ in itertools.groupby(machine.log)] == [
+        "pin", "start 0", "start 1", "copy", "wait 0", "wait 1",
+    ]  # fmt: skip
+    assert machine.n_follows == 2
+    assert_copied(copied, tensors, expected)
+
+
+def test_a_snapshot_made_later_starts_all_copies_at_once_and_sees_nothing_newer(machine: Machine) -> None:
+    tensors = of_all_kinds()
+    for number, tensor in enumerate(tensors):
+        if number % 3:
+            machine.put(tensor, number % 2)
+    expected = expected_copies(tensors)
+    copied = Snapshot(write_jobs(tensors), [True] * len(tensors), Watch(), HostBuffers(), None)
+    assert not copied.is_complete
+    assert (machine.log, machine.n_follows) == (["pin"], 2)
+    copied.complete()
+    assert machine.log == ["pin", "start 0", "start 1", "wait 0", "wait 1"]
+    assert machine.n_follows == 2
+    assert_copied(copied, tensors, expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_memory_is_given_back_when_no_gpu_copies_into_it_any_more(machine: Machine, deferred: bool) -> None:
+    machine.fails_at = 1
+    buffers = HostBuffers()
+    tensors = [machine.put(torch.randn(9), number) for number in range(2)]
+    arguments = write_jobs(tensors), [deferred] * 2, Watch(), buffers, None
+    if deferred:
+        copied = Snapshot(*arguments)
+        copied.complete()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            copied.jobs()
+        copied.release()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Snapshot(*arguments)
+    assert machine.log == ["pin", "start 0", "wait 0"]
+    assert buffers.take(64, 128).nbytes == 128  # the same again

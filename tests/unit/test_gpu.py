@@ -98,7 +98,8 @@ def test_work_that_was_begun_before_a_restore_does_not_undo_it(tmp_path: Path) -
 
 
 def test_two_buffers_are_pinned_whatever_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distckpt.storage import device, room
+    from distckpt import device
+    from distckpt.storage import room
 
     asked: list[int] = []
 

@@ -319,7 +319,7 @@ def test_memory_is_given_back_after_the_copies_into_it_when_one_fails(monkeypatc
         raise RuntimeError("an earlier kernel has failed")
 
     monkeypatch.setattr("distckpt.storage.snapshot.copy_bits", broken)
-    monkeypatch.setattr("distckpt.storage.snapshot._CudaCopies.wait", lambda _: order.append("wait"))
+    monkeypatch.setattr("distckpt.storage.snapshot.DeviceCopies.finish", lambda _: order.append("wait"))
     monkeypatch.setattr(HostBuffers, "give_back", lambda _, buffer: (order.append("give back"), give_back(buffer)))
     tensor = torch.randn(3, 4).t()
     job = WriteJob("t", 0, (4, 3), Box.whole((4, 3)), tensor, 0)

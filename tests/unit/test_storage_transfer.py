@@ -22,8 +22,9 @@ from distckpt.layout.box import MAX_PIECE_NBYTES, Box, is_contiguous, pieces, ru
 from distckpt.storage import filling, mpio, rawio, reading, scratch
 from distckpt.storage.filling import STEP_NBYTES
 from distckpt.storage.reading import read
-from distckpt.storage.transfer import ReadJob, WriteJob, copy_bits
+from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
+from distckpt.tensor_bytes import copy_bits
 from tests.checkpoint_files import Tensors, bits, load, part, same_bits, save, twins
 
 BASE = 123  # position of the dataset in the file

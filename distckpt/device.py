@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
-from distckpt.storage.transfer import copy_bits
+from distckpt.tensor_bytes import copy_bits
 
 
 def gpu_of(tensor: torch.Tensor) -> torch.device | None:
@@ -58,7 +58,7 @@ class Ticket:
 
 
 class SideStream:
-    """A stream of one GPU, beside that of the program.
+    """A stream of one GPU, beside that of the program, so that neither waits for the other's work.
 
     Args:
         gpu: The device.
@@ -68,12 +68,14 @@ class SideStream:
         self._gpu = gpu
         self._stream = torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
 
-    def start(self, copies: Iterable[Copy]) -> Event:
-        """Begin copies, which see what the program has begun so far, in order; returns the mark after them."""
+    def follow(self) -> None:
+        """Let the copies that begin from now on see what the program has begun so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
+
+    def start(self, copies: Sequence[Copy]) -> Event:
+        """Begin copies, in order; returns the mark after them."""
         with torch.cuda.stream(self._stream):
-            for copy in copies:
-                copy_bits(copy.target, copy.source, non_blocking=True)
+            _start(copies)
         mark: Event = self._stream.record_event()
         return mark
 
@@ -82,17 +84,46 @@ class SideStream:
         self._stream.synchronize()
 
 
+def _start(copies: Sequence[Copy]) -> None:
+    """Begin copies on the stream that is current. Those of plain memory cost Python as little as torch allows."""
+    plain = [copy for copy in copies if _is_plain(copy.source) and _is_plain(copy.target)]
+    if plain:
+        with torch.no_grad():
+            torch._foreach_copy_([copy.target for copy in plain], [copy.source for copy in plain], non_blocking=True)
+    if len(plain) < len(copies):
+        for copy in copies:
+            if not (_is_plain(copy.source) and _is_plain(copy.target)):
+                copy_bits(copy.target, copy.source, non_blocking=True)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a copy moves the memory as it is, whatever the dtype."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 class DeviceCopies:
     """Copies from and to any number of GPUs, on one side stream each."""
 
-    def __init__(self) -> None:
+    def __init__(self, moment: Iterable[torch.device] | None = None) -> None:
+        """Local.
+
+        Args:
+            moment: The GPUs of which all copies see what the program has begun there by now, and wait for nothing
+                later, whichever thread starts them. None: each start sees what has begun by then.
+        """
         self._streams: dict[torch.device, SideStream] = {}
+        self._follows = moment is None
+        for gpu in moment or ():
+            self._stream_of(gpu).follow()
 
     def start(self, copies: Iterable[Copy]) -> Ticket:
         """Begin copies; their tensors stay as they are until the ticket was waited for."""
         by_gpu: dict[torch.device, list[Copy]] = {}
         for copy in copies:
             by_gpu.setdefault(copy.gpu, []).append(copy)
+        if self._follows:
+            for gpu in by_gpu:
+                self._stream_of(gpu).follow()
         return Ticket([self._stream_of(gpu).start(found) for gpu, found in by_gpu.items()])
 
     def finish(self) -> None:
