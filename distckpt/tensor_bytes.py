@@ -21,6 +21,33 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+class Memory:
+    """Memory that tensors of any shape and dtype are laid out in.
+
+    Args:
+        data: The memory, as a contiguous tensor of uint8.
+    """
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self._of_dtype: dict[torch.dtype, torch.Tensor] = {}
+
+    def room(self, like: torch.Tensor, start: int) -> torch.Tensor:
+        """Room for the elements of `like`, as a contiguous tensor, from byte `start`, a multiple of their size.
+
+        To narrow the memory and to view that as another dtype and shape takes three times as long.
+        """
+        itemsize = like.element_size()
+        memory = self._of_dtype.get(like.dtype)
+        if memory is None:
+            whole = len(self.data) - len(self.data) % itemsize
+            memory = self._of_dtype[like.dtype] = self.data[:whole].view(like.dtype)
+        first = start // itemsize
+        if like.is_contiguous():
+            return memory.as_strided(like.shape, like.stride(), first)
+        return memory[first : first + like.numel()].view(like.shape)
+
+
 def is_packed(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is the bytes of the elements in row-major order, readable by the CPU."""
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()

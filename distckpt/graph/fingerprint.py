@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from distckpt.device import Copy, DeviceCopies, gpu_of, pinned_memory
-from distckpt.tensor_bytes import RAW, bytes_of, is_packed
+from distckpt.tensor_bytes import RAW, Memory, bytes_of, is_packed
 
 #: Tensors up to this many bytes are hashed whole; of larger ones this much is sampled.
 _SAMPLE_NBYTES = 64 << 10
@@ -148,12 +148,11 @@ def _batches(parts: Sequence[_OnGpu]) -> Iterator[list[_OnGpu]]:
 
 def _digests(batch: Sequence[_OnGpu]) -> list[int]:
     """The hash of each, copied to pinned memory together."""
-    memory = pinned_memory(_BATCH_NBYTES)
+    memory = Memory(pinned_memory(_BATCH_NBYTES))
     streams = DeviceCopies()
     copies, start = [], 0
     for part in batch:
-        target = memory.narrow(0, start, part.hashed.nbytes).view(part.hashed.dtype).view(part.hashed.shape)
-        copies.append(Copy(part.gpu, target, part.hashed))
+        copies.append(Copy(part.gpu, memory.room(part.hashed, start), part.hashed))
         start += _padded(part.hashed.nbytes)
     try:
         streams.start(copies)

@@ -10,7 +10,7 @@ import torch
 
 from distckpt.device import Copy, DeviceCopies, Ticket, gpu_of, pinned_memory
 from distckpt.layout.box import MAX_PIECE_NBYTES
-from distckpt.tensor_bytes import bytes_of, copy_bits
+from distckpt.tensor_bytes import Memory, bytes_of, copy_bits
 
 #: Bytes of the one buffer for tensors of the CPU.
 HOST_NBYTES = 2 * MAX_PIECE_NBYTES
@@ -50,7 +50,7 @@ class Buffer:
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self._nbytes = nbytes
         self._pinned = pinned
-        self._memory: torch.Tensor | None = None
+        self._memory: Memory | None = None
         self._used = 0
 
     def has_room(self, nbytes: int) -> bool:
@@ -60,15 +60,14 @@ class Buffer:
     def take(self, like: torch.Tensor) -> Room:
         """Room for the elements of `like`."""
         if self._memory is None:
-            self._memory = (
+            self._memory = Memory(
                 pinned_memory(self._nbytes)
                 if self._pinned
                 else torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
             )
-        nbytes = like.numel() * like.element_size()
-        room = self._memory.narrow(0, self._used, nbytes)
-        self._used += padded(nbytes)
-        return Room(room.view(like.dtype).view(like.shape), bytes_of(room))
+        room = self._memory.room(like, self._used)
+        self._used += padded(_nbytes(like))
+        return Room(room, bytes_of(room))
 
     def clear(self) -> None:
         """Take all room back; what was taken is not used any more."""

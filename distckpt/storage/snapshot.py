@@ -118,7 +118,7 @@ class Snapshot:
     def _room(self, index: int) -> torch.Tensor:
         """The copy of a job's tensor."""
         tensor = self._live[index].tensor
-        return tensor if self._buffer is None else self._buffer.room(tensor, self._starts[index])
+        return tensor if self._buffer is None else self._buffer.memory.room(tensor, self._starts[index])
 
     def _copy_now(self, indices: Sequence[int]) -> None:
         """Copy tensors: those of the CPU while GPUs copy theirs."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distckpt.layout.box import row_major_strides
+from distckpt.tensor_bytes import Memory
 
 #: A free buffer that is larger than twice what is wanted, and by more than this, is given back. In bytes.
 _SPARE_NBYTES = 64 << 20
@@ -24,7 +24,7 @@ class HostBuffer:
 
     Attributes:
         nbytes: Its size in bytes.
-        bytes: Its memory as a tensor of uint8.
+        memory: What it is for.
         address: Where it begins.
     """
 
@@ -34,19 +34,9 @@ class HostBuffer:
         _advise(memory, "MADV_HUGEPAGE")
         # A forked data loader would share the pages, and the next save would have to fault each one in again.
         _advise(memory, "MADV_DONTFORK")
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self.address = self.bytes.data_ptr()
+        self.memory = Memory(torch.frombuffer(memory, dtype=torch.uint8))
+        self.address = self.memory.data.data_ptr()
         self._pinned = False
-        self._of_dtype: dict[torch.dtype, torch.Tensor] = {}
-
-    def room(self, like: torch.Tensor, start: int) -> torch.Tensor:
-        """Room for the elements of `like`, as a contiguous tensor, from byte `start`, a multiple of their size."""
-        memory = self._of_dtype.get(like.dtype)
-        if memory is None:
-            nbytes = self.nbytes - self.nbytes % like.element_size()
-            memory = self._of_dtype[like.dtype] = self.bytes[:nbytes].view(like.dtype)
-        strides = like.stride() if like.is_contiguous() else row_major_strides(like.shape)
-        return memory.as_strided(like.shape, strides, start // like.element_size())
 
     def pin(self) -> None:
         """Register the memory with CUDA, which then copies to it without a detour. May be called again."""
@@ -57,7 +47,7 @@ class HostBuffer:
         if code != 0:
             raise RuntimeError(f"cudaHostRegister of {self.nbytes} bytes failed with error {code}")
         self._pinned = True
-        closer = weakref.finalize(self.bytes, runtime.cudaHostUnregister, self.address)
+        closer = weakref.finalize(self.memory, runtime.cudaHostUnregister, self.address)
         closer.atexit = False
 
 

@@ -1,0 +1,41 @@
+"""Tensors laid out in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distckpt.tensor_bytes import Memory
+
+LIKE = {
+    "vector": torch.randn(5),
+    "matrix": torch.randn(3, 4, dtype=torch.float64),
+    "transposed": torch.randn(3, 4).t(),
+    "one column": torch.randn(6, 4)[:, :1],
+    "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+    "empty": torch.empty(3, 0),
+    "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+    "float8": torch.randn(7).to(torch.float8_e4m3fn),
+    "bytes": torch.arange(13, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("nbytes", [1280, 1279])
+def test_rooms_are_contiguous_and_do_not_touch_each_other(nbytes: int) -> None:
+    memory = Memory(torch.zeros(nbytes, dtype=torch.uint8))
+    rooms = {name: memory.room(like, 128 * place) for place, (name, like) in enumerate(LIKE.items())}
+    for name, like in LIKE.items():
+        rooms[name].copy_(like)
+    base = memory.data.data_ptr()
+    for place, (name, like) in enumerate(LIKE.items()):
+        room = rooms[name]
+        assert (room.shape, room.dtype, room.is_contiguous(), room.is_conj()) == (like.shape, like.dtype, True, False)
+        assert not room.numel() or room.data_ptr() == base + 128 * place
+        assert torch.equal(room, like.resolve_conj())
+
+
+def test_the_last_room_ends_with_the_memory() -> None:
+    memory = Memory(torch.zeros(100, dtype=torch.uint8))
+    assert memory.room(torch.empty(5), 80).untyped_storage().nbytes() == 100
+    with pytest.raises(RuntimeError):
+        memory.room(torch.empty(6), 80)
