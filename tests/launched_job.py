@@ -25,7 +25,7 @@ from distckpt.cluster import PreemptionGuard, init_process_group
 
 def main(directory: Path, steps: int, first_pause: float, pause: float, margin: float | None = None) -> int:
     guard = PreemptionGuard(margin=margin)
-    init_process_group()
+    init_process_group(backend="gloo")  # its ranks may be more than there are GPUs
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(16, 1))

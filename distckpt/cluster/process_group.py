@@ -27,6 +27,9 @@ Ts = TypeVarTuple("Ts")
 _REST_SECONDS = 0.1
 _CONNECT_TIMEOUT = timedelta(seconds=60)
 _AGREE_WITH_MPI = "Unset RANK and WORLD_SIZE, or destroy the process group, and let mpirun or srun alone start the job."
+_ONE_RANK_PER_GPU = (
+    "Start one rank per GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES= with nothing behind it) to compute on the CPU."
+)
 _REACH_RANK_0 = "Set MASTER_ADDR to an address of rank 0 that every node reaches, GLOO_SOCKET_IFNAME to its network."
 
 
@@ -78,8 +81,8 @@ def init_process_group(
         CheckpointError: mpi4py is not installed; or the launcher started several processes, but this one is alone in
             COMM_WORLD, as under `srun` without `--mpi=pmix`.
         RankTimeoutError: Some ranks did not come.
-        CollectiveError: RANK, WORLD_SIZE or an existing process group disagree with MPI, or the ranks cannot reach
-            rank 0. The same on all ranks.
+        CollectiveError: RANK, WORLD_SIZE or an existing process group disagree with MPI, ranks share a GPU that NCCL
+            is to use, or the ranks cannot reach rank 0. The same on all ranks.
     """
     comm = _world() if comm is None else comm
     Coordinator(comm).arrive("init_process_group", 0, 0, timeout)
@@ -87,10 +90,13 @@ def init_process_group(
     _agreed(comm, _AGREE_WITH_MPI, _check_agreement, place, comm.allgather(dist.is_initialized()))
     device = _device(place)
     if not dist.is_initialized():
+        backend = backend or _default_backend(device)
+        gpus = comm.allgather(_agreed(comm, _ONE_RANK_PER_GPU, _gpu_of_nccl, device, backend))
+        _agreed(comm, _ONE_RANK_PER_GPU, _require_own_gpu, place, device, gpus)
         served = _agreed(comm, _REACH_RANK_0, _serve, place)
         address = comm.bcast(_Address(served.host, served.port) if served else None)
         store = _agreed(comm, _REACH_RANK_0, _connect, served, address)
-        _agreed(comm, _REACH_RANK_0, _join, store, place, device, backend or _default_backend(device))
+        _agreed(comm, _REACH_RANK_0, _join, store, place, device, backend)
         atexit.unregister(_rest)
         atexit.register(_rest)
     return device
@@ -161,6 +167,21 @@ def _device(place: _Place) -> torch.device:
 
 def _default_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _gpu_of_nccl(device: torch.device, backend: str) -> str | None:
+    """Which GPU of all NCCL is going to use here: launchers may call that of each rank number 0. None: it uses none."""
+    if device.type != "cuda" or "nccl" not in backend:
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _require_own_gpu(place: _Place, device: torch.device, gpus: list[str | None]) -> None:
+    """Refuse what NCCL would refuse at the first collective, with words that few understand."""
+    sharing = [rank for rank, gpu in enumerate(gpus) if gpu is not None and gpu == gpus[place.rank]]
+    if len(sharing) > 1:
+        others = ", ".join(str(rank) for rank in sharing if rank != place.rank)
+        raise ValueError(f"expected a GPU for each rank, as NCCL needs. Got {device}, which rank {others} has, too.")
 
 
 def _serve(place: _Place) -> TCPStore | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distckpt.cluster import init_process_group
+from distckpt.cluster import init_process_group, process_group
 from distckpt.errors import CollectiveError, RankTimeoutError
 
 MPI = pytest.importorskip("mpi4py.MPI")
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.mpi
 def no_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # there may be more ranks than GPUs
     yield
     MPI.COMM_WORLD.Barrier()
     if dist.is_initialized():
@@ -95,6 +96,42 @@ def test_a_backend_that_does_not_exist_is_the_same_error_on_all_ranks() -> None:
         init_process_group(backend="nosuch")
     assert_same_error(error)
     assert not dist.is_initialized()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_gpu_that_ranks_share_is_the_same_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher shows each rank one GPU, as number 0; two ranks have got the same one."""
+    gpus = [f"GPU-{max(rank, 1)}" for rank in range(MPI.COMM_WORLD.size)]
+    with monkeypatch.context() as patch:
+        patch.setattr(process_group, "_gpu_of_nccl", lambda *_: gpus[MPI.COMM_WORLD.rank])
+        with pytest.raises(CollectiveError) as error:
+            init_process_group()
+    assert_same_error(error)
+    assert "rank 0: ValueError: expected a GPU for each rank" in str(error.value)
+    assert "which rank 1 has, too" in str(error.value)
+    assert "CUDA_VISIBLE_DEVICES" in str(error.value)
+    assert not dist.is_initialized()
+    init_process_group()
+
+
+def broken(_: torch.device) -> None:
+    raise RuntimeError("no driver")
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
+def test_a_gpu_that_cannot_be_asked_is_an_error_where_nccl_uses_it(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_group, "_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    if backend == "gloo":
+        init_process_group(backend=backend)
+        assert dist.is_initialized()
+    else:
+        with pytest.raises(CollectiveError, match="rank 0: RuntimeError: no driver") as error:
+            init_process_group(backend=backend)
+        assert_same_error(error)
 
 
 @pytest.mark.mpi(min_size=2)
