@@ -28,7 +28,7 @@ from distckpt.source import Source, open_local
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import as_text
 from distckpt.storage.transfer import sub_tensor
-from distckpt.tensor_bytes import copy_bits
+from distckpt.tensor_bytes import copy_bits, torch_dtype
 
 #: Most keys that an unknown one is compared with: that many take a second.
 _MAX_COMPARED = 20_000
@@ -48,7 +48,7 @@ class VariableHandle:
         variable = source.manifest.variables[index]
         self.key = variable.key
         self.shape: Shape = variable.shape
-        self.dtype: torch.dtype = getattr(torch, variable.dtype)
+        self.dtype = torch_dtype(variable.dtype)
         self.shards: tuple[Shard, ...] = tuple(variable.shards)
         self._source = source
         self._index = index

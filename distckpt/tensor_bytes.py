@@ -1,4 +1,4 @@
-"""The memory of a tensor as bytes, for any dtype, without a copy."""
+"""The memory of tensors as bytes, for any dtype."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ import ctypes
 
 import torch
 
+from distckpt.errors import CheckpointError
+
 #: An integer of each size: elements are moved as bits, whatever their dtype can compute.
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name in a file, which another version of torch may have written.
+
+    Raises:
+        CheckpointError: This torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"dtype {name}: torch {torch.__version__} has none of that name. Restore with a newer torch, or leave such "
+            "variables out (RestoreOptions.only)."
+        )
+    return dtype
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

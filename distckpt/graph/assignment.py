@@ -19,6 +19,7 @@ from distckpt.graph.values import PythonValue, TensorValue, dtype_name, is_unini
 from distckpt.graph.view import LiveNode
 from distckpt.layout.dtypes import is_castable
 from distckpt.layout.records import OWN_VALUE, Manifest
+from distckpt.tensor_bytes import torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class _Builder:
         if overlaps_itself(value.tensor):
             self.mismatch(match, self.describe(key), f"{describe(value)} whose elements share memory, such as expand()")
             return
-        stored = None if variable.dtype == live_dtype else getattr(torch, variable.dtype)
+        stored = None if variable.dtype == live_dtype else torch_dtype(variable.dtype)
         self.result.reads.append(TensorRead(key, index, value, stored))
         self.result.consumed.add(key)
 
@@ -206,7 +207,7 @@ class _Builder:
     def fresh(self, key: str, index: int, value: TensorValue | None) -> Any:
         """A new tensor of the stored shape and dtype, which will be read; sharded as the live one where it is."""
         variable = self.manifest.variables[index]
-        dtype: torch.dtype = getattr(torch, variable.dtype)
+        dtype = torch_dtype(variable.dtype)
         if value is None or value.holder is None:
             tensor, target = new_plain(variable.shape, dtype)
         else:
@@ -252,7 +253,7 @@ class _Builder:
         if index is None:
             return decode(bytes(self.manifest.python_state[key]))
         variable = self.manifest.variables[index]
-        stored: torch.dtype = getattr(torch, variable.dtype)
+        stored = torch_dtype(variable.dtype)
         parameter, like = parameter_of(new.parameter), self.own_value(new.parameter)
         follows = self.cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored

@@ -39,6 +39,7 @@ class Dtype:
         kind: "packed" elements are several numbers or less than a byte: nothing but their bytes can be moved.
         numpy: NumPy dtype of the same bytes, little-endian.
         fields: Layout of an HDF5 floating-point type, for formats unknown to NumPy.
+        part: Of complex elements, the dtype of the real part and of the imaginary part behind it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Dtype:
     kind: Kind
     numpy: str
     fields: FloatFields | None = None
+    part: str = ""
 
 
 def _float8(name: str, exponent_nbits: int, bias: int) -> Dtype:
@@ -76,9 +78,10 @@ _DTYPES = {
         Dtype("uint16", 2, "int", "<u2"),
         Dtype("uint8", 1, "int", "|u1"),
         Dtype("bool", 1, "bool", "|b1"),
-        Dtype("complex128", 16, "complex", "<c16"),
-        Dtype("complex64", 8, "complex", "<c8"),
-        Dtype("complex32", 4, "complex", "<u4"),
+        Dtype("complex128", 16, "complex", "<c16", part="float64"),
+        Dtype("complex64", 8, "complex", "<c8", part="float32"),
+        Dtype("complex32", 4, "complex", "<u4", part="float16"),
+        Dtype("bcomplex32", 4, "complex", "<u4", part="bfloat16"),
         Dtype("float4_e2m1fn_x2", 1, "packed", "|u1"),
         *(Dtype(f"{sign}int{nbits}", 1, "packed", "|u1") for sign in ("", "u") for nbits in range(1, 8)),
     )

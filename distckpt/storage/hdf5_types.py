@@ -23,7 +23,7 @@ def hdf5_type(dtype: str) -> Any:
     if info.fields is not None:
         return _float_type(info.itemsize, info.fields)
     if info.kind == "complex":
-        return _complex_type(info.itemsize)
+        return _complex_type(info.itemsize, hdf5_type(info.part))
     if info.kind == "bool":
         boolean = h5t.enum_create(h5t.STD_I8LE)
         boolean.enum_insert(b"FALSE", 0)
@@ -44,10 +44,9 @@ def _float_type(nbytes: int, fields: FloatFields) -> Any:
     return made
 
 
-def _complex_type(nbytes: int) -> Any:
+def _complex_type(nbytes: int, part: Any) -> Any:
     from h5py import h5t
 
-    part = {4: h5t.IEEE_F16LE, 8: h5t.IEEE_F32LE, 16: h5t.IEEE_F64LE}[nbytes]
     made = h5t.create(h5t.COMPOUND, nbytes)
     made.insert(b"r", 0, part)
     made.insert(b"i", nbytes // 2, part)

@@ -14,6 +14,7 @@ from distckpt.storage.checksum import ChecksumReader
 from distckpt.storage.hdf5 import Opened, open_checkpoint
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.transfer import Progress, ReadJob
+from distckpt.tensor_bytes import torch_dtype
 
 
 def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
@@ -49,7 +50,7 @@ def _piece_jobs(opened: Opened, checksums: ChecksumReader) -> Iterator[ReadJob]:
     variables = opened.manifest.variables
     planner = ReadPlanner(variables, opened.index)
     for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):
-        dtype = getattr(torch, variable.dtype)
+        dtype = torch_dtype(variable.dtype)
         for item in planner.items(number, Box.whole(variable.shape)):
             tensor = memory[: item.box.numel * dtype.itemsize].view(dtype).view(item.box.shape)
             yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, checksums[item.checksum])

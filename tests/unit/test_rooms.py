@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "interval": set[str](),
     "log": {"errors"},
     "options": {"errors"},
-    "tensor_bytes": set[str](),
+    "tensor_bytes": {"errors"},
     "timing": {"words"},
     "words": set[str](),
     "layout": FOUNDATION,

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from distckpt.layout.dtypes import is_known
+from distckpt import Checkpoint, RestoreOptions, load_checkpoint
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
+from distckpt.layout.dtypes import dtype_info, is_known
 from distckpt.layout.records import Shard
 from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
@@ -135,6 +136,33 @@ def test_h5py_shows_bool_and_complex(tmp_path: Path) -> None:
         assert file["b"][()].tolist() == [True, False]
         assert file["c"][()].tolist() == [1 + 2j]
         assert file["h"].dtype == np.dtype([("r", "<f2"), ("i", "<f2")])
+
+
+def test_the_parts_of_complex_elements_are_those_of_their_type() -> None:
+    for name in ("complex128", "complex64", "complex32", "bcomplex32"):
+        made, part = hdf5_type(name), hdf5_type(dtype_info(name).part)
+        assert [made.get_member_name(index) for index in range(2)] == [b"r", b"i"]
+        assert [made.get_member_offset(index) for index in range(2)] == [0, part.get_size()]
+        assert all(made.get_member_type(index).equal(part) for index in range(2))
+        assert made.get_size() == dtype_info(name).itemsize == 2 * part.get_size()
+
+
+def test_a_dtype_that_this_torch_does_not_have_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by a newer torch: what has another dtype is restored, and errors name the dtype and the way out."""
+    new = torch.arange(4, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    path = Checkpoint(new=new, old=torch.ones(3)).write(tmp_path / "c")
+    live = torch.zeros(3)
+    monkeypatch.delattr(torch, "float8_e8m0fnu")
+    checkpoint = Checkpoint(old=live, new=torch.zeros(4))
+    with pytest.raises(RestoreMismatchError, match="float8_e8m0fnu"):
+        checkpoint.read(path)
+    assert not live.any()
+    checkpoint.read(path, options=RestoreOptions(only=["old"])).assert_consumed()
+    assert bool((live == 1).all())
+    with load_checkpoint(path) as reader:
+        assert bool((reader["old"][...] == 1).all())
+        with pytest.raises(CheckpointError, match=r"dtype float8_e8m0fnu: torch .* newer torch"):
+            reader["new"]
 
 
 @pytest.mark.parametrize("dtype", STORABLE)

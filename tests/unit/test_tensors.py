@@ -19,7 +19,7 @@ from distckpt.layout.dtypes import _DTYPES
 from distckpt.layout.records import Manifest
 from distckpt.tensor_bytes import bytes_of
 
-DTYPES = [getattr(torch, name) for name in _DTYPES]
+DTYPES = [getattr(torch, name) for name in _DTYPES if hasattr(torch, name)]  # bcomplex32 came with torch 2.15
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (3, 5), (2, 3, 4, 5)]
 
 
