@@ -73,9 +73,9 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
 
     def start(self, copies: Sequence[Copy]) -> Event:
-        """Begin copies, in order; returns the mark after them."""
+        """Begin copies; returns the mark after them."""
         with torch.cuda.stream(self._stream):
-            _start(copies)
+            start_all(copies)
         mark: Event = self._stream.record_event()
         return mark
 
@@ -84,20 +84,26 @@ class SideStream:
         self._stream.synchronize()
 
 
-def _start(copies: Sequence[Copy]) -> None:
+def start_all(copies: Sequence[Copy]) -> None:
     """Begin copies on the stream that is current. Those of plain memory cost Python as little as torch allows."""
-    plain = [copy for copy in copies if _is_plain(copy.source) and _is_plain(copy.target)]
+    plain: list[Copy] = []
+    special: list[Copy] = []
+    for copy in copies:
+        (plain if _is_plain(copy) else special).append(copy)
     if plain:
         with torch.no_grad():
             torch._foreach_copy_([copy.target for copy in plain], [copy.source for copy in plain], non_blocking=True)
-    if len(plain) < len(copies):
-        for copy in copies:
-            if not (_is_plain(copy.source) and _is_plain(copy.target)):
-                copy_bits(copy.target, copy.source, non_blocking=True)
+    for copy in special:
+        copy_bits(copy.target, copy.source, non_blocking=True)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a copy moves the memory as it is, whatever the dtype."""
+def _is_plain(copy: Copy) -> bool:
+    """Whether torch lets several be made at once, and they move the memory as it is, whatever the dtype."""
+    return _is_packed(copy.source) and _is_packed(copy.target) and not copy.target.is_inference()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """As `tensor_bytes.is_packed`, on any device."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from distckpt import device
-from distckpt.device import Copy
+from distckpt.device import Copy, start_all
 from distckpt.exchange import aggregation, taking
 from distckpt.graph import fingerprint
 from distckpt.storage import rawio, reading, room, snapshot, units, writing
 from distckpt.storage.staging import HostBuffer
-from distckpt.tensor_bytes import copy_bits, is_packed
+from distckpt.tensor_bytes import is_packed
 
 
 class Machine:
@@ -112,8 +112,7 @@ class Mark:
         self.stream, self.number, self.copies = stream, number, copies
 
     def run(self) -> None:
-        for copy in self.copies:
-            copy_bits(copy.target, copy.source, non_blocking=True)
+        start_all(self.copies)
         self.copies.clear()
 
     def synchronize(self) -> None:

@@ -34,7 +34,8 @@ class HostBuffer:
         _advise(memory, "MADV_HUGEPAGE")
         # A forked data loader would share the pages, and the next save would have to fault each one in again.
         _advise(memory, "MADV_DONTFORK")
-        self.memory = Memory(torch.frombuffer(memory, dtype=torch.uint8))
+        with torch.inference_mode(mode=False):  # else saves outside of it could not copy into the memory
+            self.memory = Memory(torch.frombuffer(memory, dtype=torch.uint8))
         self.address = self.memory.data.data_ptr()
         self._pinned = False
 

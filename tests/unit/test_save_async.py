@@ -419,6 +419,15 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert resident_nbytes() - settled < nbytes / 2
 
 
+def test_the_memory_of_a_save_in_inference_mode_is_used_again_outside(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(1)
+    for value in (1, 2):
+        fill(checkpoint, value)
+        with torch.inference_mode(value == 1):
+            path = checkpoint.save_async(tmp_path / "ckpt").result()
+        assert_holds(path, value)
+
+
 def test_a_save_waits_for_memory(tmp_path: Path, gate: Gate) -> None:
     checkpoint = checkpoint_of(1)
     options = SaveOptions(max_in_flight=3)
