@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,14 +37,16 @@ def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
         whole: Hash all bytes whatever the size.
     """
     found = [0] * len(tensors)
-    on_gpus = []
+    on_gpus: list[tuple[int, torch.device]] = []
     for place, tensor in enumerate(tensors):
         gpu = gpu_of(tensor)
         if gpu is None or (whole and tensor.nbytes > _BATCH_NBYTES):
             found[place] = fingerprint(tensor, whole=whole)
         else:
-            on_gpus.append(_OnGpu(place, gpu, _hashed_part(tensor, whole=whole)))
-    for batch in _batches(on_gpus):
+            on_gpus.append((place, gpu))
+    # One after the other, for a sample of a strided tensor takes memory of its GPU.
+    parts = (_OnGpu(place, gpu, _hashed_part(tensors[place], whole=whole)) for place, gpu in on_gpus)
+    for batch in _batches(parts):
         for part, each in zip(batch, _digests(batch), strict=True):
             found[part.place] = each
     return found
@@ -131,7 +133,7 @@ class _OnGpu(NamedTuple):
     hashed: torch.Tensor
 
 
-def _batches(parts: Sequence[_OnGpu]) -> Iterator[list[_OnGpu]]:
+def _batches(parts: Iterable[_OnGpu]) -> Iterator[list[_OnGpu]]:
     """Neighbours that fit into one buffer."""
     batch: list[_OnGpu] = []
     used = 0

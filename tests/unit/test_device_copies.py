@@ -12,6 +12,7 @@ import torch
 
 from distckpt.device import Ticket
 from distckpt.errors import CorruptCheckpointError
+from distckpt.graph import fingerprint as graph_fingerprint
 from distckpt.graph.fingerprint import fingerprint, fingerprints
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
 from distckpt.storage import filling, hdf5, rawio
@@ -107,6 +108,15 @@ def test_tensors_of_all_kinds_and_devices_round_trip(machine: Machine, fd: int) 
     assert report.bytes_verified == sum(map(len, saved))
     assert len(machine.buffers) == 4
     assert sum(buffer.nbytes for buffer in machine.buffers) == 4 * MAX_PIECE_NBYTES
+
+
+def test_tensors_of_inference_mode_round_trip(machine: Machine, fd: int) -> None:
+    """Outside of it torch copies into one of them, but not into several at once."""
+    with torch.inference_mode():
+        saved, live = machine.put(torch.randn(9)), machine.put(torch.zeros(9))
+    write_posix(fd, write_jobs([saved]), checksums=True)
+    read(fd, read_jobs([live], values([saved])), verify=True)
+    assert torch.equal(live, saved)
 
 
 def test_strips_of_a_dataset_round_trip(machine: Machine, fd: int) -> None:
@@ -315,6 +325,24 @@ def test_fingerprints_are_those_of_the_cpu(machine: Machine, whole: bool) -> Non
     assert 2 <= n_starts < 10
     assert len(machine.of("wait")) == n_starts
     assert all(buffer.nbytes == 4 << 20 for buffer in machine.buffers)
+
+
+def test_samples_take_memory_of_a_gpu_for_few_tensors_at_a_time(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed_part = graph_fingerprint._hashed_part
+
+    def logged(tensor: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        machine.log.append("sample")
+        return machine.put(hashed_part(tensor, whole=whole))
+
+    strided = torch.randn(2000, 1100).t()  # of each 64 KiB are hashed, and 4 MiB are copied at once
+    expected = fingerprint(strided, whole=False)
+    monkeypatch.setattr(graph_fingerprint, "_hashed_part", logged)
+    tensors = [machine.put(strided)] * 200
+    assert fingerprints(tensors, whole=False) == [expected] * 200
+    samples = machine.of("sample")
+    assert [sum(place < start for place in samples) for start in machine.of("start")] == [65, 129, 193, 200]
 
 
 def test_a_gpu_that_fails_leaves_no_copy_of_a_fingerprint_under_way(machine: Machine) -> None:
