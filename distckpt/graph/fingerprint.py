@@ -16,7 +16,7 @@ _SAMPLE_NBYTES = 64 << 10
 _SAMPLE_BLOCKS = 16
 _BLOCK_NBYTES = _SAMPLE_NBYTES // _SAMPLE_BLOCKS
 
-#: What GPUs hold of this many bytes is copied at once, to be hashed.
+#: What is not packed in memory of the CPU is copied to be hashed, this many bytes at once.
 _BATCH_NBYTES = 4 << 20
 #: Copies begin at multiples of this. In bytes.
 _ALIGNMENT = 16
@@ -65,8 +65,11 @@ def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
         data = bytes_of(tensor)
         sampled = _is_sampled(tensor, whole)
         return (_digest_of_sample(data, tensor.element_size()) if sampled else xxhash.xxh3_64_intdigest(data)) or 1
-    packed = _hashed_part(tensor, whole=whole).cpu().contiguous()
-    return fingerprint_bytes(bytes_of(packed))
+    hasher = xxhash.xxh3_64()
+    for part in [tensor] if _is_sampled(tensor, whole) else _slices(tensor):
+        packed = _hashed_part(part, whole=whole).cpu().contiguous()
+        hasher.update(bytes_of(packed))
+    return hasher.intdigest() or 1
 
 
 # ---- which part of a tensor is hashed ----------------------------------------------------------------------------
@@ -80,6 +83,16 @@ def _hashed_part(tensor: torch.Tensor, *, whole: bool) -> torch.Tensor:
     """The tensor or a sample, such that torch can copy it."""
     copyable = _copyable(tensor)
     return _sample(copyable) if _is_sampled(tensor, whole) else copyable
+
+
+def _slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """All elements in row-major order, in parts of at most `_BATCH_NBYTES`: each part is copied before it is hashed."""
+    if tensor.nbytes <= _BATCH_NBYTES:
+        yield tensor
+        return
+    n_rows = max(1, _BATCH_NBYTES * len(tensor) // tensor.nbytes)
+    for start in range(0, len(tensor), n_rows):
+        yield from _slices(tensor[start : start + n_rows] if n_rows > 1 else tensor[start])
 
 
 def _copyable(tensor: torch.Tensor) -> torch.Tensor:

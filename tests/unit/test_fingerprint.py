@@ -6,6 +6,7 @@ import pytest
 import torch
 import xxhash
 
+from distckpt.graph import fingerprint as graph_fingerprint
 from distckpt.graph.fingerprint import fingerprint
 from distckpt.tensor_bytes import bytes_of
 
@@ -56,6 +57,23 @@ def test_strides_make_no_difference_to_the_whole(numel: int) -> None:
     spread = torch.zeros(2 * numel, dtype=torch.complex64)[::2]
     spread.copy_(of_size(numel))
     assert fingerprint(spread, whole=True) == fingerprint(of_size(numel), whole=True)
+
+
+def test_a_large_tensor_is_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(3, 1_500_000)
+    expected = fingerprint(whole, whole=True)
+    strided = torch.zeros(3, 3_000_000)[:, ::2]
+    strided.copy_(whole)
+    sizes = []
+
+    def measured(tensor: torch.Tensor) -> memoryview:
+        sizes.append(tensor.nbytes)
+        return bytes_of(tensor)
+
+    monkeypatch.setattr(graph_fingerprint, "bytes_of", measured)
+    assert fingerprint(strided, whole=True) == expected
+    assert sum(sizes) == whole.nbytes
+    assert max(sizes) <= 4 << 20
 
 
 def test_it_is_never_what_means_not_computed() -> None:
