@@ -206,7 +206,7 @@ class _SharedWork:
     def __init__(self, parts: list[Callable[[], object]], watch: Watch) -> None:
         self._parts = parts
         self._left = len(parts)
-        self._watch: Watch | None = watch
+        self._watch = watch if parts else None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,17 @@ def test_memory_is_given_back_after_the_copies_into_it_when_one_fails(monkeypatc
     with pytest.raises(RuntimeError, match="an earlier kernel"):
         Snapshot([job], [False], Watch(), buffers, None)
     assert order == ["wait", "give back"]
+
+
+def test_a_snapshot_that_copies_nothing_later_keeps_no_tensor_alive() -> None:
+    """As on a rank whose replicas others write: it watches all of them, and the handle keeps the snapshot."""
+    replica, watch = torch.randn(3), Watch()
+    watch.add("replica", replica)
+    snapshot = Snapshot([], [], watch, HostBuffers(), None)
+    gone = weakref.ref(replica)
+    del replica, watch
+    assert snapshot.is_complete
+    assert gone() is None
 
 
 def test_threads_share_the_copies() -> None:
