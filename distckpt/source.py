@@ -32,6 +32,7 @@ from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.reading import read as read_jobs
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
 from distckpt.storage.units import Held, UnitReader, taken_verifier
+from distckpt.tensor_bytes import copy_bits
 from distckpt.timing import Timer
 
 
@@ -109,7 +110,7 @@ class Source:
         for job in self._jobs(read, verify):
             piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
-            job.tensor.copy_(piece)
+            copy_bits(job.tensor, piece.to(job.tensor.dtype))
 
     def _run(self, jobs: list[ReadJob], verify: bool, progress: Progress | None) -> None:
         placed = [job for job in jobs if job.dataset_offset >= 0]

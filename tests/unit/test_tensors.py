@@ -102,6 +102,16 @@ def test_tensors_of_inference_mode(path: str) -> None:
         assert live.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_tensors_of_inference_mode_are_restored_outside_of_it(path: str, cast: bool) -> None:
+    saved = torch.randn(5, 4).t()
+    file = Checkpoint(w=saved).write(path)
+    with torch.inference_mode():
+        live = torch.zeros(5, 4, dtype=torch.float64 if cast else torch.float32).t()
+    Checkpoint(w=live).read(file, options=RestoreOptions(cast=cast)).assert_consumed()
+    assert torch.equal(live, saved.to(live.dtype))
+
+
 _VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transposed": lambda t: t.t(),
     "every other row": lambda t: t[::2],
