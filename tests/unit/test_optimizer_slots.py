@@ -520,6 +520,18 @@ def test_options_of_a_group_follow_its_members(path: str) -> None:
     assert all(group["params"] is old for group, old in zip(twin_optimizer.param_groups, params, strict=True))
 
 
+@pytest.mark.parametrize("name", ["schedule.warmup", "a/b", ""])
+@pytest.mark.parametrize("value", [3, torch.tensor(3)])
+def test_an_entry_that_the_live_group_lacks_gets_its_own_name(path: str, name: str, value: object) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), name: value}], lr=0.1)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    assert name not in twin_optimizer.param_groups[0]
+    Checkpoint(m=twin, o=twin_optimizer).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert twin_optimizer.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    assert twin_optimizer.param_groups[0][name] == 3
+
+
 def test_a_tensor_rate_is_restored_in_place(path: str) -> None:
     model, twin = _Model(1), _Model(2)
     rate = torch.tensor(0.5)

@@ -19,7 +19,7 @@ from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import is_python_value
 from distckpt.graph.sharding import tensor_value
 from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
-from distckpt.layout.keys import escape
+from distckpt.layout.keys import escape, unescape
 from distckpt.layout.records import OWN_VALUE
 
 #: Name of the value that holds the rest of a slot which is a structure of tensors, as LBFGS has them.
@@ -118,11 +118,10 @@ class GroupAdapter(Adapter):
         return obj.optimizer, f"group {id(obj.group)}: {name}"
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Set the options the live group has; a group's own extras keep their value."""
+        """Set the stored options, new ones too; what else the live group has keeps its value."""
         assert isinstance(obj, Group)
-        by_escaped_name = {escape(name): name for name in obj.group}
         for escaped, value in saved.items():
-            name = by_escaped_name.get(escaped, escaped)
+            name = unescape(escaped)
             if not assign_python_value(obj.group.get(name), value):
                 obj.group[name] = value
 
