@@ -44,7 +44,7 @@ def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
             found[place] = fingerprint(tensor, whole=whole)
         else:
             on_gpus.append((place, gpu))
-    # One after the other, for a sample of a strided tensor takes memory of its GPU.
+    # One after the other, for what is hashed of a strided or lazy tensor may be a copy in memory of its GPU.
     parts = (_OnGpu(place, gpu, _hashed_part(tensors[place], whole=whole)) for place, gpu in on_gpus)
     for batch in _batches(parts):
         for part, each in zip(batch, _digests(batch), strict=True):
@@ -104,15 +104,17 @@ def _copyable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced blocks of a large tensor, the first and the last elements among them."""
-    if not tensor.is_contiguous():
-        axis = max(range(tensor.dim()), key=tensor.size)
-        rows = torch.linspace(0, tensor.size(axis) - 1, min(_SAMPLE_BLOCKS, tensor.size(axis))).long()
-        tensor = tensor.index_select(axis, rows.to(tensor.device))
-        return tensor.reshape(-1)[: _SAMPLE_NBYTES // tensor.element_size()]
-    flat = tensor.view(-1)
+    """Evenly spaced blocks of a large tensor's elements in row-major order, whatever its strides; they begin with the
+    first element and end with the last ones.
+    """
     block = _BLOCK_NBYTES // tensor.element_size()
-    return flat.as_strided((_SAMPLE_BLOCKS, block), (_step(flat.numel(), block), 1), flat.storage_offset())
+    step = _step(tensor.numel(), block)
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        return flat.as_strided((_SAMPLE_BLOCKS, block), (step, 1), flat.storage_offset())
+    starts = torch.arange(_SAMPLE_BLOCKS, device=tensor.device) * step
+    places = starts[:, None] + torch.arange(block, device=tensor.device)
+    return tensor[torch.unravel_index(places, tensor.shape)]
 
 
 def _digest_of_sample(data: memoryview, itemsize: int) -> int:

@@ -59,6 +59,23 @@ def test_strides_make_no_difference_to_the_whole(numel: int) -> None:
     assert fingerprint(spread, whole=True) == fingerprint(of_size(numel), whole=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128, torch.bool, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(700, 1100), (40, 50, 300), (3, 100_003)])
+def test_strides_make_no_difference_to_a_sample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A replica may be laid out otherwise on another rank, such as with its channels last."""
+    packed = torch.randn(shape).to(dtype)
+    strided = packed.view(torch.uint8) if packed.element_size() == 1 else packed
+    strided = strided.movedim(0, -1).contiguous().movedim(-1, 0).view(dtype)
+    assert not strided.is_contiguous()
+    assert fingerprint(strided, whole=False) == fingerprint(packed, whole=False)
+
+
+def test_the_end_of_a_strided_tensor_is_sampled() -> None:
+    before, after = torch.zeros(4096, 2048).t(), torch.zeros(4096, 2048).t()
+    after[-1, -20:] = 1
+    assert fingerprint(before, whole=False) != fingerprint(after, whole=False)
+
+
 def test_a_large_tensor_is_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.randn(3, 1_500_000)
     expected = fingerprint(whole, whole=True)
