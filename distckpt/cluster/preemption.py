@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -89,6 +90,7 @@ class PreemptionGuard:
         self._margin = None if margin is None else require_seconds("margin", margin)
         self._timeout = require_seconds("timeout", timeout)
         self._clock_read = False
+        self._process = os.getpid()
         self._received: int | None = None
         self._reason = ""
         self._steps: deque[float] = deque(maxlen=_STEPS)
@@ -206,7 +208,13 @@ class PreemptionGuard:
                 signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._received = number
+        if os.getpid() == self._process:
+            self._received = number
+            return
+        # A forked child has inherited this handler, and asks no guard: whoever sends it a signal, such as
+        # `multiprocessing.Pool.terminate`, waits for its end.
+        self.close()
+        os.kill(os.getpid(), number)
 
     def _end_step(self) -> None:
         """The first step is left out: it compiles, opens files and fills caches."""

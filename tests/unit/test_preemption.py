@@ -164,6 +164,30 @@ def test_a_signal_that_comes_while_python_ends_is_ignored(end: str, at_exit: str
     assert done.stdout.split("\n")[:2] == ["[]", at_exit]
 
 
+FORKED = """
+import os, signal, time
+from distckpt.cluster import PreemptionGuard
+outer, inner = PreemptionGuard(signals=[signal.SIGTERM]), PreemptionGuard(signals=[signal.SIGTERM])
+ready, done = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    os.write(done, b".")
+    while True:
+        time.sleep(1)
+os.read(ready, 1)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM)
+signal.raise_signal(signal.SIGTERM)
+print(inner.should_stop(), outer.should_stop())
+"""
+
+
+def test_a_signal_ends_a_forked_child_as_without_a_guard() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[:2] == ["True", "True False"]
+
+
 def test_another_thread_cannot_make_one_that_handles_signals() -> None:
     errors: list[BaseException] = []
 
