@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from distckpt.cli.terminal import console
 from distckpt.errors import CheckpointError
 from distckpt.graph.python_value import decode
 from distckpt.layout.records import Manifest
@@ -25,21 +28,30 @@ def ls(
     table = Table(box=None, pad_edge=False)
     for column in ("file", "save", "step", "time", "ranks", "size", "complete"):
         table.add_column(column, justify="right" if column in {"save", "step", "ranks", "size"} else "left")
-    for path in sorted(directory.glob("*.h5"), key=lambda path: path.stat().st_mtime):
-        table.add_row(path.name, *_describe(path))
-    Console(highlight=False, soft_wrap=True).print(table)
+    for path, status in _oldest_first(directory):
+        table.add_row(Text(path.name), *_describe(path, status))
+    console().print(table)
 
 
-def _describe(path: Path) -> tuple[str, ...]:
-    size = nbytes_in_words(path.stat().st_size)
+def _oldest_first(directory: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of a directory in use: some may be gone by now, and links may lead nowhere."""
+    found: list[tuple[Path, os.stat_result]] = []
+    for path in directory.glob("*.h5"):
+        with contextlib.suppress(OSError):
+            found.append((path, path.stat()))
+    return sorted(found, key=lambda item: item[1].st_mtime)
+
+
+def _describe(path: Path, status: os.stat_result) -> tuple[Text, ...]:
+    size = nbytes_in_words(status.st_size)
     try:
         manifest = open_checkpoint(str(path)).manifest
     except (CheckpointError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ").splitlines()[0]
-        return ("", "", "", "", size, f"[red]no[/]: {reason}")
+        return (*map(Text, ("", "", "", "", size)), Text.assemble(("no", "red"), f": {reason}"))
     counter = "" if manifest.save_counter is None else str(manifest.save_counter)
-    ranks = str(manifest.world_size)
-    return (counter, _step(manifest), time_in_words(manifest.time), ranks, size, "[green]yes[/]")
+    cells = (counter, _step(manifest), time_in_words(manifest.time), str(manifest.world_size), size)
+    return (*map(Text, cells), Text("yes", "green"))
 
 
 def _step(manifest: Manifest) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import typer
 
+from distckpt.cli.terminal import print_any_text
 from distckpt.errors import CheckpointError
 
 #: Each is the function, or the commands, of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
@@ -40,6 +41,7 @@ def distckpt() -> None:
 
 def main() -> None:
     """Runs the command in sys.argv; errors of the checkpoint or the file system end in one message and status 1."""
+    print_any_text()
     asked = [name for name in sys.argv[1:2] if name in COMMANDS]
     try:
         build(asked or COMMANDS)()

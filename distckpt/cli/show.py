@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape as markup
 from rich.table import Table
 from rich.tree import Tree
 
+from distckpt.cli.terminal import console
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import dict_key
@@ -23,9 +22,6 @@ from distckpt.storage.paths import resolve
 from distckpt.timing import Timing
 from distckpt.words import nbytes_in_words, time_in_words
 
-#: Columns when the output is no terminal: rich would cut lines at 80.
-_FILE_WIDTH = 1000
-
 
 def show(
     file: Annotated[Path, typer.Argument(help="Checkpoint file, with or without .h5.")],
@@ -34,16 +30,16 @@ def show(
 ) -> None:
     """Prints the object graph of a checkpoint: shapes, dtypes, sharding, sizes."""
     opened = open_checkpoint(resolve(file))
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    output = console()
     for line in _header(opened.path, opened.manifest):
-        console.print(line)
+        output.print(line)
     if not timing:
-        console.print(_Drawing(opened.manifest, python).tree())
+        output.print(_Drawing(opened.manifest, python).tree())
     elif opened.manifest.timing is None:
-        console.print("the file does not say how long its save took")
+        output.print("the file does not say how long its save took")
     else:
-        console.print(f"{opened.manifest.timing.seconds:.3f} s from the call until the manifest was written")
-        console.print(_table(opened.manifest.timing))
+        output.print(f"{opened.manifest.timing.seconds:.3f} s from the call until the manifest was written")
+        output.print(_table(opened.manifest.timing))
 
 
 def _table(timing: Timing) -> Table:
