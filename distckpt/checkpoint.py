@@ -18,8 +18,9 @@ from distckpt.graph.adapters.root import RootAdapter
 from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
 from distckpt.handle import SaveHandle
-from distckpt.options import RestoreOptions, SaveOptions, given_or_default
+from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.output import Target
+from distckpt.request import Attempt, Request, meet
 from distckpt.restorer import Restorer
 from distckpt.saver import Saver
 from distckpt.status import RestoreStatus
@@ -149,7 +150,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank. The previous checkpoint stays the latest.
         """
-        return self._save_numbered(file_prefix, None, given_or_default(options, SaveOptions))
+        return self._save_numbered(file_prefix, None, self._options("save", options, SaveOptions))
 
     def save_async(self, file_prefix: str | os.PathLike[str], *, options: SaveOptions | None = None) -> SaveHandle:
         """Begin to save everything as `<file_prefix>-<N>.h5`. Collective over the communicator.
@@ -175,7 +176,8 @@ class Checkpoint(Trackable):
             CollectiveError: A step failed on some rank, or an earlier save in the background did. What fails in the
                 background, also for want of space, is raised by `SaveHandle.result`.
         """
-        return SaveHandle(self._start_numbered(file_prefix, None, given_or_default(options, SaveOptions), None))
+        options = self._options("save_async", options, SaveOptions)
+        return SaveHandle(self._start_numbered(file_prefix, None, options, None))
 
     def write(self, path: str | os.PathLike[str], *, options: SaveOptions | None = None) -> str:
         """Write everything to `path`, without number, counter and state file. Collective over the communicator.
@@ -192,7 +194,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank. The file at `path` is the old or the new one, never a part.
         """
-        options = given_or_default(options, SaveOptions)
+        options = self._options("write", options, SaveOptions)
         session, saver = self._session, self._session.saver
         walk = functools.partial(self._walk_for_save, with_counter=False)
         with session.coordinator.turn:
@@ -222,7 +224,7 @@ class Checkpoint(Trackable):
             RankTimeoutError: Some ranks did not come.
             CollectiveError: A step failed on some rank.
         """
-        return self._restore("restore", save_path, given_or_default(options, RestoreOptions))
+        return self._restore("restore", save_path, self._options("restore", options, RestoreOptions))
 
     def read(self, path: str | os.PathLike[str], *, options: RestoreOptions | None = None) -> RestoreStatus:
         """Restore a file made by `write`; the save counter stays as it is. Collective over the communicator.
@@ -238,7 +240,7 @@ class Checkpoint(Trackable):
             TypeError: `path` is no path.
             CheckpointError: As `restore`.
         """
-        return self._restore("read", path, given_or_default(options, RestoreOptions))
+        return self._restore("read", path, self._options("read", options, RestoreOptions))
 
     def retry_pending(self) -> int:
         """Apply values that waited for names which exist now. Local.
@@ -250,6 +252,18 @@ class Checkpoint(Trackable):
             RestoreMismatchError: A waiting value does not fit; the live value stays as it was.
         """
         return self._session.restorer.retry_pending()
+
+    def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
+        """The options that were passed, or the defaults. Collective where they are of another kind: all ranks raise."""
+        given = Attempt.of(lambda: given_or_default(options, kind))
+        coordinator = self._session.coordinator
+        if given.error is not None and coordinator.size > 1:
+            with coordinator.turn, coordinator.uninterrupted():
+                timeout = kind().timeout
+                self._session.saver.in_flight.settle(operation, timeout)
+                meet(coordinator, Request(operation, {}), given.error, timeout)
+        given.require()
+        return given.value
 
     def _save_numbered(self, file_prefix: str | os.PathLike[str], number: int | None, options: SaveOptions) -> str:
         """`save`, with a number of the caller's choice for the file name. Collective over the communicator."""

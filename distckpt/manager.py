@@ -15,7 +15,7 @@ from distckpt.draft import Created
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.handle import SaveHandle
 from distckpt.keeper import Choice, Decision, Keeper, View
-from distckpt.options import RestoreOptions, SaveOptions, given_or_default
+from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
@@ -185,7 +185,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: As `Checkpoint.save`.
         """
-        options = given_or_default(options, SaveOptions)
+        options = self._options("save", options, SaveOptions)
         with self._coordinator.turn, self._coordinator.uninterrupted():
             number, decision = self._decide("save", checkpoint_number, check_interval, metrics, options)
             if not decision.due:
@@ -221,7 +221,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: As `Checkpoint.save_async`.
         """
-        options = given_or_default(options, SaveOptions)
+        options = self._options("save_async", options, SaveOptions)
         with self._coordinator.turn, self._coordinator.uninterrupted():
             number, decision = self._decide("save_async", checkpoint_number, check_interval, metrics, options)
             if not decision.due:
@@ -249,7 +249,7 @@ class CheckpointManager:
             CorruptCheckpointError: There are checkpoints, and all of them are damaged.
             CheckpointError: As `Checkpoint.restore`.
         """
-        options = given_or_default(options, RestoreOptions)
+        options = self._options("restore_or_initialize", options, RestoreOptions)
         with self._coordinator.turn, self._coordinator.uninterrupted():
             self._checkpoint._session.saver.in_flight.settle("restore_or_initialize", options.timeout)
             self._meet("restore_or_initialize", options.timeout)
@@ -301,6 +301,15 @@ class CheckpointManager:
         meet(self._coordinator, request, error, timeout)
         if self._known is None:
             self._learn(self._coordinator.on_root("look at the directory", self._keeper.open, View))
+
+    def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
+        """As that of the Checkpoint."""
+        given = Attempt.of(lambda: given_or_default(options, kind))
+        if given.error is not None and self._coordinator.size > 1:
+            with self._coordinator.turn, self._coordinator.uninterrupted():
+                self._meet(operation, kind().timeout, error=given.error)
+        given.require()
+        return given.value
 
     def _decide(
         self,

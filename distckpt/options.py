@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -20,6 +21,8 @@ def _require_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
 def _require_timeout(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"timeout: expected seconds > 0. Got {value!r}.")
+    if isinstance(value, int) and value > sys.float_info.max:
+        raise ValueError(f"timeout: expected seconds up to {sys.float_info.max:g}, or math.inf. Got a larger integer.")
 
 
 def _require_count(name: str, value: object) -> None:

@@ -49,12 +49,17 @@ def digest_of(encoded: bytes) -> int:
     return xxhash.xxh3_64_intdigest(encoded)
 
 
-def _in_words(name: str, value: Any) -> str:
+def asked_once(name: str, ask: Callable[[], T]) -> T:
+    """What an argument of the user's own kind says; it need not say it twice. Names the argument where that fails."""
     try:
-        return _words_of(value)
+        return ask()
     except Exception as error:
         error.add_note(f"while {name} was put into words, to be compared with that of the other ranks")
         raise
+
+
+def _in_words(name: str, value: Any) -> str:
+    return asked_once(name, lambda: _words_of(value))
 
 
 def _words_of(value: Any) -> str:

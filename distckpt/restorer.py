@@ -6,6 +6,7 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,7 +22,7 @@ from distckpt.layout.collector import collector_off
 from distckpt.log import log, warn
 from distckpt.options import RestoreOptions
 from distckpt.progress import progress_bar
-from distckpt.request import Attempt, Request, meet
+from distckpt.request import Attempt, Request, asked_once, meet
 from distckpt.restoration import LocalReport, Restoration, combine, describe_mismatches
 from distckpt.source import Source, open_source
 from distckpt.status import Report, RestoreStatus
@@ -30,6 +31,31 @@ from distckpt.timing import AGREE, RESTORE_STEPS, Timer, Timing
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a user asked for, in objects of our own: between two agreements the user's may not fail on one rank.
+
+    Attributes:
+        path: The file, as text where it was a path.
+        options: Of the restore.
+    """
+
+    path: str | None
+    options: RestoreOptions
+
+    @classmethod
+    def of(cls, save_path: str | os.PathLike[str] | None, options: RestoreOptions) -> _Asked:
+        """Ask the user's objects. What is no path stays, to be refused when all ranks have it."""
+        text = asked_once("path", lambda: os.fspath(save_path)) if isinstance(save_path, os.PathLike) else save_path
+        rename = asked_once("rename", lambda: None if options.rename is None else dict(options.rename))
+        only = asked_once("only", lambda: None if options.only is None else tuple(options.only))
+        return cls(text, replace(options, rename=rename, only=only))
+
+    def request(self, operation: str) -> Request:
+        """What all ranks must ask for alike."""
+        return Request.of(operation, self.path, self.options)
 
 
 #: Of so many restores at most the first save tells what stayed unmatched.
@@ -60,10 +86,13 @@ class Restorer:
     ) -> RestoreStatus:
         coordinator, with_counter = self._coordinator, operation == "restore"
         timer = Timer()
+        asked = Attempt.of(lambda: _Asked.of(save_path, options))
         with timer.step("walk"):
             walk = Attempt.of(lambda: self._walk(with_counter=with_counter))
         with timer.step(AGREE):
-            meet(coordinator, Request.of(operation, save_path, options), walk.error, options.timeout)
+            request = asked.result.request(operation) if asked.result else Request(operation, {})
+            meet(coordinator, request, asked.error or walk.error, options.timeout)
+        save_path, options = asked.value.path, asked.value.options
         if save_path is None:
             log.info("%s(None): nothing to restore", operation)
             return RestoreStatus(self, self._require_checkpoint(), None, Report(0))

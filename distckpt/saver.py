@@ -182,17 +182,16 @@ class Saver:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, options, timer = self._coordinator, call.options, call.timer
         agreed = self._agreed.get(call.family)
-        unchanged = agreed is not None and captured.error is None and agreed.holds_for(captured.value.layout, options)
-        shared = (digest_of(request.value) ^ agreed.plan.plan_id) if agreed and unchanged else secrets.randbits(64)
-        balance = balance_of(captured.value.layout, agreed.weights) if agreed and unchanged else 0
+        told = Attempt.of(lambda: _digest(agreed, request, captured, options))
+        shared, balance = told.result or (secrets.randbits(64), 0)
         with timer.step(AGREE):
             same = coordinator.arrive(call.operation, shared, balance, options.timeout)
-        if same and unchanged and agreed is not None:
+        if same and told.result is not None and agreed is not None:
             return agreed
         self._agreed.pop(call.family, None)  # whatever fails from here on, the next save agrees anew
         with coordinator.step("capture"):
-            if captured.error is not None:
-                raise captured.error
+            captured.require()
+            told.require()
             layout = captured.value.layout
             message = encode_message(request.value, layout)
         reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages))
@@ -248,3 +247,15 @@ class Saver:
             output.commit(call.options)
         call.timer.add_own("commit")
         return call.timer.timing()
+
+
+def _digest(
+    agreed: Agreed | None, request: Attempt[bytes], captured: Attempt[Capture], options: SaveOptions
+) -> tuple[int, int] | None:
+    """What tells the others, with theirs, that all is as agreed; None where this rank knows that it is not. Local."""
+    if agreed is None or captured.error is not None:
+        return None
+    layout = captured.value.layout
+    if not agreed.holds_for(layout, options):
+        return None
+    return digest_of(request.value) ^ agreed.plan.plan_id, balance_of(layout, agreed.weights)

@@ -46,7 +46,7 @@ class NumberedFile:
 
 
 def as_text(name: str, path: object) -> str:
-    """A path as a user passed it, unchanged.
+    """A path as a user passed it, its text unchanged.
 
     Args:
         name: Of the parameter, for the error.
@@ -60,7 +60,7 @@ def as_text(name: str, path: object) -> str:
         raise TypeError(
             f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100} (type: {type(path).__qualname__})."
         )
-    return text
+    return str.__str__(text)  # of a kind of str, such as NumPy's, the plain text: it travels between the ranks
 
 
 def split_prefix(prefix: str | os.PathLike[str], parameter: str = "file_prefix") -> Prefix:

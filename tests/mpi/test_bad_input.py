@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -481,9 +481,85 @@ def test_options_that_cannot_be_shown(two: Any, mpi_dir: Path) -> None:
     rename["step"] = "number"
     status = program.checkpoint.restore(path, options=options)
     rename["step"] = text
-    for name in ("assert_consumed", "assert_existing_objects_matched", "initialize_or_restore"):
-        error = same_error(two, CollectiveError, getattr(status, name))
-        assert "(while rename was put into words" in error
+    error = same_error(two, AssertionError, status.assert_consumed)
+    assert "step" in error, "the status has the options as they were"
+    assert_works(two, program, mpi_dir)
+
+
+class Fleeting:
+    """A path that can be told once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.told = False
+
+    def __fspath__(self) -> str:
+        if self.told:
+            raise RuntimeError("told already")
+        self.told = True
+        return self.path
+
+
+class FleetingNames(Mapping[str, str]):
+    """A mapping that can be asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __getitem__(self, key: str) -> str:
+        self.times -= 1
+        if self.times < 0:
+            raise RuntimeError("asked already")
+        return {"step": "number"}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["step"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("name", ["restore", "read"])
+def test_the_path_and_the_names_of_a_restore_are_asked_for_once(two: Any, mpi_dir: Path, name: str) -> None:
+    saved = Checkpoint(comm=two, step=1).save(mpi_dir / "ckpt", options=FAST)
+    twin = Checkpoint(comm=two, number=2)
+    for rank in (0, 1):
+        twin.number = 2
+        path = Fleeting(saved) if two.rank == rank else saved
+        rename = FleetingNames(2) if two.rank == rank else {"step": "number"}  # the construction asks, too
+        options = RestoreOptions(timeout=SOON, rename=rename)
+        getattr(twin, name)(path, options=options).assert_existing_objects_matched()
+        assert twin.number == 1
+    rename = FleetingNames(1) if two.rank == 1 else {"step": "number"}
+    options = RestoreOptions(timeout=SOON, rename=rename)
+    text = same_error(two, CollectiveError, lambda: getattr(twin, name)(saved, options=options))
+    assert "rank 1: RuntimeError: asked already (while rename was put into words" in text
+
+
+WRONG_OPTIONS: dict[str, Callable[[CheckpointManager, str, Any], object]] = {
+    "save": lambda manager, path, options: manager.checkpoint.save(path, options=options),
+    "save_async": lambda manager, path, options: manager.checkpoint.save_async(path, options=options),
+    "write": lambda manager, path, options: manager.checkpoint.write(path, options=options),
+    "restore": lambda manager, path, options: manager.checkpoint.restore(path, options=options),
+    "read": lambda manager, path, options: manager.checkpoint.read(path, options=options),
+    "manager.save": lambda manager, _, options: manager.save(options=options),
+    "manager.save_async": lambda manager, _, options: manager.save_async(options=options),
+    "manager.restore": lambda manager, _, options: manager.restore_or_initialize(options),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one", "all"])
+def test_options_of_another_kind(two: Any, mpi_dir: Path, name: str, ranks: list[int]) -> None:
+    program = Program(two, 1)
+    manager = CheckpointManager(program.checkpoint, mpi_dir)
+    right: Any = options_for(name.removeprefix("manager."))
+    options = {"timeout": 1} if two.rank in ranks else right
+    path = str(mpi_dir / "ckpt")
+    text = same_error(two, CollectiveError, lambda: WRONG_OPTIONS[name](manager, path, options))
+    expected = f"rank 1: TypeError: options: expected {type(right).__name__} or None. Got dict."
+    assert expected in text
+    assert list(mpi_dir.iterdir()) == []
     assert_works(two, program, mpi_dir)
 
 

@@ -13,12 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import distckpt
-from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, Trackable
+from distckpt import (
+    Checkpoint,
+    CheckpointError,
+    CollectiveError,
+    LayoutError,
+    SaveOptions,
+    Trackable,
+    latest_checkpoint,
+)
 from distckpt import draft as drafts
 from distckpt import output as outputs
 
@@ -475,3 +484,13 @@ def test_graphs_deeper_than_the_stack(tmp_path: Path) -> None:
     while "n" in vars(node):
         node = node.n
     assert node.x.tolist() == [1.0, 1.0]
+
+
+def test_paths_may_be_a_kind_of_str(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(step=1)
+    saved = checkpoint.save(np.str_(tmp_path / "ckpt"))
+    assert type(saved) is str
+    twin = Checkpoint(step=2)
+    twin.restore(np.str_(saved)).assert_consumed()
+    assert twin.step == 1
+    assert latest_checkpoint(np.str_(tmp_path)) == saved
