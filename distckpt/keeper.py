@@ -156,6 +156,7 @@ class Keeper:
 
         Raises:
             OSError: The state file cannot be written.
+            Exception: Whatever the predicate of the policy raises; the checkpoint is recorded, and none is deleted.
         """
         with self._lock:
             return self._record(path, decision, durable=durable, now=self._clock() if when is None else when)
@@ -167,7 +168,11 @@ class Keeper:
         record = CheckpointRecord(name=number.name, time=now, step=step, metrics=decision.metrics, durable=durable)
         self._latest, self._last = path, LastSave(decision.step, now)
         self._history = retention.after_save(retention.present(self._history, self._own_files()), record)
-        swept = retention.sweep(self._history, self._policy)
+        try:
+            swept = retention.sweep(self._history, self._policy)
+        except BaseException:  # of the user's predicate
+            self._write(self._history, durable=durable)  # else the next process would not know the new one for its own
+            raise
         self._write(swept.history, durable=durable)
         left = remove_checkpoints(self._directory, swept.delete)
         self._history = retention.forget(swept.history, {*swept.delete} - {*left})

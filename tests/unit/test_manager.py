@@ -200,6 +200,20 @@ def test_the_best_the_milestones_and_those_of_a_predicate(tmp_path: Path) -> Non
 # ---- names and numbers (rows 96-99, 103, 114, 115, 117, 118)
 
 
+def test_what_was_saved_while_the_predicate_failed_is_known_after_a_restart(tmp_path: Path) -> None:
+    def fail(_: CheckpointRecord) -> bool:
+        raise RuntimeError("no opinion")
+
+    manager = CheckpointManager(make(), tmp_path, max_to_keep=1, keep=fail)
+    manager.save()
+    for save in (manager.save, lambda: manager.save_async().result()):  # type: ignore[union-attr]  # no interval
+        with pytest.raises(CollectiveError, match="no opinion"):
+            save()
+    assert files(tmp_path) == ["ckpt-1", "ckpt-2", "ckpt-3"]
+    CheckpointManager(make(), tmp_path, max_to_keep=1).save()
+    assert files(tmp_path) == ["ckpt-4"]
+
+
 def test_custom_numbers(tmp_path: Path) -> None:
     step = torch.tensor(0)
     checkpoint = Checkpoint(step=step)
