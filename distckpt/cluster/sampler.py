@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
@@ -72,19 +73,19 @@ class ElasticSampler(Sampler[list[int]]):
         if not isinstance(dataset, Sized):
             raise TypeError(f"dataset: expected something with a length. Got {dataset!r:.100}.")
         coordinator = Coordinator(comm)
-        self._rank = coordinator.rank if rank is None else rank
-        self._size = coordinator.size if size is None else size
+        self._rank = coordinator.rank if rank is None else _integer("rank", rank)
+        self._size = coordinator.size if size is None else _integer("size", size)
         self._samples = len(dataset)
-        self._batch_size = batch_size
+        self._batch_size = _integer("batch_size", batch_size)
         self._shuffle = shuffle
-        self._seed = seed
+        self._seed = _integer("seed", seed)
         self._drop_last = drop_last
         self._consuming = False
         self.epoch = 0
         self.position = 0
         if not 0 <= self._rank < self._size:
             raise ValueError(f"rank, size: expected 0 <= rank < size. Got {self._rank} and {self._size}.")
-        if batch_size < self._size:
+        if self._batch_size < self._size:
             raise ValueError(f"batch_size: expected a sample for each of {self._size} ranks or more. Got {batch_size}.")
 
     def __len__(self) -> int:
@@ -134,12 +135,16 @@ class ElasticSampler(Sampler[list[int]]):
         """Go on there, in that order; the batch size and the ranks stay those of this sampler. Local.
 
         Raises:
-            ValueError: The dataset has another length.
+            ValueError: The dataset has another length, or the position is not in it.
         """
         if state["samples"] != self._samples:
             raise ValueError(
                 f"ElasticSampler: expected a dataset of {state['samples']} samples, as saved. Got one of "
                 f"{self._samples}: positions in it mean other samples. Restore without the sampler to start it anew."
+            )
+        if not 0 <= state["position"] <= self._samples:
+            raise ValueError(
+                f"position: expected 0 to {self._samples}, the samples of an epoch. Got {state['position']}."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._seed, self._shuffle = state["seed"], state["shuffle"]
@@ -165,3 +170,11 @@ class ElasticSampler(Sampler[list[int]]):
 
     def _begin_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
+
+
+def _integer(name: str, value: Any) -> int:
+    """An integer of any kind, such as NumPy's."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected an integer. Got {value!r:.100}.") from error

@@ -155,12 +155,27 @@ def test_another_dataset_is_refused(path: str) -> None:
     [
         ({"rank": 0}, "rank, size: expected both or none"),
         ({"rank": 2, "size": 2}, "expected 0 <= rank < size. Got 2 and 2"),
+        ({"rank": 0.0, "size": 2}, r"rank: expected an integer\. Got 0\.0"),
+        ({"rank": 0, "size": 2, "seed": "1"}, r"seed: expected an integer\. Got '1'"),
         ({"rank": 0, "size": 9}, "batch_size: expected a sample for each of 9 ranks or more. Got 8"),
     ],
 )
-def test_bad_options(options: dict[str, int], message: str) -> None:
+def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ElasticSampler(range(10), 8, **options)  # type: ignore[arg-type]
+
+
+def test_a_batch_size_that_is_no_integer() -> None:
+    with pytest.raises(ValueError, match=r"batch_size: expected an integer\. Got 4\.0"):
+        ElasticSampler(range(10), 4.0, rank=0, size=1)  # type: ignore[arg-type]
+
+
+def test_a_position_that_is_in_no_epoch() -> None:
+    sampler = ElasticSampler(range(10), 4, rank=0, size=1)
+    for position in (-1, 11):
+        with pytest.raises(ValueError, match=f"position: expected 0 to 10, the samples of an epoch. Got {position}"):
+            sampler.load_state_dict({**sampler.state_dict(), "position": position})
+    assert sampler.position == 0
 
 
 def test_a_dataset_without_a_length() -> None:
