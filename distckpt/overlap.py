@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,8 +106,14 @@ class _Protector:
     def _still_incomplete(self) -> list[Snapshot]:
         return [snapshot for snapshot in self._incomplete if not snapshot.is_complete]
 
+    def forget(self) -> None:
+        """Let no step wait any more."""
+        self._incomplete = []
+
 
 _PROTECTOR = _Protector()
+# A forked process has neither the thread that copies nor the memory that is copied into.
+os.register_at_fork(after_in_child=_PROTECTOR.forget)
 
 
 def protect(snapshot: Snapshot) -> None:

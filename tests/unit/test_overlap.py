@@ -357,3 +357,20 @@ def test_threads_share_the_copies() -> None:
     for job, tensor in zip(snapshot.jobs(), tensors, strict=True):
         assert torch.equal(job.tensor, tensor)
         assert not tensor.numel() or job.tensor.data_ptr() != tensor.data_ptr()
+
+
+def test_a_forked_process_waits_for_no_copy_of_its_parent(gate: threading.Event, path: str) -> None:
+    """It has neither the thread that copies nor the memory that is copied into."""
+    program = Program(1)
+    before = program.values()
+    handle = program.checkpoint.save_async(path, options=OVERLAP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: there are threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        program.optimizer.step()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    gate.set()
+    assert_holds(handle.result(PATIENCE), before)
