@@ -104,10 +104,12 @@ def directory_checks(directory: Path) -> list[Check]:
     """File system and space of a directory, which need not exist."""
     parent = existing_parent(directory)
     writable = os.access(parent, os.W_OK | os.X_OK)
-    return [
-        check_file_system(directory, file_system_type(parent)),
-        check_space(directory, space(parent), writable=writable),
-    ]
+    there = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    if there.is_dir():
+        room = check_space(directory, space(parent), writable=writable)
+    else:
+        room = Check("space", ok=False, found=f"{there} is no directory", cure="another directory")
+    return [check_file_system(directory, file_system_type(parent)), room]
 
 
 def mpi_checks(facts: Facts, environ: Mapping[str, str]) -> list[Check]:

@@ -174,6 +174,16 @@ def test_space_is_judged(room: Space, writable: bool, ok: bool, found: str) -> N
     assert bool(check.cure) is not ok
 
 
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        check = environment.directory_checks(directory)[-1]
+        assert (check.subject, check.ok) == ("space", False)
+        assert check.found == f"{tmp_path / 'file'} is no directory"
+        assert check.cure
+    assert environment.directory_checks(tmp_path / "new" / "below")[-1].ok
+
+
 MOUNTS = r"""
 1 0 8:1 / / rw - overlay overlay rw
 2 1 8:2 / /scratch rw shared:1 - lustre mds:/s rw
