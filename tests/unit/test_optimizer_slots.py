@@ -597,6 +597,13 @@ def test_a_group_entry_that_cannot_be_stored_is_refused(path: str) -> None:
         Checkpoint(m=model, o=optimizer).write(path)
 
 
+def test_a_group_entry_that_is_named_by_no_str_is_refused(path: str) -> None:
+    model = _Model(1)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), 3: 0.5}], lr=0.1)
+    with pytest.raises(LayoutError, match=r"o/param_groups/0: a param-group entry named 3 cannot be stored"):
+        Checkpoint(m=model, o=optimizer).write(path)
+
+
 def test_slots_that_are_named_by_no_str_are_refused(path: str) -> None:
     model = _Model(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -99,10 +99,13 @@ class GroupAdapter(Adapter):
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """Options such as "lr", python values or tensors."""
         assert isinstance(obj, Group)
-        for name, value in obj.group.items():
+        entries: Iterable[tuple[object, Any]] = obj.group.items()  # named by str, but nothing enforces it
+        for name, value in entries:
             if name == "params":
                 continue
-            if isinstance(value, torch.Tensor):
+            if not isinstance(name, str):
+                yield Problem("", f"a param-group entry named {name!r} cannot be stored. Use str as its name.")
+            elif isinstance(value, torch.Tensor):
                 yield tensor_value(value, escape(name))
             elif is_python_value(value):
                 yield PythonValue(escape(name), value)
