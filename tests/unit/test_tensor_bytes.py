@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import weakref
+
 import pytest
 import torch
 
-from distckpt.tensor_bytes import Memory
+from distckpt.tensor_bytes import Memory, bytes_of
 
 LIKE = {
     "vector": torch.randn(5),
@@ -18,6 +21,19 @@ LIKE = {
     "float8": torch.randn(7).to(torch.float8_e4m3fn),
     "bytes": torch.arange(13, dtype=torch.uint8),
 }
+
+
+def test_a_view_keeps_the_memory() -> None:
+    tensor = torch.full((1 << 20,), 7.0)
+    kept = weakref.ref(tensor)
+    data = bytes_of(tensor)[4:8]
+    expected = bytes(data)
+    del tensor
+    assert kept() is not None
+    others = [torch.zeros(1 << 20) for _ in range(4)]  # would get memory that is free
+    assert bytes(data) == expected == struct.pack("<f", 7.0)
+    del others, data
+    assert kept() is None
 
 
 @pytest.mark.parametrize("nbytes", [1280, 1279])
