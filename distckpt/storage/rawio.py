@@ -270,8 +270,7 @@ def open_shared(path: str, nbytes: int, *, writable: bool = False, timeout: floa
     """
     deadline = time.monotonic() + timeout
     while True:
-        fd = _open_or_none(path, os.O_RDWR if writable else os.O_RDONLY)
-        size = -1 if fd is None else os.fstat(fd).st_size
+        fd, size = _open_if_there(path, os.O_RDWR if writable else os.O_RDONLY)
         if fd is not None and size == nbytes:
             return fd
         if fd is not None:
@@ -285,13 +284,18 @@ def open_shared(path: str, nbytes: int, *, writable: bool = False, timeout: floa
         time.sleep(0.02)
 
 
-def _open_or_none(path: str, flags: int) -> int | None:
+def _open_if_there(path: str, flags: int) -> tuple[int | None, int]:
+    """Descriptor and length of a file; none where the file system does not show it, or no longer."""
+    fd = None
     try:
-        return os.open(path, flags | os.O_CLOEXEC)
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        return fd, os.fstat(fd).st_size
     except OSError as error:
+        if fd is not None:
+            os.close(fd)
         if error.errno not in (errno.ENOENT, errno.ESTALE):
             raise
-        return None
+        return None, -1
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:

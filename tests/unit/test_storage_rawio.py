@@ -247,6 +247,25 @@ def test_open_shared_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     os.close(fd)
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_open_shared_leaves_nothing_open_when_the_file_is_gone(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may take a file away again, or fail, between open and fstat."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
+
+    def gone(_: int) -> os.stat_result:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rawio.os, "fstat", gone)
+        with pytest.raises(CheckpointError if code == errno.ESTALE else OSError, match=r"no such file|Input/output"):
+            rawio.open_shared(str(path), 5, timeout=0.0)
+    assert len(list(Path("/proc/self/fd").iterdir())) == n_open
+
+
 @pytest.mark.parametrize(("content", "seen"), [(None, "no such file"), (b"123", "3 bytes")])
 def test_open_shared_gives_up(tmp_path: Path, content: bytes | None, seen: str) -> None:
     path = tmp_path / "file"
