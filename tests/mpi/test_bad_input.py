@@ -216,7 +216,9 @@ def test_a_file_size_limit_on_one_rank(two: Any, mpi_dir: Path, transport: Any, 
         assert "the file size limit of this process is 1572864 bytes; raise it (ulimit -f)" in text
     else:
         assert "step 'write'" in text
-        assert ("File too large: sharded" if transport == "posix" else "file write failed") in text
+        # With "mpio" in the words of HDF5, or of MPI where that says more.
+        expected = ("File too large: sharded",) if transport == "posix" else ("file write failed", "File too large")
+        assert any(words in text for words in expected)
     assert program.values() == before
     two.Barrier()
     assert sorted(path.name for path in mpi_dir.iterdir()) == ["checkpoint", "ckpt-1.h5"]
