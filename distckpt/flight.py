@@ -25,14 +25,12 @@ from distckpt.coordination.background import Background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.draft import Created, Draft, log_saved
 from distckpt.errors import LayoutError
-from distckpt.exchange.aggregation import Aggregation
 from distckpt.log import log
-from distckpt.options import SaveOptions
 from distckpt.request import Attempt
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.snapshot import Snapshot
-from distckpt.timing import DURABLE_SAVE_STEPS, Timer, Timing
-from distckpt.writer import Rest, write_aggregated, write_alone
+from distckpt.timing import DURABLE_SAVE_STEPS, Timing
+from distckpt.writer import Destination, Rest, write_aggregated, write_alone
 
 #: Called on every rank when the checkpoint is committed.
 OnCommit = Callable[[Created, Timing], None]
@@ -56,18 +54,15 @@ class Flight:
         self,
         coordinator: Coordinator,
         background: Background,
-        created: Created,
+        destination: Destination,
         draft: Draft | None,
         snapshot: Snapshot,
-        aggregation: Aggregation,
-        options: SaveOptions,
-        timer: Timer,
         on_commit: OnCommit,
         epilogue: Epilogue | None,
     ) -> None:
-        self.created = created
-        self.options = options
-        self.timeout = options.timeout
+        self.created = destination.created
+        self.options = destination.options
+        self.timeout = destination.options.timeout
         self.error: BaseException | None = None
         self.asked = False
         self.timing: Timing | None = None
@@ -75,10 +70,10 @@ class Flight:
         self._coordinator = coordinator
         self._rank = coordinator.rank
         self._background = background
+        self._destination = destination
         self._draft = draft
         self._snapshot = snapshot
-        self._aggregation = aggregation
-        self._timer = timer
+        self._timer = destination.timer
         self._on_commit = on_commit
         self._epilogue = epilogue
         self._begun = Attempt(result=True, error=None)  # the same on all ranks
@@ -101,10 +96,8 @@ class Flight:
         """Make the file, and write into it what ranks write for one another. Collective."""
         if not self.created.exists:
             coordinator.on_root("create", self._make_file, bool)
-        if coordinator.size > 1 and not self._aggregation.is_needless:
-            self._rest = write_aggregated(
-                coordinator, self.created, self._snapshot.jobs, self._aggregation, self.options, self._timer
-            )
+        if coordinator.size > 1 and not self._destination.aggregation.is_needless:
+            self._rest = write_aggregated(coordinator, self._destination, self._snapshot.jobs)
         return True
 
     def _make_file(self) -> bool:
@@ -129,7 +122,7 @@ class Flight:
         try:
             if self._begun.error is None:
                 rest = self._rest or Rest(self._snapshot.jobs(), ChecksumLog())
-                write_alone(self.created, rest, self.options, self._timer)
+                write_alone(self._destination, rest)
         finally:
             self._rest = None
             self._snapshot.release()

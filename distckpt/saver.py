@@ -29,7 +29,7 @@ from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.timing import AGREE, Timing
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
-from distckpt.writer import write_shards
+from distckpt.writer import Destination, write_shards
 
 
 class Saver:
@@ -53,22 +53,15 @@ class Saver:
             return self._save(SaveCall(operation, walk, target, options))
 
     def _save(self, call: SaveCall) -> Saved:
-        coordinator, options, timer = self._coordinator, call.options, call.timer
+        coordinator, timer = self._coordinator, call.timer
         with coordinator.uninterrupted():
             captured, agreed = self._meet(call)
             output = self._output(call)
             try:
                 created = self._create(call, output, agreed, captured)
                 plan_jobs = functools.partial(agreed.jobs, created, captured)
-                write_shards(
-                    coordinator,
-                    created,
-                    plan_jobs,
-                    agreed.aggregation,
-                    options,
-                    timer,
-                    lambda: output.seal(timer.timing()),
-                )
+                destination = Destination(created, agreed.aggregation, call.options, timer)
+                write_shards(coordinator, destination, plan_jobs, lambda: output.seal(timer.timing()))
                 timer.collect(coordinator.gather_rows, ["fsync"])
                 timing = coordinator.on_root("commit", lambda: self._commit(call, output), Timing)
             except BaseException:
@@ -106,19 +99,8 @@ class Saver:
             except BaseException:
                 output.abandon()
                 raise
-            draft = output.hand_over()
-            flight = Flight(
-                coordinator,
-                background,
-                created,
-                draft,
-                snapshot,
-                agreed.aggregation,
-                options,
-                call.timer,
-                on_commit,
-                epilogue,
-            )
+            destination = Destination(created, agreed.aggregation, options, call.timer)
+            flight = Flight(coordinator, background, destination, output.hand_over(), snapshot, on_commit, epilogue)
             protect(snapshot)
             self.in_flight.add(flight)
             background.submit(flight)

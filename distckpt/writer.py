@@ -31,43 +31,57 @@ from distckpt.storage.writing import write_posix
 from distckpt.timing import SAVE_STEPS, Timer
 
 
+class Destination(NamedTuple):
+    """A created file that a save writes into, and how.
+
+    Attributes:
+        created: The file.
+        aggregation: What ranks write for one another in files of its layout.
+        options: Of the save.
+        timer: Measures the save on this rank.
+    """
+
+    created: Created
+    aggregation: Aggregation
+    options: SaveOptions
+    timer: Timer
+
+    def open(self) -> int:
+        """A descriptor of the file. Local."""
+        return open_shared(self.created.temp_path, self.created.file_nbytes, writable=True)
+
+
 def write_shards(
     coordinator: Coordinator,
-    created: Created,
+    destination: Destination,
     plan_jobs: Callable[[], list[WriteJob]],
-    aggregation: Aggregation,
-    options: SaveOptions,
-    timer: Timer,
     seal: Callable[[], None],
 ) -> None:
     """Write this rank's shards and checksums, and make them durable. Collective over the communicator.
 
     Args:
         coordinator: Of the ranks that save.
-        created: The file.
+        destination: The file.
         plan_jobs: Gives what this rank writes; called within the first step.
-        aggregation: Of the layout.
-        options: Of the save.
-        timer: Measures the save on this rank.
         seal: Writes what belongs into the file when all data are in it and before they are made durable.
 
     Raises:
         CollectiveError: A step failed on some rank.
     """
-    fd = -1
+    timer, fd = destination.timer, -1
     try:
         with coordinator.step("open"), timer.step("open"):
-            fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
-            work = _Work(coordinator, created, fd, plan_jobs(), options, timer)
-        work = work.after_aggregation(aggregation).after_exchange()
-        if created.transport == "mpio":
+            fd = destination.open()
+            work = _Work(coordinator, destination, fd, plan_jobs())
+        work = work.after_aggregation().after_exchange()
+        if destination.created.transport == "mpio":
             work.write_mpio()
         else:
             work.write_posix()
         timer.collect(coordinator.gather_rows, SAVE_STEPS)
         with coordinator.step("fsync"), timer.step("fsync"):
             seal()
-            if options.durable:
+            if destination.options.durable:
                 fsync(fd)
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
@@ -88,22 +102,14 @@ class Rest(NamedTuple):
 
 
 def write_aggregated(
-    coordinator: Coordinator,
-    created: Created,
-    take_jobs: Callable[[], list[WriteJob]],
-    aggregation: Aggregation,
-    options: SaveOptions,
-    timer: Timer,
+    coordinator: Coordinator, destination: Destination, take_jobs: Callable[[], list[WriteJob]]
 ) -> Rest:
     """Write together with all other ranks what they have of many small variables. Collective; any thread.
 
     Args:
         coordinator: Of the thread.
-        created: The file.
+        destination: The file.
         take_jobs: Gives what this rank writes; called within the first step.
-        aggregation: Of the layout.
-        options: Of the save.
-        timer: Measures the save on this rank.
 
     Returns:
         What is left to this rank alone.
@@ -113,12 +119,12 @@ def write_aggregated(
     """
     fd, log = -1, ChecksumLog()
     try:
-        with coordinator.step("write"), timer.step("open"):
-            fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+        with coordinator.step("write"), destination.timer.step("open"):
+            fd = destination.open()
             jobs = take_jobs()
-        with timer.step("exchange"):
-            wanted = log if options.checksums else None
-            rest = aggregation.write(coordinator, fd, created.file_nbytes, jobs, wanted)
+        with destination.timer.step("exchange"):
+            wanted = log if destination.options.checksums else None
+            rest = destination.aggregation.write(coordinator, fd, destination.created.file_nbytes, jobs, wanted)
         with coordinator.step("write"):
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
@@ -127,25 +133,24 @@ def write_aggregated(
     return Rest(rest, log)
 
 
-def write_alone(created: Created, rest: Rest, options: SaveOptions, timer: Timer) -> None:
+def write_alone(destination: Destination, rest: Rest) -> None:
     """Write this rank's shards and checksums with `pwrite`, and make them durable. Local; any thread.
 
     Args:
-        created: The file.
+        destination: The file.
         rest: What this rank writes.
-        options: Of the save.
-        timer: Measures the save on this rank.
 
     Raises:
         OSError: It failed; the caller tells the other ranks.
     """
+    options, timer = destination.options, destination.timer
     with timer.step("open"):
-        fd = open_shared(created.temp_path, created.file_nbytes, writable=True)
+        fd = destination.open()
     try:
         with timer.step("write"):
             checksums = write_posix(fd, rest.jobs, checksums=options.checksums)
             checksums.extend(rest.log)
-            checksums.write(fd, created.checksums_offset)
+            checksums.write(fd, destination.created.checksums_offset)
         with timer.step("fsync"):
             if options.durable:
                 fsync(fd)
@@ -171,26 +176,30 @@ class _Work:
     """
 
     coordinator: Coordinator
-    created: Created
+    destination: Destination
     fd: int
     jobs: list[WriteJob]
-    options: SaveOptions
-    timer: Timer
     exchanged: ChecksumLog = field(default_factory=ChecksumLog)
+
+    @property
+    def timer(self) -> Timer:
+        """Of the save."""
+        return self.destination.timer
 
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
         return sum(job.tensor.nbytes for job in self.jobs)
 
-    def after_aggregation(self, aggregation: Aggregation) -> _Work:
+    def after_aggregation(self) -> _Work:
         """Write together with all other ranks what they have of many small variables. Collective.
 
         Returns:
             What is left to this rank and its node.
         """
         with self.timer.step("exchange"):
-            rest = aggregation.write(self.coordinator, self.fd, self.created.file_nbytes, self.jobs, self._log)
+            file_nbytes = self.destination.created.file_nbytes
+            rest = self.destination.aggregation.write(self.coordinator, self.fd, file_nbytes, self.jobs, self._log)
         return replace(self, jobs=rest)
 
     def after_exchange(self) -> _Work:
@@ -209,7 +218,7 @@ class _Work:
     @property
     def _log(self) -> ChecksumLog | None:
         """What takes the checksums."""
-        return self.exchanged if self.options.checksums else None
+        return self.exchanged if self.destination.options.checksums else None
 
     def write_posix(self) -> None:
         """Write with `pwrite` only. Collective."""
@@ -218,9 +227,9 @@ class _Work:
             self.timer.step("write"),
             progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
         ):
-            checksums = write_posix(self.fd, self.jobs, checksums=self.options.checksums, progress=progress)
+            checksums = write_posix(self.fd, self.jobs, checksums=self.destination.options.checksums, progress=progress)
             checksums.extend(self.exchanged)
-            checksums.write(self.fd, self.created.checksums_offset)
+            checksums.write(self.fd, self.destination.created.checksums_offset)
 
     def write_mpio(self) -> None:
         """Write through parallel HDF5. Collective.
@@ -228,7 +237,7 @@ class _Work:
         Between open and close nothing may leave: closing is collective, and a rank that does not close would hang the
         others. What HDF5 itself does in the two calls no program can agree on, so a watchdog stands over them.
         """
-        coordinator, timeout = self.coordinator, self.options.timeout
+        coordinator, timeout = self.coordinator, self.destination.options.timeout
         with coordinator.step("divide"), self.timer.step("write"):
             pieces = mpio.split_pieces(self.jobs)
         n_calls = self._count_collective_calls(len(pieces.large))
@@ -248,7 +257,9 @@ class _Work:
 
         Not in the body of the step, where Ctrl-C could stop one rank: the others would wait for it in the open.
         """
-        opened = Attempt.of(lambda: mpio.ParallelFile(self.created.temp_path, communicator, self.options.hints))
+        opened = Attempt.of(
+            lambda: mpio.ParallelFile(self.destination.created.temp_path, communicator, self.destination.options.hints)
+        )
         try:
             with self.coordinator.step("open parallel HDF5"):
                 opened.require()
@@ -262,7 +273,7 @@ class _Work:
 
     def _count_collective_calls(self, own: int) -> int | None:
         """The number of transfers that all ranks make; None for independent transfers. Collective."""
-        if not self.options.collective:
+        if not self.destination.options.collective:
             return None
         counts = self.coordinator.gather_all("count transfers", own.to_bytes(8, "little"))
         return max(int.from_bytes(count, "little") for count in counts)
@@ -273,10 +284,10 @@ class _Work:
                 file,
                 self.fd,
                 pieces,
-                checksums=self.options.checksums,
+                checksums=self.destination.options.checksums,
                 n_collective_calls=n_calls,
                 progress=progress,
             )
         checksums.extend(self.exchanged)
-        checksums.write(self.fd, self.created.checksums_offset)
+        checksums.write(self.fd, self.destination.created.checksums_offset)
         return True
