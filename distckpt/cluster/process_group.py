@@ -181,7 +181,7 @@ def _require_own_gpu(place: _Place, device: torch.device, gpus: list[str | None]
     sharing = [rank for rank, gpu in enumerate(gpus) if gpu is not None and gpu == gpus[place.rank]]
     if len(sharing) > 1:
         others = ", ".join(str(rank) for rank in sharing if rank != place.rank)
-        raise ValueError(f"expected a GPU for each rank, as NCCL needs. Got {device}, which rank {others} has, too.")
+        raise ValueError(f"expected a GPU for each rank, as NCCL needs. Got {device}, shared with rank {others}.")
 
 
 def _serve(place: _Place) -> TCPStore | None:

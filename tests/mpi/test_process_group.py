@@ -108,7 +108,7 @@ def test_a_gpu_that_ranks_share_is_the_same_error_on_all_ranks(monkeypatch: pyte
             init_process_group()
     assert_same_error(error)
     assert "rank 0: ValueError: expected a GPU for each rank" in str(error.value)
-    assert "which rank 1 has, too" in str(error.value)
+    assert "shared with rank 1" in str(error.value)
     assert "CUDA_VISIBLE_DEVICES" in str(error.value)
     assert not dist.is_initialized()
     init_process_group()
