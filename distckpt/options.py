@@ -144,6 +144,7 @@ class RestoreOptions:
         per_rank: On another number of ranks: "keep" the live per-rank values that have no saved one, or "error".
         expect_partial: Give no warning about values that stay missing or pending.
         verify: Compare checksums while reading.
+        threads: Most threads that read on a rank; None for one per core that its node has for each rank, up to 8.
     """
 
     timeout: float = 600.0
@@ -156,6 +157,7 @@ class RestoreOptions:
     per_rank: PerRankPolicy = "keep"
     expect_partial: bool = False
     verify: bool = True
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         """Reject bad values at construction.
@@ -169,3 +171,5 @@ class RestoreOptions:
         _require_bools(self, ("strict", "cast", "skip_slots", "expect_partial", "verify"))
         _require_strs_by_str("rename", self.rename)
         _require_strs("only", self.only)
+        if self.threads is not None:
+            _require_count("threads", self.threads)

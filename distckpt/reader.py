@@ -27,6 +27,7 @@ from distckpt.options import RestoreOptions, given_or_default
 from distckpt.source import Source, open_local
 from distckpt.storage.latest import latest_checkpoint
 from distckpt.storage.paths import as_text
+from distckpt.storage.threads import threads_of_rank
 from distckpt.storage.transfer import sub_tensor
 from distckpt.tensor_bytes import copy_bits, torch_dtype
 
@@ -94,7 +95,8 @@ class VariableHandle:
         direct = part.box.shape == part.taken.shape
         tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype, device="cpu")
         value = TensorValue(OWN_VALUE, tensor, self.shape, (part.box,))
-        self._source.read([TensorRead(self.key, self._index, value)], verify=True)
+        reads = [TensorRead(self.key, self._index, value)]
+        self._source.read(reads, verify=True, threads=threads_of_rank(1))
         if not direct:
             copy_bits(target, tensor[tuple(slice(None, None, step) for step in part.steps)])
 

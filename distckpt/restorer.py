@@ -27,6 +27,7 @@ from distckpt.restoration import LocalReport, Restoration, combine, describe_mis
 from distckpt.source import Source, open_source
 from distckpt.status import Report, RestoreStatus
 from distckpt.storage.paths import as_text
+from distckpt.storage.threads import threads_of_rank
 from distckpt.timing import AGREE, RESTORE_STEPS, Timer, Timing
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Restorer:
             local = msgspec.msgpack.encode(restoration.report(live, binding, assignment))
         report = self._agree(restoration, local)
         self._refuse(restoration, report)
-        self._read(source, assignment, timer, verify=restoration.options.verify)
+        self._read(source, assignment, timer, restoration.options)
         with coordinator.step("assign"), timer.step("assign"):
             self._apply(assignment)
             restoration.settle(binding, assignment)
@@ -127,16 +128,17 @@ class Restorer:
         timing = timer.on_this_rank(coordinator.on_root("report", tell, Timing))
         return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
 
-    def _read(self, source: Source, assignment: Assignment, timer: Timer, *, verify: bool) -> None:
+    def _read(self, source: Source, assignment: Assignment, timer: Timer, options: RestoreOptions) -> None:
         """Read all tensors: together with the other ranks what they want, too. Collective."""
-        coordinator = self._coordinator
+        coordinator, verify = self._coordinator, options.verify
+        threads = options.threads or threads_of_rank(coordinator.node.size)
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
             want = Want(source, assignment.reads, verify, progress)
             with timer.step("exchange"):
                 rest = Attempt.of(functools.partial(read_together, coordinator, want))
             with coordinator.step("read"), timer.step("read"):
                 rest.require()
-                source.read(rest.value, verify=verify, progress=progress)
+                source.read(rest.value, verify=verify, progress=progress, threads=threads)
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:
         return self._require_checkpoint()._walk(with_counter=with_counter)

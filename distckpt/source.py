@@ -25,14 +25,14 @@ from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import ChecksumReader, StoredChecksums
 from distckpt.storage.hdf5 import Opened, open_checkpoint
+from distckpt.storage.parallel_reading import read_in_threads
 from distckpt.storage.paths import resolve
 from distckpt.storage.piece_checks import PieceVerifier
 from distckpt.storage.rawio import open_shared
 from distckpt.storage.reading import ReadReport, read_through_hdf5
-from distckpt.storage.reading import read as read_jobs
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
 from distckpt.storage.units import Held, UnitReader, taken_verifier
-from distckpt.tensor_bytes import copy_bits
+from distckpt.tensor_bytes import copy_bits, share_memory
 from distckpt.timing import Timer
 
 
@@ -89,8 +89,16 @@ class Source:
         self._closer = weakref.finalize(self, os.close, fd)
         self._closer.atexit = False
 
-    def read(self, reads: Sequence[TensorRead], *, verify: bool, progress: Progress | None = None) -> None:
+    def read(
+        self, reads: Sequence[TensorRead], *, verify: bool, progress: Progress | None = None, threads: int = 1
+    ) -> None:
         """Read tensors into their targets. Local.
+
+        Args:
+            reads: What to read.
+            verify: Compare checksums.
+            progress: Called with the number of bytes just put into tensors.
+            threads: Most threads that read; just one does where targets share memory, so that the last one wins.
 
         Raises:
             CorruptCheckpointError: The bytes of a tensor do not match their checksum.
@@ -99,8 +107,11 @@ class Source:
         if not self._closer.alive:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
-            direct = [job for read in reads if read.cast is None for job in self._jobs(read, verify)]
-            self._run(direct, verify, progress)
+            whole = [read for read in reads if read.cast is None]
+            if threads > 1 and share_memory(block.tensor for read in whole for block in read.target.blocks()):
+                threads = 1
+            jobs = [job for read in whole for job in self._jobs(read, verify)]
+            self._run(jobs, verify, progress, threads)
             for read in reads:
                 if read.cast is not None:
                     self._read_converting(read, verify)
@@ -109,13 +120,13 @@ class Source:
         """Read piece by piece through a temporary tensor, so that memory stays bounded."""
         for job in self._jobs(read, verify):
             piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
-            self._run([msgspec.structs.replace(job, tensor=piece)], verify, None)
+            self._run([msgspec.structs.replace(job, tensor=piece)], verify, None, threads=1)
             copy_bits(job.tensor, piece.to(job.tensor.dtype))
 
-    def _run(self, jobs: list[ReadJob], verify: bool, progress: Progress | None) -> None:
+    def _run(self, jobs: list[ReadJob], verify: bool, progress: Progress | None, threads: int) -> None:
         placed = [job for job in jobs if job.dataset_offset >= 0]
         others = [job for job in jobs if job.dataset_offset < 0 and job.box.numel]
-        reports = [read_jobs(self._fd, placed, verify=verify, progress=progress)]
+        reports = [read_in_threads(self._fd, placed, verify=verify, progress=progress, threads=threads)]
         if others:  # the file was rewritten by another program, such as h5repack
             self._require_at_path()
             reports.append(read_through_hdf5(self.path, others, verify=verify, progress=progress))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Iterable
 
 import torch
 
@@ -70,6 +72,21 @@ class Memory:
 def is_packed(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is the bytes of the elements in row-major order, readable by the CPU."""
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def share_memory(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether two tensors may have memory in common: from its first to its last element a tensor counts as having all.
+
+    Empty tensors have none.
+    """
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel())
+    return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the last one's end."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def mark_changed(tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -9,9 +10,10 @@ import torch.distributed as dist
 
 from distckpt.bench.competitor import BackgroundCompetitor, Competitor
 from distckpt.bench.raw import Raw, supports_direct
-from distckpt.bench.runner import over_ranks
+from distckpt.bench.runner import gather, over_ranks
 from distckpt.bench.setting import Bench
 from distckpt.bench.state import State
+from distckpt.storage.threads import threads_of_rank
 
 Builder = Callable[[State], Competitor]
 BackgroundBuilder = Callable[[State], BackgroundCompetitor]
@@ -74,10 +76,22 @@ def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilde
     return found
 
 
+def _direct_builders(bench: Bench) -> list[Builder]:
+    """The raw limit past the page cache, where it can be passed. Collective over the process group."""
+    can = over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
+    return [partial(Raw, direct=True)] if can else []
+
+
+def _threaded_builders() -> list[Builder]:
+    """The raw limit with as many threads as distckpt has, if several. Collective over the process group."""
+    nodes = gather(platform.node())
+    threads = min(gather(threads_of_rank(nodes.count(platform.node()))))
+    return [partial(Raw, threads=threads)] if threads > 1 else []
+
+
 def _builders_of(bench: Bench, name: str, *, saving: bool) -> list[Builder]:
     if name == "raw":
-        direct = saving and over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
-        return [partial(Raw, direct=mode) for mode in ((False, True) if direct else (False,))]
+        return [Raw, *(_direct_builders(bench) if saving else _threaded_builders())]
     if name == "dcp":
         from distckpt.bench.dcp import THREAD_COUNTS, Dcp
 

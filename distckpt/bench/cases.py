@@ -179,7 +179,7 @@ def _overhead_case(bench: Bench, count: int) -> list[Samples]:
 
 def _first_and_later(bench: Bench, state: State) -> list[SaveTrial]:
     """Saves by all, after one through the page cache: a first save is compared with that, too."""
-    trials = [SaveTrial(Raw(state, direct=False), bench.directory)]
+    trials = [SaveTrial(Raw(state), bench.directory)]
     for build in builders(bench, names_without(bench, "raw"), saving=True):
         trials += [FirstSaveTrial(build, state, bench.directory), SaveTrial(build(state), bench.directory)]
     return trials

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,17 @@ class Raw(Competitor):
     Of a state that all ranks hold, each writes a part and reads everything.
     """
 
-    def __init__(self, state: State, *, direct: bool) -> None:
+    def __init__(self, state: State, *, direct: bool = False, threads: int = 1) -> None:
         """Fill the buffer with the state. Collective over the process group.
 
         Args:
             state: Where the bytes come from.
             direct: Write past the page cache (O_DIRECT); else through it, with write-back started after each step.
+            threads: That many of each rank read.
         """
-        super().__init__("raw O_DIRECT" if direct else "raw", state)
+        super().__init__("raw" + " O_DIRECT" * direct + f", {threads} threads" * (threads > 1), state)
         self._direct = direct
+        self._threads = threads
         # O_DIRECT takes whole blocks, of memory that starts at a block.
         nbytes = -(-state.local_nbytes // _BLOCK) * _BLOCK
         start = 0 if state.is_replicated else sum(gather(nbytes)[: dist.get_rank()])
@@ -64,9 +67,18 @@ class Raw(Competitor):
     def restore(self, path: Path) -> None:
         """Read this rank's bytes back into the buffer."""
         descriptor = os.open(path, os.O_RDONLY)
+
+        def read(step: _Step) -> None:
+            at, view = step
+            _require(os.preadv(descriptor, [view], at), view)
+
         try:
-            for at, view in self._steps:
-                _require(os.preadv(descriptor, [view], at), view)
+            if self._threads == 1:
+                for step in self._steps:
+                    read(step)
+            else:
+                with ThreadPoolExecutor(self._threads) as pool:
+                    list(pool.map(read, self._steps))
         finally:
             os.close(descriptor)
 

@@ -27,15 +27,21 @@ _RUNS_AT_ONCE = 8192
 
 
 class Filler:
-    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file."""
+    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file.
 
-    def __init__(self, fd: int) -> None:
+    Attributes:
+        fd: Descriptor of the file.
+    """
+
+    def __init__(self, fd: int, step_nbytes: int) -> None:
         """Local.
 
         Args:
             fd: Descriptor of the file.
+            step_nbytes: Bytes of a step of reading and hashing.
         """
-        self._fd = fd
+        self.fd = fd
+        self._step_nbytes = step_nbytes
         self._scratch = Scratch()
 
     def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> int:
@@ -65,10 +71,10 @@ class Filler:
     def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> int:
         detour = is_slow_target(data, offset)
         if hasher is None and not detour:
-            rawio.read_into(self._fd, data, offset)
+            rawio.read_into(self.fd, data, offset)
         else:
-            for start in range(0, len(data), STEP_NBYTES):
-                step = data[start : start + STEP_NBYTES]
+            for start in range(0, len(data), self._step_nbytes):
+                step = data[start : start + self._step_nbytes]
                 self._fill_step(step, offset + start, detour)
                 if hasher is not None:
                     hasher.update(step)
@@ -77,19 +83,19 @@ class Filler:
     def _fill_step(self, data: memoryview, offset: int, detour: bool) -> None:
         if detour:
             scratch = self._scratch.room_for(offset, len(data))
-            rawio.read_into(self._fd, scratch, offset)
+            rawio.read_into(self.fd, scratch, offset)
             data[:] = scratch
         else:
-            rawio.read_into(self._fd, data, offset)
+            rawio.read_into(self.fd, data, offset)
 
     def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> int:
         """One `pread` per run."""
         position = 0
-        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, STEP_NBYTES // rows.run_nbytes))):
+        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, self._step_nbytes // rows.run_nbytes))):
             begin = position
             for start in runs(part, job.global_shape).starts:
                 run = data[position : position + rows.run_nbytes]
-                rawio.read_into(self._fd, run, job.dataset_offset + start * rows.itemsize)
+                rawio.read_into(self.fd, run, job.dataset_offset + start * rows.itemsize)
                 position += rows.run_nbytes
             if hasher is not None:
                 hasher.update(data[begin:position])
@@ -99,13 +105,13 @@ class Filler:
         """Read runs with the narrow gaps between them, then pick the runs."""
         position = bytes_read = 0
         dtype = np.dtype(f"V{rows.itemsize}")
-        at_once = min(rows.length, max(1, STEP_NBYTES // rows.pitch_nbytes))
+        at_once = min(rows.length, max(1, self._step_nbytes // rows.pitch_nbytes))
         for part in cut(box, at_once * rows.run_numel):
             count = part.numel // rows.run_numel
             span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
             offset = job.dataset_offset + first_element(part, job.global_shape) * rows.itemsize
             scratch = self._scratch.room_for(offset, span)
-            rawio.read_into(self._fd, scratch, offset)
+            rawio.read_into(self.fd, scratch, offset)
             packed = data[position : position + count * rows.run_nbytes]
             shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
             np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))

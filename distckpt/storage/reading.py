@@ -60,28 +60,46 @@ def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress |
         CorruptCheckpointError: A checksum is wrong, or the file is too short; names the variable. Tensors of jobs up
             to this one have been written.
     """
-    with Arrivals() as arrivals:
-        reader = _Reader(fd, arrivals, verify, progress)
-        for job in jobs:
-            reader.read(job)
-        reader.flush()
+    reader = Reader(Filler(fd, STEP_NBYTES), Arrivals(), verify, progress)
+    reader.read(jobs)
     return reader.report
 
 
-class _Reader:
-    def __init__(self, fd: int, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
+class Reader:
+    """Reads boxes into tensors.
+
+    Attributes:
+        report: How much was read and verified.
+    """
+
+    def __init__(self, filler: Filler, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
+        """Local.
+
+        Args:
+            filler: For what is not joined with its neighbours.
+            arrivals: For what goes into tensors that are not packed.
+            verify: Compare checksums, where a job has one.
+            progress: Called with the number of bytes just put into tensors.
+        """
         self.report = ReadReport()
-        self._fd = fd
+        self._fd = filler.fd
         self._verify = verify
         self._progress = progress
         self._arrivals = arrivals
-        self._filler = Filler(fd)
+        self._filler = filler
         self._waiting: list[_Waiting] = []
         self._start = 0
         self._stop = 0
 
-    def read(self, job: ReadJob) -> None:
-        """Read a box, at the latest with the next `flush`."""
+    def read(self, jobs: Iterable[ReadJob]) -> None:
+        """Read boxes; raises as the function `read`."""
+        with self._arrivals:
+            for job in jobs:
+                self._read_job(job)
+            self._flush()
+
+    def _read_job(self, job: ReadJob) -> None:
+        """Read a box, at the latest with the next `_flush`."""
         nbytes = job.tensor.numel() * job.tensor.element_size()
         if nbytes == 0:
             return
@@ -96,7 +114,7 @@ class _Reader:
         offset = _file_offset(job)
         full = self._stop - self._start + nbytes > STEP_NBYTES or len(self._waiting) == rawio.MAX_VECTORS
         if full or offset != self._stop:
-            self.flush()
+            self._flush()
         if not self._waiting:
             self._start = offset
         if is_packed(job.tensor):
@@ -106,7 +124,7 @@ class _Reader:
             self._waiting.append(_Waiting(job, room.data, room))
         self._stop = offset + nbytes
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Read what has been joined."""
         if self._waiting:
             try:
@@ -142,10 +160,10 @@ class _Reader:
     # -- large boxes, in blocks
 
     def _read_large(self, job: ReadJob) -> None:
-        self.flush()
+        self._flush()
         hasher = Hasher() if self._verify and job.expected is not None else None
         packed = bytes_of(job.tensor) if is_packed(job.tensor) else None
-        for block in blocks_of(job.box, job.tensor.element_size()):
+        for block in blocks_of(job.box, job.tensor.element_size(), self._arrivals.nbytes):
             if packed is None:
                 self._fill_staged(job, block, hasher)
             else:

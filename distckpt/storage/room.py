@@ -80,15 +80,25 @@ class Arrivals:
     GPUs take what is in one pinned buffer while the other one is filled. The order of calls: `make_room`, `take` as
     often as there is room, `put` for each room when its bytes are there, and again. When the context ends, whatever
     happened, all that was put is in the tensors.
+
+    Attributes:
+        nbytes: Most bytes that there can be room for.
     """
 
-    def __init__(self) -> None:
-        self._host = Buffer(HOST_NBYTES)
-        self._filling = Buffer(PINNED_NBYTES, pinned=True)
-        self._leaving = Buffer(PINNED_NBYTES, pinned=True)
+    def __init__(self, moment: Iterable[torch.device] | None = None, nbytes: int = PINNED_NBYTES) -> None:
+        """Local.
+
+        Args:
+            moment: As for `DeviceCopies`.
+            nbytes: Size in bytes of each buffer: one for tensors of the CPU, two for those of GPUs.
+        """
+        self.nbytes = nbytes
+        self._host = Buffer(nbytes)
+        self._filling = Buffer(nbytes, pinned=True)
+        self._leaving = Buffer(nbytes, pinned=True)
         self._ticket = Ticket([])
         self._waiting: list[Copy] = []
-        self._copies = DeviceCopies()
+        self._copies = DeviceCopies(moment)
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +114,7 @@ class Arrivals:
             self._copies.finish()
 
     def make_room(self, nbytes: int) -> None:
-        """Room for so many bytes, at most `PINNED_NBYTES`; all that was taken so far was put."""
+        """Room for so many bytes, at most `nbytes`; all that was taken so far was put."""
         self._host.clear()
         if not self._filling.has_room(nbytes):
             self._change_buffers()
@@ -122,7 +132,7 @@ class Arrivals:
             self._waiting.append(Copy(gpu, target, room.tensor))
 
     def pass_on(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy other memory of the CPU, at most `PINNED_NBYTES`, which may change as soon as this returns."""
+        """Copy other memory of the CPU, at most `nbytes`, which may change as soon as this returns."""
         if gpu_of(target) is None:
             copy_bits(target, source)
         else:

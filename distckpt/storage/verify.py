@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
+from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.plan import ReadPlanner
-from distckpt.storage.checksum import ChecksumReader
+from distckpt.storage.checksum import ChecksumReader, StoredChecksums
+from distckpt.storage.filling import Filler
 from distckpt.storage.hdf5 import Opened, open_checkpoint
-from distckpt.storage.reading import read, read_through_hdf5
+from distckpt.storage.reading import Reader, read_through_hdf5
+from distckpt.storage.room import Arrivals
+from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out, threads_of_rank
 from distckpt.storage.transfer import Progress, ReadJob
 from distckpt.tensor_bytes import torch_dtype
 
@@ -22,7 +28,7 @@ def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = Non
 
     Args:
         path: Path of the file, with or without ".h5".
-        progress: Called with the number of bytes just verified.
+        progress: Called with the number of bytes just verified, by one thread at a time.
 
     Returns:
         One sentence for each damaged piece, naming its variable; empty when all is well.
@@ -38,22 +44,69 @@ def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = Non
         return [f"{opened.path}: the file has no checksums that could be verified"]
     fd = os.open(opened.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        jobs = _piece_jobs(opened, ChecksumReader(fd, opened.checksums))
-        return [problem for job in jobs if (problem := _check(fd, opened.path, job, progress))]
+        return _Verification(opened, opened.checksums, fd, progress).run(threads_of_rank(1))
     finally:
         os.close(fd)
 
 
-def _piece_jobs(opened: Opened, checksums: ChecksumReader) -> Iterator[ReadJob]:
-    """One job per piece, all with the same memory."""
-    memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8, device="cpu")
-    variables = opened.manifest.variables
-    planner = ReadPlanner(variables, opened.index)
-    for number, (variable, offset) in enumerate(zip(variables, opened.offsets.tolist(), strict=True)):
-        dtype = torch_dtype(variable.dtype)
-        for item in planner.items(number, Box.whole(variable.shape)):
-            tensor = memory[: item.box.numel * dtype.itemsize].view(dtype).view(item.box.shape)
-            yield ReadJob(variable.key, offset, variable.shape, item.box, tensor, checksums[item.checksum])
+class _Piece(NamedTuple):
+    """A piece of the file.
+
+    Attributes:
+        number: Of all pieces.
+        variable: Index in the manifest's variables.
+        box: Where it is in the variable.
+        nbytes: Its size in bytes.
+        checksum: Index of its checksum.
+    """
+
+    number: int
+    variable: int
+    box: Box
+    nbytes: int
+    checksum: int
+
+
+class _Verification:
+    """One run over all pieces of a file."""
+
+    def __init__(self, opened: Opened, stored: StoredChecksums, fd: int, progress: Progress | None) -> None:
+        self._opened = opened
+        self._stored = stored
+        self._fd = fd
+        self._progress = one_at_a_time(progress)
+        self._problems: list[tuple[int, str]] = []
+
+    def run(self, threads: int) -> list[str]:
+        """One sentence for each damaged piece, in file order."""
+        small: list[_Piece] = []
+        large: list[_Piece] = []
+        for piece in self._pieces():
+            (small if piece.nbytes < LARGE_NBYTES else large).append(piece)
+        share_out(small, large, [self._verify] * threads)
+        return [problem for _, problem in sorted(self._problems)]
+
+    def _pieces(self) -> Iterator[_Piece]:
+        variables = self._opened.manifest.variables
+        planner = ReadPlanner(variables, self._opened.index)
+        numbers = itertools.count()
+        for index, variable in enumerate(variables):
+            itemsize = dtype_info(variable.dtype).itemsize
+            for box, checksum in planner.items(index, Box.whole(variable.shape)):
+                yield _Piece(next(numbers), index, box, box.numel * itemsize, checksum)
+
+    def _verify(self, pieces: Iterator[_Piece]) -> None:
+        """Verify pieces, all in the same memory; the work of one thread."""
+        memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8, device="cpu")
+        checksums = ChecksumReader(self._fd, self._stored)
+        for piece in pieces:
+            variable, offset = self._opened.manifest.variables[piece.variable], self._opened.offsets[piece.variable]
+            tensor = memory[: piece.nbytes].view(torch_dtype(variable.dtype)).view(piece.box.shape)
+            expected = checksums[piece.checksum]
+            job = ReadJob(variable.key, int(offset), variable.shape, piece.box, tensor, expected)
+            problem = _check(self._fd, self._opened.path, job, self._progress)
+            if problem is not None:
+                self._problems.append((piece.number, problem))
 
 
 def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str | None:
@@ -62,7 +115,7 @@ def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str |
         if job.dataset_offset < 0:
             read_through_hdf5(path, [job], verify=True, progress=progress)
         else:
-            read(fd, [job], verify=True, progress=progress)
+            Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(), verify=True, progress=progress).read([job])
     except (CorruptCheckpointError, OSError) as error:
         return str(error)
     return None

@@ -31,6 +31,7 @@ from distckpt import (
     latest_checkpoint,
 )
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.storage import parallel_reading
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = [pytest.mark.mpi(min_size=3), pytest.mark.timeout(60)]
@@ -649,3 +650,32 @@ def test_a_damaged_variable_is_named_on_all_ranks_though_one_rank_reads_it(three
     twin.restore(path).assert_consumed()
     assert torch.equal(twin.bad.tensor, torch.ones(4))
     twin.restore(newer, options=RestoreOptions(verify=False)).assert_consumed()  # on request
+
+
+def test_damage_that_one_of_a_ranks_threads_finds_is_an_error_on_all_ranks(
+    three: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_reading, "_SHARE_NBYTES", 1 << 20)
+    n = 300_000  # more than 1 MiB: for any thread
+
+    def shards(value: float) -> dict[str, ShardedVariable]:
+        return {f"v{i}": ShardedVariable(torch.full((n,), value + i), (3 * n,), (n * three.rank,)) for i in range(6)}
+
+    checkpoint = Checkpoint(comm=three, state=shards(1))
+    path = checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    newer = checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    if three.rank == 0:
+        with h5py.File(newer, "r") as file:
+            offset = file["state/v4"].id.get_offset()
+        with Path(newer).open("r+b") as raw:
+            raw.seek(offset + (n + 5) * 4)  # in the shard of rank 1
+            raw.write(b"\xff")
+    three.Barrier()
+    live = shards(-1)
+    twin = Checkpoint(comm=three, state=live)
+    threads = RestoreOptions(threads=3)
+    text = same_error(three, CorruptCheckpointError, lambda: twin.restore(newer, options=threads))
+    assert text.startswith("state/v4: ")
+    assert twin.save_counter == 0
+    twin.restore(path, options=threads).assert_consumed()
+    assert all(torch.equal(live[f"v{i}"].tensor, torch.full((n,), 1.0 + i)) for i in range(6))

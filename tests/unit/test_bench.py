@@ -159,7 +159,7 @@ def competitor_class(name: str) -> type[Competitor]:
 
 
 @pytest.mark.parametrize("dim", [0, None])
-@pytest.mark.parametrize("name", ["raw", "raw O_DIRECT", *CLASSES])
+@pytest.mark.parametrize("name", ["raw", "raw O_DIRECT", "raw, 3 threads", *CLASSES])
 def test_competitors_restore_what_they_saved(name: str, dim: int | None, mesh: DeviceMesh, tmp_path: Path) -> None:
     if name in ("safetensors", "torchsnapshot"):
         pytest.importorskip(name)
@@ -169,8 +169,8 @@ def test_competitors_restore_what_they_saved(name: str, dim: int | None, mesh: D
     assert saved.is_replicated == (dim is None)
     saved.fill()
     if name.startswith("raw"):
-        path = Raw(saved, direct=name != "raw").save(tmp_path / "saved")
-        trial = RestoreTrial(Raw(live, direct=False), path)
+        path = Raw(saved, direct=name == "raw O_DIRECT").save(tmp_path / "saved")
+        trial = RestoreTrial(Raw(live, threads=3 if "threads" in name else 1), path)
     else:
         path = competitor_class(name)(saved).save(tmp_path / "saved")
         trial = RestoreTrial(competitor_class(name)(live), path)
@@ -182,12 +182,12 @@ def test_competitors_restore_what_they_saved(name: str, dim: int | None, mesh: D
 def test_a_wrong_byte_is_found(mesh: DeviceMesh, tmp_path: Path) -> None:
     saved, live = (build_state(gpt_shapes(MIB), mesh, dim=0) for _ in range(2))
     saved.fill()
-    path = Raw(saved, direct=False).save(tmp_path / "saved")
+    path = Raw(saved).save(tmp_path / "saved")
     content = bytearray(path.read_bytes())
     content[100_000] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"1 variables .* restored wrongly"):
-        check_restore(RestoreTrial(Raw(live, direct=False), path))
+        check_restore(RestoreTrial(Raw(live), path))
 
 
 class Recorder:
@@ -243,7 +243,7 @@ def test_what_fails_on_a_rank_is_named(tmp_path: Path) -> None:
 
 def test_saves_change_the_values_use_fresh_names_and_delete(mesh: DeviceMesh, tmp_path: Path) -> None:
     state = build_state(small_shapes(3), mesh, dim=0)
-    trials = [SaveTrial(Raw(state, direct=False), tmp_path), FirstSaveTrial(Dcp, state, tmp_path)]
+    trials = [SaveTrial(Raw(state), tmp_path), FirstSaveTrial(Dcp, state, tmp_path)]
     assert [(trial.name, trial.kind) for trial in trials] == [("raw", ""), ("DCP, first save", "first save")]
     names = set()
     for _ in range(2):
@@ -399,7 +399,7 @@ def test_plans_that_dcp_caches_are_those_of_one_competitor(mesh: DeviceMesh, tmp
 def test_a_cold_restore_begins_with_an_empty_page_cache(mesh: DeviceMesh, tmp_path: Path) -> None:
     state = build_state(gpt_shapes(MIB), mesh, dim=0)
     state.fill()
-    raw = Raw(state, direct=False)
+    raw = Raw(state)
     path = raw.save(tmp_path / "saved")
     trial = ColdRestoreTrial(raw, path)
     path.read_bytes()

@@ -15,7 +15,7 @@ from distckpt.errors import CorruptCheckpointError
 from distckpt.graph import fingerprint as graph_fingerprint
 from distckpt.graph.fingerprint import fingerprint, fingerprints
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
-from distckpt.storage import filling, hdf5, rawio
+from distckpt.storage import filling, hdf5, rawio, reading
 from distckpt.storage.checksum import digest
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.room import Arrivals, Departing, Departures
@@ -142,7 +142,7 @@ def test_the_next_batch_is_copied_while_one_is_written(machine: Machine, fd: int
 def test_one_buffer_is_copied_while_the_next_is_read(
     machine: Machine, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filling, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
+    monkeypatch.setattr(reading, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
     tensors = [torch.rand(N_PIECE) for _ in range(4)]
     saved = values(tensors)
     os.pwrite(fd, b"".join(saved), 0)

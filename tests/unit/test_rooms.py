@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "distckpt"
 
-FOUNDATION = {"device", "errors", "interval", "log", "options", "tensor_bytes", "timing", "words"}
+FOUNDATION = {"cores", "device", "errors", "interval", "log", "options", "tensor_bytes", "timing", "words"}
 ROOMS = {"layout", "graph", "coordination", "storage"}
 
 #: Room or module below distckpt/ to those it may import. Modules that are not named here stand above the rooms.
 MAY_IMPORT = {
+    "cores": set[str](),
     "device": {"tensor_bytes"},
     "errors": set[str](),
     "interval": set[str](),

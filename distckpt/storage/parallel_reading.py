@@ -1,0 +1,62 @@
+"""Reading with several threads: system calls and checksums of large boxes run beside each other.
+
+One thread copies from the page cache, and hashes, at the speed of one core; file systems of clusters want several
+requests at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distckpt.device import gpu_of
+from distckpt.storage.filling import Filler
+from distckpt.storage.reading import Reader, ReadReport, read
+from distckpt.storage.room import PINNED_NBYTES, Arrivals
+from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out
+from distckpt.storage.transfer import Progress, ReadJob
+
+#: Each thread gets so many bytes at least: to start one takes as long as to read a few hundred KiB. In bytes.
+_SHARE_NBYTES = 8 << 20
+
+#: Room that each of several threads has for bytes on their way into tensors that are not packed, twice. In bytes.
+_ROOM_NBYTES = PINNED_NBYTES // 4
+
+
+def read_in_threads(
+    fd: int, jobs: Sequence[ReadJob], *, verify: bool, progress: Progress | None, threads: int
+) -> ReadReport:
+    """Read boxes into tensors, of which no two share memory if `threads` is above 1.
+
+    Args:
+        fd: Descriptor of the file.
+        jobs: What to read. Fastest in file order.
+        verify: Compare checksums, where a job has one.
+        progress: Called with the number of bytes just put into tensors, by one thread at a time.
+        threads: Most threads that read, this one among them.
+
+    Returns:
+        How much was read and verified.
+
+    Raises:
+        CorruptCheckpointError: As `storage.reading.read`.
+    """
+    small: list[ReadJob] = []
+    large: list[ReadJob] = []
+    for job in jobs:
+        (small if _nbytes(job) < LARGE_NBYTES else large).append(job)
+    threads = min(threads, sum(map(_nbytes, large)) // _SHARE_NBYTES)
+    if threads < 2:
+        return read(fd, jobs, verify=verify, progress=progress)
+    gpus = {gpu for job in jobs if (gpu := gpu_of(job.tensor)) is not None}
+    notify = one_at_a_time(progress)
+    readers = [
+        Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(gpus, _ROOM_NBYTES), verify, notify) for _ in range(threads)
+    ]
+    share_out(small, large, [reader.read for reader in readers])
+    return ReadReport(
+        sum(reader.report.bytes_read for reader in readers), sum(reader.report.bytes_verified for reader in readers)
+    )
+
+
+def _nbytes(job: ReadJob) -> int:
+    return job.tensor.numel() * job.tensor.element_size()
