@@ -61,7 +61,7 @@ class Machine:
         """Let the package see these GPUs, and log its system calls."""
         for module in (writing, parallel_reading, room, units, snapshot, fingerprint):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
-        for module in (writing, reading, units, taking, aggregation, snapshot, fingerprint):
+        for module in (writing, reading, parallel_reading, units, taking, aggregation, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
         for module in (room, fingerprint):
             monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)

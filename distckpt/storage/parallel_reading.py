@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from distckpt.device import gpu_of
 from distckpt.storage.filling import Filler
 from distckpt.storage.reading import Reader, ReadReport, read
-from distckpt.storage.room import PINNED_NBYTES, Arrivals
+from distckpt.storage.room import Arrivals
 from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out
 from distckpt.storage.transfer import Progress, ReadJob
+from distckpt.tensor_bytes import is_packed
 
 #: Each thread gets so many bytes at least: to start one takes as long as to read a few hundred KiB. In bytes.
 _SHARE_NBYTES = 8 << 20
 
-#: Room that each of several threads has for bytes on their way into tensors that are not packed, twice. In bytes.
-_ROOM_NBYTES = PINNED_NBYTES // 4
+#: So many threads have a buffer each for bytes on their way into tensors of GPUs, or into others that are not packed:
+#: together 48 MiB of memory.
+_MAX_WITH_BUFFER = 6
 
 
 def read_in_threads(
@@ -40,22 +42,33 @@ def read_in_threads(
     Raises:
         CorruptCheckpointError: As `storage.reading.read`.
     """
-    small: list[ReadJob] = []
-    large: list[ReadJob] = []
-    for job in jobs:
-        (small if _nbytes(job) < LARGE_NBYTES else large).append(job)
-    threads = min(threads, sum(map(_nbytes, large)) // _SHARE_NBYTES)
+    large = [job for job in jobs if _is_large(job)] if threads > 1 else []
+    threads = min(threads, _useful_threads(large))
     if threads < 2:
         return read(fd, jobs, verify=verify, progress=progress)
+    small = [job for job in jobs if not _is_large(job)]
     gpus = {gpu for job in jobs if (gpu := gpu_of(job.tensor)) is not None}
     notify = one_at_a_time(progress)
     readers = [
-        Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(gpus, _ROOM_NBYTES), verify, notify) for _ in range(threads)
+        Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(gpus, n_buffers=1), verify, notify) for _ in range(threads)
     ]
     share_out(small, large, [reader.read for reader in readers])
     return ReadReport(
         sum(reader.report.bytes_read for reader in readers), sum(reader.report.bytes_verified for reader in readers)
     )
+
+
+def _useful_threads(large: Sequence[ReadJob]) -> int:
+    """How many threads have enough to do, and room in memory."""
+    worth = sum(map(_nbytes, large)) // _SHARE_NBYTES
+    on_gpu = any(gpu_of(job.tensor) is not None for job in large)
+    unpacked = any(gpu_of(job.tensor) is None and not is_packed(job.tensor) for job in large)
+    n_buffers = on_gpu + unpacked
+    return min(worth, _MAX_WITH_BUFFER // n_buffers) if n_buffers else worth
+
+
+def _is_large(job: ReadJob) -> bool:
+    return _nbytes(job) >= LARGE_NBYTES
 
 
 def _nbytes(job: ReadJob) -> int:

@@ -163,7 +163,7 @@ class Reader:
         self._flush()
         hasher = Hasher() if self._verify and job.expected is not None else None
         packed = bytes_of(job.tensor) if is_packed(job.tensor) else None
-        for block in blocks_of(job.box, job.tensor.element_size(), self._arrivals.nbytes):
+        for block in blocks_of(job.box, job.tensor.element_size()):
             if packed is None:
                 self._fill_staged(job, block, hasher)
             else:

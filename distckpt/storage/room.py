@@ -77,26 +77,20 @@ class Buffer:
 class Arrivals:
     """Room for bytes from the file, and their way on into tensors.
 
-    GPUs take what is in one pinned buffer while the other one is filled. The order of calls: `make_room`, `take` as
+    GPUs take what is in one pinned buffer while the next one is filled. The order of calls: `make_room`, `take` as
     often as there is room, `put` for each room when its bytes are there, and again. When the context ends, whatever
     happened, all that was put is in the tensors.
-
-    Attributes:
-        nbytes: Most bytes that there can be room for.
     """
 
-    def __init__(self, moment: Iterable[torch.device] | None = None, nbytes: int = PINNED_NBYTES) -> None:
+    def __init__(self, moment: Iterable[torch.device] | None = None, n_buffers: int = 2) -> None:
         """Local.
 
         Args:
             moment: As for `DeviceCopies`.
-            nbytes: Size in bytes of each buffer: one for tensors of the CPU, two for those of GPUs.
+            n_buffers: Number of pinned buffers; with one of them the caller waits for each copy.
         """
-        self.nbytes = nbytes
-        self._host = Buffer(nbytes)
-        self._filling = Buffer(nbytes, pinned=True)
-        self._leaving = Buffer(nbytes, pinned=True)
-        self._ticket = Ticket([])
+        self._host = Buffer(HOST_NBYTES)
+        self._pinned = deque((Buffer(PINNED_NBYTES, pinned=True), Ticket([])) for _ in range(n_buffers))
         self._waiting: list[Copy] = []
         self._copies = DeviceCopies(moment)
 
@@ -114,10 +108,14 @@ class Arrivals:
             self._copies.finish()
 
     def make_room(self, nbytes: int) -> None:
-        """Room for so many bytes, at most `nbytes`; all that was taken so far was put."""
+        """Room for so many bytes, at most `PINNED_NBYTES`; all that was taken so far was put."""
         self._host.clear()
         if not self._filling.has_room(nbytes):
             self._change_buffers()
+
+    @property
+    def _filling(self) -> Buffer:
+        return self._pinned[0][0]
 
     def take(self, target: torch.Tensor) -> Room:
         """Room for the elements of a tensor."""
@@ -132,7 +130,7 @@ class Arrivals:
             self._waiting.append(Copy(gpu, target, room.tensor))
 
     def pass_on(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy other memory of the CPU, at most `nbytes`, which may change as soon as this returns."""
+        """Copy other memory of the CPU, at most `PINNED_NBYTES`, which may change as soon as this returns."""
         if gpu_of(target) is None:
             copy_bits(target, source)
         else:
@@ -142,10 +140,12 @@ class Arrivals:
             self.put(target, room)
 
     def _change_buffers(self) -> None:
-        before, self._ticket = self._ticket, self._start()
-        before.wait()
-        self._filling, self._leaving = self._leaving, self._filling
-        self._filling.clear()
+        """Let GPUs take what is in one buffer, and go on with the one that they have taken everything from longest."""
+        self._pinned[0] = self._filling, self._start()
+        self._pinned.rotate(-1)
+        buffer, ticket = self._pinned[0]
+        ticket.wait()
+        buffer.clear()
 
     def _start(self) -> Ticket:
         copies, self._waiting = self._waiting, []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, cut
+from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, pieces
 
 #: Called with the number of bytes that were just moved.
 Progress = Callable[[int], Any]
@@ -72,16 +72,16 @@ class Block(NamedTuple):
     nbytes: int
 
 
-def blocks_of(box: Box, itemsize: int, max_nbytes: int = MAX_PIECE_NBYTES) -> Iterator[Block]:
-    """A box in parts with their positions in its packed bytes; as large as they may be by default, its pieces."""
+def blocks_of(box: Box, itemsize: int) -> Iterator[Block]:
+    """The pieces of a box with their positions in its packed bytes."""
     nbytes = math.prod(box.shape) * itemsize
-    if nbytes <= max_nbytes:
+    if nbytes <= MAX_PIECE_NBYTES:
         if nbytes:
             yield Block(box, 0, nbytes)
         return
     start = 0
-    for part in cut(box, max(1, max_nbytes // itemsize)):
-        block = Block(part, start, part.numel * itemsize)
+    for piece in pieces(box, itemsize):
+        block = Block(piece, start, piece.numel * itemsize)
         yield block
         start += block.nbytes
 

@@ -119,7 +119,7 @@ def test_threads_fill_gpus(late: bool, fd: int, monkeypatch: pytest.MonkeyPatch)
     read_in_threads(fd, jobs, verify=True, progress=None, threads=3)
     assert all(torch.equal(*pair) for pair in zip(tensors, targets, strict=True))
     assert machine.n_follows == 3 * 2  # each thread's streams see what the program had begun, and nothing later
-    assert sum(buffer.nbytes for buffer in machine.buffers) <= 3 * 2 * MAX_PIECE_NBYTES // 4
+    assert sum(buffer.nbytes for buffer in machine.buffers) <= 3 * MAX_PIECE_NBYTES
 
 
 def test_few_bytes_are_not_worth_a_thread(fd: int, readers: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
