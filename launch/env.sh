@@ -78,6 +78,11 @@ mpirun_command() {
     command -v "$MPIRUN" >/dev/null || fail "$MISSING" "$MPIRUN is not on the path: module load your site's MPI, or set MPIRUN"
     start=("$MPIRUN")
     [ -z "${1:-}" ] || start+=(-n "$1")
+    case ${1:-} in
+        1 | 2) # Open MPI would bind each of so few ranks to one core, which all its threads would share.
+            export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
+            export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none} ;;
+    esac
     case $("$MPIRUN" --version 2>/dev/null) in
         *"Open MPI"*) # it passes on to other nodes what begins with OMPI_, and what it is told; others pass on everything
             for name in OMP_NUM_THREADS HDF5_USE_FILE_LOCKING DISTCKPT_DEADLINE PYTHONPATH; do

@@ -113,13 +113,14 @@ def directory_checks(directory: Path) -> list[Check]:
 
 
 def mpi_checks(facts: Facts, environ: Mapping[str, str]) -> list[Check]:
-    """MPI library and size, thread level, MPI-IO."""
+    """MPI library and size, thread level, cores, MPI-IO."""
     if facts.mpi is None:
         cure = "load your site's MPI (module load openmpi) and pip install mpi4py"
         return [Check("MPI", ok=False, found=facts.mpi_problem, cure=cure)]
     return [
         check_size(facts.mpi, expected_size(environ)),
         check_threads(facts.mpi),
+        check_cores(facts.mpi.node_size, len(os.sched_getaffinity(0)), os.cpu_count() or 1),
         check_mpi_io(facts.mpi, environ),
     ]
 
@@ -143,6 +144,23 @@ def check_threads(mpi: MPIFacts) -> Check:
     found = f'{mpi.threads}: the watchdog thread may be unable to end a job that hangs in "mpio"'
     cure = 'an MPI built for MPI_THREAD_MULTIPLE, and mpi4py.rc.thread_level left alone; or transport="posix"'
     return Check("MPI threads", ok=False, found=found, cure=cure)
+
+
+def check_cores(node_size: int, bound: int, cores: int) -> Check:
+    """Whether the launcher keeps a rank on one core where there are several for it.
+
+    Args:
+        node_size: Ranks on the node.
+        bound: Cores that this rank may use.
+        cores: Cores of the node.
+    """
+    share = max(1, cores // node_size)
+    found = f"this rank may use {bound} of the node's {cores} cores, for {node_size} rank{'s' * (node_size != 1)}"
+    if bound > 1 or share == 1:
+        return Check("cores", ok=True, found=found)
+    found += ": training, a save in the background and data loaders share it"
+    cure = f"mpirun --bind-to none (or --map-by slot:PE={share}), srun --cpus-per-task={share}"
+    return Check("cores", ok=False, found=found, cure=cure)
 
 
 def check_mpi_io(mpi: MPIFacts, environ: Mapping[str, str]) -> Check:

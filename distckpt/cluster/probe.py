@@ -30,6 +30,7 @@ class MPIFacts(msgspec.Struct, frozen=True):
         size: Ranks in COMM_WORLD.
         rank: This process's rank in COMM_WORLD.
         threads: Thread level that MPI gave: "single", "funneled", "serialized" or "multiple".
+        node_size: Ranks on this process's node.
     """
 
     vendor: str
@@ -37,6 +38,7 @@ class MPIFacts(msgspec.Struct, frozen=True):
     size: int
     rank: int
     threads: str
+    node_size: int = 1
 
     def __str__(self) -> str:
         return f"{self.vendor} {'.'.join(map(str, self.version))}"
@@ -107,7 +109,10 @@ def _find_mpi(facts: Facts) -> Facts:
         MPI.THREAD_SERIALIZED: "serialized",
         MPI.THREAD_MULTIPLE: "multiple",
     }
-    mpi = MPIFacts(vendor, version, MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank, levels[MPI.Query_thread()])
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    mpi = MPIFacts(vendor, version, world.size, world.rank, levels[MPI.Query_thread()], node.size)
+    node.Free()
     return msgspec.structs.replace(facts, mpi=mpi, mpi_libraries=_loaded_mpi_libraries())
 
 

@@ -55,6 +55,24 @@ def test_threads_must_be_able_to_use_mpi() -> None:
 
 
 @pytest.mark.parametrize(
+    ("node_size", "bound", "cores", "cure"),
+    [
+        (2, 16, 16, ""),  # not bound
+        (8, 16, 128, ""),  # to cores of its own
+        (2, 1, 16, "--map-by slot:PE=8"),  # what Open MPI does with two ranks
+        (1, 1, 64, "--cpus-per-task=64"),
+        (4, 1, 4, ""),  # there is one each
+        (4, 1, 2, ""),
+    ],
+)
+def test_a_rank_must_not_be_kept_on_one_of_many_cores(node_size: int, bound: int, cores: int, cure: str) -> None:
+    check = environment.check_cores(node_size, bound, cores)
+    assert check.ok is (not cure)
+    assert cure in check.cure
+    assert f"{bound} of the node's {cores} cores" in check.found
+
+
+@pytest.mark.parametrize(
     ("version", "ok", "found"),
     [
         ((3, 0, 3), False, "may come out wrong (ompi#6285, mended in 3.0.4)"),
@@ -284,7 +302,17 @@ def test_the_real_machine(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distckpt", "doctor", str(tmp_path)]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=100, check=False)
     lines = {line[6:19].strip(): line for line in done.stdout.splitlines()}
-    assert list(lines) == ["MPI", "MPI threads", "MPI-IO", "HDF5", "h5py", "h5py's MPI", "file system", "space"]
+    assert list(lines) == [
+        "MPI",
+        "MPI threads",
+        "cores",
+        "MPI-IO",
+        "HDF5",
+        "h5py",
+        "h5py's MPI",
+        "file system",
+        "space",
+    ]
     assert lines["MPI"].startswith("ok ")
     assert lines["h5py's MPI"].startswith("ok ")
     assert done.returncode == int(any(line.startswith("FAIL") for line in lines.values()))

@@ -54,6 +54,18 @@ def test_threads_and_guards_have_defaults_that_the_user_can_change(tmp_path: Pat
     assert exported(MPIRUN=f"{tmp_path}/mpirun-4.0.3")["OMPI_MCA_fcoll"] == "^vulcan"
 
 
+@pytest.mark.parametrize(("ranks", "policy"), [("1", "none"), ("2", "none"), ("3", None), ("", None)])
+def test_few_ranks_are_not_bound_to_a_core_each(ranks: str, policy: str | None, tmp_path: Path) -> None:
+    stub(tmp_path, "mpirun", "true")
+    mpirun = f"{tmp_path}/mpirun"
+    names = ("OMPI_MCA_hwloc_base_binding_policy", "PRTE_MCA_hwloc_default_binding_policy")
+    lines = bash(f"mpirun_command {ranks}; env", MPIRUN=mpirun).stdout.splitlines()
+    found = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert [found.get(name) for name in names] == [policy, policy]
+    lines = bash(f"mpirun_command {ranks}; env", MPIRUN=mpirun, **{names[0]: "numa"}).stdout.splitlines()
+    assert f"{names[0]}=numa" in lines
+
+
 @pytest.mark.parametrize(
     ("env", "count"),
     [({"CKPT_GB": "0"}, 1), ({"CKPT_GB": "9"}, 8), ({}, 24), ({"CKPT_GB": "100"}, 72), ({"STRIPE_COUNT": "-1"}, -1)],
