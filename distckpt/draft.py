@@ -17,7 +17,7 @@ from distckpt.storage.commit import commit, discard
 from distckpt.storage.creation import Skeleton, create_like, write_manifest
 from distckpt.storage.manifest import with_timing
 from distckpt.storage.paths import Prefix, parse_numbered
-from distckpt.storage.rawio import fsync, sync_directory
+from distckpt.storage.rawio import fsync
 from distckpt.storage.state import record_save
 from distckpt.timing import Timing
 
@@ -117,9 +117,7 @@ class Draft:
         assert self._manifest is None, "sealed first"
         final = Path(self.created.path)
         self._finished = Path(self.temp_path).stat()
-        commit(self.temp_path, str(final), replace=not self._numbered, durable=False)
-        if durable:
-            sync_directory(final.parent)
+        commit(self.temp_path, str(final), replace=not self._numbered, durable=durable)
         if self._numbered:
             record_save(final, durable=durable)
 

@@ -39,7 +39,6 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
         pending: Saved key to what it waits for.
         mismatched: (key, saved, live).
         ambiguous: One sentence each.
-        warnings: What the user should know at once.
         spreads: How it spreads the tensors of `Restoration.keys` that it is about to read.
     """
 
@@ -48,7 +47,6 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     pending: dict[str, str]
     mismatched: list[tuple[str, str, str]]
     ambiguous: list[str]
-    warnings: list[str]
     spreads: Spreads
 
 
@@ -209,7 +207,6 @@ class Restoration:
             pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
-            warnings=binding.warnings,
             spreads=Spreads.of(process_number(), self.keys, _spreads(assignment)),
         )
 

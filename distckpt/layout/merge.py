@@ -37,7 +37,6 @@ class Merged:
         python_state: Checkpoint key to encoded python value.
         plans: What each rank does, by rank.
         warnings: What the user should be told, once.
-        buffers_differ: Replicas of a module buffer differ; the lowest rank's are stored.
         n_checksums: Number of pieces of all shards.
     """
 
@@ -46,7 +45,6 @@ class Merged:
     python_state: dict[str, bytes]
     plans: list[SavePlan]
     warnings: list[str]
-    buffers_differ: bool
     n_checksums: int
 
 
@@ -97,7 +95,6 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
         python_state=python_state,
         plans=_plans(holdings, items, _watched(values, holdings), _plan_id(layouts, trust_lowest)),
         warnings=comparison.warnings(),
-        buffers_differ=bool(comparison.differing_buffers),
         n_checksums=items.n_checksums,
     )
 

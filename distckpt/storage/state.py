@@ -80,13 +80,12 @@ def write_state(directory: str | os.PathLike[str], state: Mapping[str, Any], *, 
         rawio.sync_directory(directory)
 
 
-def record_save(path: str | os.PathLike[str], *, durable: bool, fields: Mapping[str, Any] | None = None) -> None:
+def record_save(path: str | os.PathLike[str], *, durable: bool) -> None:
     """Note in the state file of its directory that a checkpoint was committed.
 
     Args:
         path: The checkpoint.
         durable: Return only when the state file is on disk.
-        fields: Further fields to set.
 
     Raises:
         ValueError: The file has no number, so it was not made by `save`.
@@ -101,5 +100,4 @@ def record_save(path: str | os.PathLike[str], *, durable: bool, fields: Mapping[
         except DamagedStateError:
             state = {}
         prefixes = sorted({*(known_prefixes(state) if state else ()), numbered.prefix})
-        changed = {**state, **(fields or {}), "latest": final.name, "prefixes": prefixes}
-        write_state(final.parent, changed, durable=durable)
+        write_state(final.parent, {**state, "latest": final.name, "prefixes": prefixes}, durable=durable)

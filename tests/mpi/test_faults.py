@@ -28,6 +28,7 @@ import distckpt.restoration
 import distckpt.restorer
 import distckpt.saver
 import distckpt.source
+import distckpt.storage.rawio
 import distckpt.wire
 import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
@@ -273,7 +274,7 @@ SAVE_FAULTS = [
     Fault("fsync", distckpt.draft, "write_manifest", ROOT),
     Fault("fsync", distckpt.writer, "fsync", EVERY, transports=BOTH),
     Fault("commit", distckpt.draft, "commit", ROOT, transports=BOTH),
-    Fault("commit", distckpt.draft, "sync_directory", ROOT),
+    Fault("commit", distckpt.storage.rawio, "sync_directory", ROOT),
     Fault("commit", distckpt.draft, "record_save", ROOT),
     Fault("commit", state, "write_state", ROOT),
 ]

@@ -23,6 +23,7 @@ import distckpt.flight
 import distckpt.keeper
 import distckpt.output
 import distckpt.saver
+import distckpt.storage.rawio
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
 from distckpt.agreed import Agreed
@@ -292,7 +293,7 @@ FAULTS = [
     Fault("commit", distckpt.draft, "write_manifest", ROOT),
     Fault("commit", distckpt.draft, "fsync", ROOT),
     Fault("commit", distckpt.draft, "commit", ROOT),
-    Fault("commit", distckpt.draft, "sync_directory", ROOT),
+    Fault("commit", distckpt.storage.rawio, "sync_directory", ROOT),
     Fault("commit", distckpt.draft, "record_save", ROOT),
 ]
 ONCE = {"start a thread", "duplicate the communicator"}

@@ -590,7 +590,7 @@ def test_ranks_of_different_graphs_may_alternate() -> None:
 
 
 def test_a_buffer_on_one_rank_may_differ_on_all() -> None:
-    assert merged(*(Rank().tensor("b", (2,), fingerprint=r + 1, buffer=r == 1) for r in range(3))).buffers_differ
+    assert merged(*(Rank().tensor("b", (2,), fingerprint=r + 1, buffer=r == 1) for r in range(3))).warnings
 
 
 def test_a_fingerprint_that_was_not_computed_is_no_difference() -> None:
@@ -607,7 +607,6 @@ def test_buffers_may_differ_with_one_warning() -> None:
         return rank.tensor("bn/same", (2,), fingerprint=8, buffer=True)
 
     result = merged(one(0), one(1), one(2))
-    assert result.buffers_differ
     (warning,) = result.warnings
     assert "2 module buffer(s)" in warning
     assert "bn/mean" in warning
@@ -618,7 +617,6 @@ def test_buffers_may_differ_with_one_warning() -> None:
 
 def test_buffers_that_agree_are_compared_and_written_by_the_lowest_holder() -> None:
     result = merged(*(Rank().tensor("b", (300_000,), fingerprint=3, buffer=True) for _ in range(2)))
-    assert not result.buffers_differ
     assert result.warnings == []
     assert [shard.rank for shard in result.variables[0].shards] == [0]
     assert [plan.weights for plan in result.plans] == [[-1], [1]]

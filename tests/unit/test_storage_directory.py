@@ -129,7 +129,10 @@ def test_the_state_file(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
     assert read_state(tmp_path / "nowhere") is None
     record_save(tmp_path / "ckpt-1.h5", durable=True)
-    record_save(tmp_path / "best-4.h5", durable=True, fields={"manager": {"pinned": ["ckpt-1.h5"]}})
+    record_save(tmp_path / "best-4.h5", durable=True)
+    fields = read_state(tmp_path)
+    assert fields is not None
+    write_state(tmp_path, {**fields, "manager": {"pinned": ["ckpt-1.h5"]}}, durable=True)
     record_save(tmp_path / "ckpt-2.h5", durable=True)
     expected = {"latest": "ckpt-2.h5", "prefixes": ["best", "ckpt"], "manager": {"pinned": ["ckpt-1.h5"]}}
     assert read_state(tmp_path) == json.loads((tmp_path / "checkpoint").read_text()) == expected
