@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from distckpt.background_save import BackgroundSave, Epilogue
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created
-from distckpt.flight import Epilogue, Flight
+from distckpt.draft import NewFile
 from distckpt.graph.adapters.base import Adapter
 from distckpt.graph.adapters.registry import adapter_for, refusal, unwrap
 from distckpt.graph.adapters.root import RootAdapter
@@ -44,15 +44,15 @@ class _Session:
 
     @property
     def next_base(self) -> int:
-        """What the next save counts from: the save counter, or that of a save in flight. The same on all ranks.
+        """What the next save counts from: the save counter, or that of a save in save. The same on all ranks.
 
         The counter itself changes when a save is committed, which the ranks hear of at different moments.
         """
         return max(self.counter, self.saver.in_flight.highest_counter)
 
-    def count(self, created: Created, timing: Timing) -> None:
+    def count(self, file: NewFile, timing: Timing) -> None:
         """A save in the background is committed. Local; its thread calls it."""
-        self.counter = created.counter
+        self.counter = file.counter
         self.timing = timing
 
 
@@ -283,7 +283,7 @@ class Checkpoint(Trackable):
         number: int | None,
         options: SaveOptions,
         epilogue: Epilogue | None,
-    ) -> Flight:
+    ) -> BackgroundSave:
         """`save_async`, with a number of the caller's choice, and with work that is to end before it does."""
         session = self._session
         walk = functools.partial(self._walk_for_save, with_counter=True)

@@ -1,4 +1,4 @@
-"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `Created`.
+"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `NewFile`.
 
 The path of a draft: it is described, which settles all that the ranks must know of it; made, at once or by the thread
 in the background; filled by the ranks; sealed with the manifest; committed. Whatever fails, it is abandoned.
@@ -22,14 +22,14 @@ from distckpt.storage.state import record_save
 from distckpt.timing import Timing
 
 
-class Created(msgspec.Struct, frozen=True):
+class NewFile(msgspec.Struct, frozen=True):
     """What every rank must know of a file that rank 0 has created, or is about to create.
 
     Attributes:
         path: The final path.
         temp_path: Where the file is until it is committed.
         counter: The save counter that it stores; 0 for a file made by `write`.
-        file_nbytes: Length of the file in bytes.
+        nbytes: Length of the file in bytes.
         checksums_offset: Position of the checksum dataset in the file, in bytes.
         transport: "mpio" or "posix".
         fresh: The positions of the variables are new; rank 0 shares them next.
@@ -39,17 +39,17 @@ class Created(msgspec.Struct, frozen=True):
     path: str
     temp_path: str
     counter: int
-    file_nbytes: int
+    nbytes: int
     checksums_offset: int
     transport: str
     fresh: bool
     exists: bool
 
 
-def log_saved(created: Created, timing: Timing) -> None:
+def log_saved(file: NewFile, timing: Timing) -> None:
     """Tell in one line that a file is committed. Rank 0 only."""
     if log.isEnabledFor(logging.INFO):
-        log.info("saved %s: %s", created.path, timing.of_file_in_words(created.file_nbytes))
+        log.info("saved %s: %s", file.path, timing.of_file_in_words(file.nbytes))
 
 
 class Draft:
@@ -57,27 +57,27 @@ class Draft:
 
     Attributes:
         temp_path: Where it is until it is committed.
-        created: What all ranks know of it; None until it is described.
+        file: What all ranks know of it; None until it is described.
         ended: It was committed, or nothing is left of it.
     """
 
     def __init__(self, temp_path: str, *, numbered: bool) -> None:
         self.temp_path = temp_path
-        self.created: Created | None = None
+        self.file: NewFile | None = None
         self.ended = False
         self._manifest: tuple[Skeleton, bytes] | None = None  # encoded, and where it goes; None once it is there
         self._numbered = numbered
         self._finished: os.stat_result | None = None  # of the complete temporary file
 
-    def describe(self, created: Created, skeleton: Skeleton, manifest: bytes) -> None:
+    def describe(self, file: NewFile, skeleton: Skeleton, manifest: bytes) -> None:
         """Say what the file is, or will be.
 
         Args:
-            created: What all ranks know of it.
+            file: What all ranks know of it.
             skeleton: All of it but the data and the manifest.
             manifest: Encoded, without a timing; it fits.
         """
-        self.created = created
+        self.file = file
         self._manifest = skeleton, manifest
 
     def make(self) -> None:
@@ -113,9 +113,9 @@ class Draft:
         Raises:
             OSError: It could not be renamed or recorded; `abandon` takes the checkpoint back.
         """
-        assert self.created is not None, "created first"
+        assert self.file is not None, "described first"
         assert self._manifest is None, "sealed first"
-        final = Path(self.created.path)
+        final = Path(self.file.path)
         self._finished = Path(self.temp_path).stat()
         commit(self.temp_path, str(final), replace=not self._numbered, durable=durable)
         if self._numbered:
@@ -132,17 +132,17 @@ class Draft:
         self.ended = True
         self._manifest = None
         try:
-            if self.created is not None and self._finished is not None and self._numbered:
-                _remove(Path(self.created.path), self._finished)
+            if self.file is not None and self._finished is not None and self._numbered:
+                _remove(Path(self.file.path), self._finished)
             discard(self.temp_path)
         except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
             log.warning("%s: what a failed save has left could not be removed: %s", self.temp_path, error)
 
     def number_for(self, prefix: Prefix) -> int:
         """The number of the checkpoint that this will be; 0 when it is of another prefix, or has ended."""
-        if self.ended or self.created is None:
+        if self.ended or self.file is None:
             return 0
-        path = Path(self.created.path)
+        path = Path(self.file.path)
         numbered = parse_numbered(path.name)
         if numbered is None or numbered.prefix != prefix.name or path.parent.resolve() != prefix.directory.resolve():
             return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distckpt.flight import Flight
+from distckpt.background_save import BackgroundSave
 from distckpt.timing import Timing
 
 
@@ -14,27 +14,27 @@ class SaveHandle:
     checkpoint is committed by the first of them, by the next save or restore, or at exit.
     """
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, save: BackgroundSave) -> None:
         """Made by `save_async`."""
-        self._flight = flight
+        self._save = save
 
     def __repr__(self) -> str:
-        return f"SaveHandle({self._flight.created.path!r})"
+        return f"SaveHandle({self._save.file.path!r})"
 
     @property
     def path(self) -> str:
         """Path that the checkpoint has once it is committed. Local."""
-        return self._flight.created.path
+        return self._save.file.path
 
     @property
     def is_local(self) -> bool:
         """Whether `result` and `done` are local. Local; the same on all ranks."""
-        return self._flight.speaks
+        return self._save.speaks
 
     @property
     def timing(self) -> Timing | None:
         """How long the save took, step by step; None until this rank knows that it is committed. Local."""
-        return self._flight.timing
+        return self._save.timing
 
     def result(self, timeout: float | None = None) -> str:
         """Wait until the checkpoint is durable and committed. Local, or collective: see `is_local`.
@@ -53,20 +53,20 @@ class SaveHandle:
             RankTimeoutError: The call is collective, and some ranks did not come.
         """
         _require_seconds(timeout)
-        if not self._flight.wait(timeout):
+        if not self._save.wait(timeout):
             raise TimeoutError(f"{self.path}: not saved after {timeout:g} s. The save goes on; call result() again.")
-        return self._flight.outcome()
+        return self._save.outcome()
 
     def done(self) -> bool:
         """Whether the save has ended, well or not. Local, or collective: see `is_local`."""
-        return self._flight.wait(0)
+        return self._save.wait(0)
 
     def wait_staged(self) -> None:
         """Wait until everything that this rank saves is copied, so that tensors may change. Local.
 
         Without `SaveOptions(overlap=True)` that is so when `save_async` returns.
         """
-        self._flight.stage()
+        self._save.stage()
 
 
 def _require_seconds(timeout: object) -> None:

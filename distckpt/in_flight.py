@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.flight import Flight
 
 
 class InFlight:
@@ -13,16 +13,16 @@ class InFlight:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._flights: deque[Flight] = deque()  # oldest first
+        self._saves: deque[BackgroundSave] = deque()  # oldest first
 
-    def add(self, flight: Flight) -> None:
+    def add(self, save: BackgroundSave) -> None:
         """Take in a save that begins. Local."""
-        self._flights.append(flight)
+        self._saves.append(save)
 
     @property
     def highest_counter(self) -> int:
         """The highest save counter that one of them stores; 0 when there is none. Local; the same on all ranks."""
-        return max((flight.created.counter for flight in self._flights), default=0)
+        return max((save.file.counter for save in self._saves), default=0)
 
     def settle(self, operation: str, timeout: float, keep: int = 0) -> None:
         """Wait for saves to end. Collective over the communicator.
@@ -36,17 +36,17 @@ class InFlight:
             CollectiveError: One failed, and nobody on any rank has asked for its result.
             RankTimeoutError: Some ranks did not come.
         """
-        while len(self._flights) > keep:
-            flight = self._flights[0]
+        while len(self._saves) > keep:
+            save = self._saves[0]
             with self._coordinator.interruptible():
-                flight.wait(None)
-            ask = flight.error is not None and not self._was_asked(flight, operation, timeout)
-            self._flights.popleft()  # not before: a rank that leaves above must find it again
+                save.wait(None)
+            ask = save.error is not None and not self._was_asked(save, operation, timeout)
+            self._saves.popleft()  # not before: a rank that leaves above must find it again
             if ask:
-                flight.outcome()
-            flight.take()
+                save.outcome()
+            save.take()
 
-    def _was_asked(self, flight: Flight, operation: str, timeout: float) -> bool:
+    def _was_asked(self, save: BackgroundSave, operation: str, timeout: float) -> bool:
         """Whether anybody was given the result, on any rank. Collective."""
         self._coordinator.arrive(f"{operation} after a failed save", 0, 0, timeout)
-        return self._coordinator.any_set(flight.asked)
+        return self._coordinator.any_set(save.asked)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created
+from distckpt.draft import NewFile
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.handle import SaveHandle
-from distckpt.keeper import Choice, Decision, Keeper, View
+from distckpt.managed_directory import Choice, Decision, DirectoryView, ManagedDirectory
 from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
@@ -109,7 +109,7 @@ class CheckpointManager:
         self._directory = str(Path(as_text("directory", directory)))
         self._name = _checked_name(checkpoint_name)
         self._init_fn = init_fn
-        self._keeper = Keeper(
+        self._managed = ManagedDirectory(
             self._directory,
             self._name,
             policy,
@@ -118,7 +118,7 @@ class CheckpointManager:
             read_step=functools.partial(read_step, step_counter, checkpoint),
             clock=clock,
         )
-        self._known: View | None = None
+        self._known: DirectoryView | None = None
         self._status: RestoreStatus | None = None
 
     # ---- what there is ----
@@ -192,8 +192,8 @@ class CheckpointManager:
                 return None
             with self._times.synchronous():
                 path = self._checkpoint._save_numbered(self._prefix, number, options)
-            record = functools.partial(self._keeper.record, path, decision, durable=options.durable)
-            self._learn(self._coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED))
+            record = functools.partial(self._managed.record, path, decision, durable=options.durable)
+            self._learn(self._coordinator.on_root("delete old checkpoints", record, DirectoryView, remedy=_SAVED))
         return path
 
     def save_async(
@@ -228,11 +228,11 @@ class CheckpointManager:
                 return None
             timing = self._times.background()
             record = functools.partial(self._record_later, decision, options.durable, timing)
-            flight = self._checkpoint._start_numbered(self._prefix, number, options, record)
+            save = self._checkpoint._start_numbered(self._prefix, number, options, record)
             timing.returned()
             if self._coordinator.rank == 0:
-                self._keeper.begin(decision, flight.has_ended)
-        return SaveHandle(flight)
+                self._managed.begin(decision, save.has_ended)
+        return SaveHandle(save)
 
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint, or call `init_fn` when there is none. Collective over the communicator.
@@ -253,13 +253,13 @@ class CheckpointManager:
         with self._coordinator.turn, self._coordinator.uninterrupted():
             self._checkpoint._session.saver.in_flight.settle("restore_or_initialize", options.timeout)
             self._meet("restore_or_initialize", options.timeout)
-            self._coordinator.on_root("look for checkpoints", self._keeper.begin_restore, type(None))
+            self._coordinator.on_root("look for checkpoints", self._managed.begin_restore, type(None))
             path = self._restore_newest(options)
             if path is None:
                 self._initialize(options)
             else:
-                restored = functools.partial(self._keeper.restored, path)
-                self._learn(self._coordinator.on_root("read the step", restored, View))
+                restored = functools.partial(self._managed.restored, path)
+                self._learn(self._coordinator.on_root("read the step", restored, DirectoryView))
         return path
 
     def pin(self, path: str | os.PathLike[str]) -> None:
@@ -272,7 +272,7 @@ class CheckpointManager:
             CheckpointNotFoundError: There is no such file.
             CollectiveError: It is not a checkpoint of this manager.
         """
-        self._change_pin("pin", path, self._keeper.pin)
+        self._change_pin("pin", path, self._managed.pin)
 
     def unpin(self, path: str | os.PathLike[str]) -> None:
         """Leave a checkpoint to the policies again, from the next save on. Collective over the communicator.
@@ -280,7 +280,7 @@ class CheckpointManager:
         Args:
             path: The checkpoint, with or without ".h5"; nothing happens when it is not pinned.
         """
-        self._change_pin("unpin", path, self._keeper.unpin)
+        self._change_pin("unpin", path, self._managed.unpin)
 
     # ---- parts of the above ----
 
@@ -300,7 +300,7 @@ class CheckpointManager:
         request = Request(f"CheckpointManager.{operation}", {**own, **(fields or {})})
         meet(self._coordinator, request, error, timeout)
         if self._known is None:
-            self._learn(self._coordinator.on_root("look at the directory", self._keeper.open, View))
+            self._learn(self._coordinator.on_root("look at the directory", self._managed.open, DirectoryView))
 
     def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
         """As that of the Checkpoint."""
@@ -323,7 +323,7 @@ class CheckpointManager:
         number = Attempt.of(functools.partial(_as_number, checkpoint_number))
         fields = {"checkpoint_number": number.result, "check_interval": check_interval}
         self._meet(operation, options.timeout, fields, number.error)
-        decide = functools.partial(self._keeper.decide, metrics, check_interval=check_interval)
+        decide = functools.partial(self._managed.decide, metrics, check_interval=check_interval)
         return number.result, self._coordinator.on_root("decide whether to save", decide, Decision)
 
     @property
@@ -336,36 +336,36 @@ class CheckpointManager:
         durable: bool,
         timing: BackgroundTiming,
         coordinator: Coordinator,
-        created: Created,
+        file: NewFile,
     ) -> None:
         """A save in the background is committed. Collective; where its thread speaks, that calls it."""
         timing.committed()
-        record = functools.partial(self._keeper.record, created.path, decision, durable=durable, when=decision.time)
-        self._learn(coordinator.on_root("delete old checkpoints", record, View, remedy=_SAVED))
+        record = functools.partial(self._managed.record, file.path, decision, durable=durable, when=decision.time)
+        self._learn(coordinator.on_root("delete old checkpoints", record, DirectoryView, remedy=_SAVED))
 
-    def _learn(self, view: View) -> None:
+    def _learn(self, view: DirectoryView) -> None:
         """Take in what rank 0 sees, unless something newer is known: the background may have been faster."""
         if self._known is None or view.serial > self._known.serial:
             self._known = view
 
-    def _view(self) -> View:
+    def _view(self) -> DirectoryView:
         if self._known is None:
             with self._coordinator.turn, self._coordinator.uninterrupted():
                 self._meet("look", SaveOptions().timeout)
         assert self._known is not None, "just looked"
         return self._known
 
-    def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], View]) -> None:
+    def _change_pin(self, operation: str, path: str | os.PathLike[str], change: Callable[[str], DirectoryView]) -> None:
         with self._coordinator.turn, self._coordinator.uninterrupted():
             text = Attempt.of(functools.partial(as_text, "path", path))
             self._meet(operation, SaveOptions().timeout, {"path": text.result}, text.error)
-            self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), View))
+            self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), DirectoryView))
 
     def _restore_newest(self, options: RestoreOptions) -> str | None:
         """Restore the newest checkpoint that is sound. Collective over the communicator."""
         problem = ""
         while True:
-            choose = functools.partial(self._keeper.choose, problem)
+            choose = functools.partial(self._managed.choose, problem)
             path = self._coordinator.on_root("choose a checkpoint", choose, Choice).path
             if path is None:
                 return None

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from distckpt.draft import Created, Draft
+from distckpt.draft import Draft, NewFile
 from distckpt.layout.merge import Merged
 from distckpt.layout.records import (
     CHECKSUM_ALGORITHM,
@@ -137,7 +137,7 @@ class Output:
         """All ranks know the positions of the variables now, so that a failed save leaves them as they are."""
         self._confirmed = self._form
 
-    def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> Created:
+    def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> NewFile:
         """Create the temporary file with everything but the data and the manifest.
 
         Args:
@@ -165,20 +165,20 @@ class Output:
             form = self._form = self._make_first(temp, manifest)
             encoded = form.encode(manifest)
         fresh = form is not known
-        created = Created(
+        file = NewFile(
             path=name.final,
             temp_path=temp,
             counter=name.counter,
-            file_nbytes=form.skeleton.file_nbytes,
+            nbytes=form.skeleton.file_nbytes,
             checksums_offset=form.skeleton.checksums_offset,
             transport=transport,
             fresh=fresh,
             exists=fresh or not later,
         )
-        draft.describe(created, form.skeleton, encoded)
+        draft.describe(file, form.skeleton, encoded)
         if not (fresh or later):
             draft.make()
-        return created
+        return file
 
     def seal(self, timing: Timing) -> None:
         """Write the manifest, see `Draft.seal`; nothing happens on other ranks than 0."""
@@ -187,7 +187,7 @@ class Output:
 
     def commit(self, options: SaveOptions) -> None:
         """Make the finished file the checkpoint: see `Draft.commit`."""
-        assert self._draft is not None, "created first"
+        assert self._draft is not None, "described first"
         self._draft.commit(durable=options.durable)
 
     def finish(self) -> None:

@@ -44,7 +44,7 @@ class SaveCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SaveResult:
     """A committed checkpoint.
 
     Attributes:

@@ -7,13 +7,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from distckpt.agreed import Agreed
+from distckpt.agreed_layout import AgreedLayout
+from distckpt.background_save import BackgroundSave, Epilogue, OnCommit
 from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
-from distckpt.draft import Created, log_saved
+from distckpt.draft import NewFile, log_saved
 from distckpt.errors import LayoutError
-from distckpt.flight import Epilogue, Flight, OnCommit
 from distckpt.graph.capture import Capture, capture
 from distckpt.graph.memory import shared_memory_warnings
 from distckpt.graph.view import LiveGraph
@@ -24,7 +24,7 @@ from distckpt.options import SaveOptions
 from distckpt.output import Output, Target
 from distckpt.overlap import deferral_of, protect
 from distckpt.request import Attempt, digest_of, encode_metadata
-from distckpt.save_call import SaveCall, Saved
+from distckpt.save_call import SaveCall, SaveResult
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.timing import AGREE, Timing
@@ -41,26 +41,26 @@ class Saver:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._agreed: dict[str, Agreed] = {}  # by family of operations
+        self._agreed: dict[str, AgreedLayout] = {}  # by family of operations
         self._buffers = HostBuffers()
         self.in_flight = InFlight(coordinator)
         self._outputs: dict[str, Output] = {}
         self._warned: set[str] = set()
 
-    def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> Saved:
-        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in flight."""
+    def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> SaveResult:
+        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in save."""
         with collector_off():  # what is freed before it ends is not visited: so around all locals
             return self._save(SaveCall(operation, walk, target, options))
 
-    def _save(self, call: SaveCall) -> Saved:
+    def _save(self, call: SaveCall) -> SaveResult:
         coordinator, timer = self._coordinator, call.timer
         with coordinator.uninterrupted():
             captured, agreed = self._meet(call)
             output = self._output(call)
             try:
-                created = self._create(call, output, agreed, captured)
-                plan_jobs = functools.partial(agreed.jobs, created, captured)
-                destination = Destination(created, agreed.aggregation, call.options, timer)
+                file = self._create(call, output, agreed, captured)
+                plan_jobs = functools.partial(agreed.jobs, file, captured)
+                destination = Destination(file, agreed.aggregation, call.options, timer)
                 write_shards(coordinator, destination, plan_jobs, lambda: output.seal(timer.timing()))
                 timer.collect(coordinator.gather_rows, ["fsync"])
                 timing = coordinator.on_root("commit", lambda: self._commit(call, output), Timing)
@@ -69,8 +69,8 @@ class Saver:
                 raise
             output.finish()
             if coordinator.rank == 0:
-                log_saved(created, timing)
-            return Saved(created.path, created.counter, timer.on_this_rank(timing))
+                log_saved(file, timing)
+            return SaveResult(file.path, file.counter, timer.on_this_rank(timing))
 
     # ---- in the background ----
 
@@ -81,12 +81,12 @@ class Saver:
         options: SaveOptions,
         on_commit: OnCommit,
         epilogue: Epilogue | None,
-    ) -> Flight:
+    ) -> BackgroundSave:
         """See `Checkpoint.save_async`. Collective over the communicator; `in_flight` has room."""
         with collector_off():  # as for `save`
             return self._start(SaveCall("save_async", walk, target, options), on_commit, epilogue)
 
-    def _start(self, call: SaveCall, on_commit: OnCommit, epilogue: Epilogue | None) -> Flight:
+    def _start(self, call: SaveCall, on_commit: OnCommit, epilogue: Epilogue | None) -> BackgroundSave:
         coordinator, options = self._coordinator, call.options
         with coordinator.uninterrupted():
             captured, agreed = self._meet(call)
@@ -94,20 +94,22 @@ class Saver:
             try:
                 background = background_of(coordinator)
                 posix = replace(call, options=replace(options, transport="posix"))
-                created = self._create(posix, output, agreed, captured, later=background.speaks)
-                snapshot = self._stage(call, background, created, agreed, captured)
+                file = self._create(posix, output, agreed, captured, later=background.speaks)
+                snapshot = self._stage(call, background, file, agreed, captured)
             except BaseException:
                 output.abandon()
                 raise
-            destination = Destination(created, agreed.aggregation, options, call.timer)
-            flight = Flight(coordinator, background, destination, output.hand_over(), snapshot, on_commit, epilogue)
+            destination = Destination(file, agreed.aggregation, options, call.timer)
+            save = BackgroundSave(
+                coordinator, background, destination, output.hand_over(), snapshot, on_commit, epilogue
+            )
             protect(snapshot)
-            self.in_flight.add(flight)
-            background.submit(flight)
-            return flight
+            self.in_flight.add(save)
+            background.submit(save)
+            return save
 
     def _stage(
-        self, call: SaveCall, background: Background, created: Created, agreed: Agreed, captured: Capture
+        self, call: SaveCall, background: Background, file: NewFile, agreed: AgreedLayout, captured: Capture
     ) -> Snapshot:
         """Copy what this rank writes. Collective."""
         options = call.options
@@ -115,7 +117,7 @@ class Saver:
         try:
             with self._coordinator.step("stage"), call.timer.step("stage"):
                 background.require_running()
-                jobs = agreed.jobs(created, captured)
+                jobs = agreed.jobs(file, captured)
                 deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
                 items = agreed.plan.items
                 later = [deferral is not None and deferral.later[item.tensor] for item in items]
@@ -129,7 +131,7 @@ class Saver:
 
     # ---- capture and agree ----
 
-    def _meet(self, call: SaveCall) -> tuple[Capture, Agreed]:
+    def _meet(self, call: SaveCall) -> tuple[Capture, AgreedLayout]:
         """Walk, and agree with the other ranks on what is saved. Collective."""
         request = Attempt.of(call.request().encode)
         captured = Attempt.of(lambda: self._capture(call, request))
@@ -160,7 +162,7 @@ class Saver:
                 return captured
         return capture(graph, hash_all=whole, skip=None)
 
-    def _agree(self, call: SaveCall, request: Attempt[bytes], captured: Attempt[Capture]) -> Agreed:
+    def _agree(self, call: SaveCall, request: Attempt[bytes], captured: Attempt[Capture]) -> AgreedLayout:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, options, timer = self._coordinator, call.options, call.timer
         agreed = self._agreed.get(call.family)
@@ -181,7 +183,7 @@ class Saver:
             plan = decode_reply(reply)
             weights = weights_of(plan)
             keys = captured.value.tensor_keys(plan.keys)
-            agreed = Agreed(plan, layout, options.replicas, weights, keys)
+            agreed = AgreedLayout(plan, layout, options.replicas, weights, keys)
             self.warn_once(*shared_memory_warnings(keys, [value.tensor for value in captured.value.tensors]))
         self._agreed[call.family] = agreed
         return agreed
@@ -207,17 +209,19 @@ class Saver:
     # ---- write ----
 
     def _create(
-        self, call: SaveCall, output: Output, agreed: Agreed, captured: Capture, *, later: bool = False
-    ) -> Created:
+        self, call: SaveCall, output: Output, agreed: AgreedLayout, captured: Capture, *, later: bool = False
+    ) -> NewFile:
         """Make the file on rank 0, or settle what it will be, and tell all ranks where what is in it. Collective."""
         make = functools.partial(self._make_file, call, output, agreed, captured, later=later)
-        created = self._coordinator.on_root("create", make, Created)
-        if created.fresh:
+        file = self._coordinator.on_root("create", make, NewFile)
+        if file.fresh:
             agreed.place(self._coordinator.share(output.offsets))
             output.confirm()
-        return created
+        return file
 
-    def _make_file(self, call: SaveCall, output: Output, agreed: Agreed, captured: Capture, *, later: bool) -> Created:
+    def _make_file(
+        self, call: SaveCall, output: Output, agreed: AgreedLayout, captured: Capture, *, later: bool
+    ) -> NewFile:
         """Rank 0 only."""
         with call.timer.step("create"):
             output.update_values(captured.python_values(agreed.plan.keys))
@@ -232,7 +236,7 @@ class Saver:
 
 
 def _digest(
-    agreed: Agreed | None, request: Attempt[bytes], captured: Attempt[Capture], options: SaveOptions
+    agreed: AgreedLayout | None, request: Attempt[bytes], captured: Attempt[Capture], options: SaveOptions
 ) -> tuple[int, int] | None:
     """What tells the others, with theirs, that all is as agreed; None where this rank knows that it is not. Local."""
     if agreed is None or captured.error is not None:

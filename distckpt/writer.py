@@ -1,4 +1,4 @@
-"""From the created file to the durable one: every rank writes its shards and checksums, in either transport.
+"""From the new file to the durable one: every rank writes its shards and checksums, in either transport.
 
 `write_aggregated` and `write_alone` are a rank's part of a save in the background. The rest of this module is a save
 that all ranks wait for.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created
+from distckpt.draft import NewFile
 from distckpt.exchange.aggregation import Aggregation
 from distckpt.exchange.writing import write_together
 from distckpt.options import SaveOptions
@@ -32,23 +32,23 @@ from distckpt.timing import SAVE_STEPS, Timer
 
 
 class Destination(NamedTuple):
-    """A created file that a save writes into, and how.
+    """A new file that a save writes into, and how.
 
     Attributes:
-        created: The file.
+        file: The file.
         aggregation: What ranks write for one another in files of its layout.
         options: Of the save.
         timer: Measures the save on this rank.
     """
 
-    created: Created
+    file: NewFile
     aggregation: Aggregation
     options: SaveOptions
     timer: Timer
 
     def open(self) -> int:
         """A descriptor of the file. Local."""
-        return open_shared(self.created.temp_path, self.created.file_nbytes, writable=True)
+        return open_shared(self.file.temp_path, self.file.nbytes, writable=True)
 
 
 def write_shards(
@@ -74,7 +74,7 @@ def write_shards(
             fd = destination.open()
             work = _Work(coordinator, destination, fd, plan_jobs())
         work = work.after_aggregation().after_exchange()
-        if destination.created.transport == "mpio":
+        if destination.file.transport == "mpio":
             work.write_mpio()
         else:
             work.write_posix()
@@ -124,7 +124,7 @@ def write_aggregated(
             jobs = take_jobs()
         with destination.timer.step("exchange"):
             wanted = log if destination.options.checksums else None
-            rest = destination.aggregation.write(coordinator, fd, destination.created.file_nbytes, jobs, wanted)
+            rest = destination.aggregation.write(coordinator, fd, destination.file.nbytes, jobs, wanted)
         with coordinator.step("write"):
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
@@ -150,7 +150,7 @@ def write_alone(destination: Destination, rest: Rest) -> None:
         with timer.step("write"):
             checksums = write_posix(fd, rest.jobs, checksums=options.checksums)
             checksums.extend(rest.log)
-            checksums.write(fd, destination.created.checksums_offset)
+            checksums.write(fd, destination.file.checksums_offset)
         with timer.step("fsync"):
             if options.durable:
                 fsync(fd)
@@ -198,7 +198,7 @@ class _Work:
             What is left to this rank and its node.
         """
         with self.timer.step("exchange"):
-            file_nbytes = self.destination.created.file_nbytes
+            file_nbytes = self.destination.file.nbytes
             rest = self.destination.aggregation.write(self.coordinator, self.fd, file_nbytes, self.jobs, self._log)
         return replace(self, jobs=rest)
 
@@ -229,7 +229,7 @@ class _Work:
         ):
             checksums = write_posix(self.fd, self.jobs, checksums=self.destination.options.checksums, progress=progress)
             checksums.extend(self.exchanged)
-            checksums.write(self.fd, self.destination.created.checksums_offset)
+            checksums.write(self.fd, self.destination.file.checksums_offset)
 
     def write_mpio(self) -> None:
         """Write through parallel HDF5. Collective.
@@ -258,7 +258,7 @@ class _Work:
         Not in the body of the step, where Ctrl-C could stop one rank: the others would wait for it in the open.
         """
         opened = Attempt.of(
-            lambda: mpio.ParallelFile(self.destination.created.temp_path, communicator, self.destination.options.hints)
+            lambda: mpio.ParallelFile(self.destination.file.temp_path, communicator, self.destination.options.hints)
         )
         try:
             with self.coordinator.step("open parallel HDF5"):
@@ -289,5 +289,5 @@ class _Work:
                 progress=progress,
             )
         checksums.extend(self.exchanged)
-        checksums.write(self.fd, self.destination.created.checksums_offset)
+        checksums.write(self.fd, self.destination.file.checksums_offset)
         return True

@@ -25,7 +25,7 @@ import mpi4py
 mpi4py.rc.thread_level = sys.argv[2]
 from mpi4py import MPI
 import torch
-import distckpt.flight, distckpt.writer
+import distckpt.background_save, distckpt.writer
 from distckpt import Checkpoint, SaveOptions, ShardedVariable
 
 comm, directory, slow = MPI.COMM_WORLD, Path(sys.argv[1]), 0.0

@@ -32,7 +32,7 @@ import distckpt.storage.rawio
 import distckpt.wire
 import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
-from distckpt.agreed import Agreed
+from distckpt.agreed_layout import AgreedLayout
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import aggregation, taking
@@ -232,7 +232,7 @@ SAVE_FAULTS = [
     Fault("capture", distckpt.saver, "capture", EVERY),
     Fault("layout", distckpt.wire, "merge", ROOT, layouts=NEW),
     Fault("layout", distckpt.output.Output, "adopt", ROOT, layouts=NEW),
-    Fault("plan", distckpt.saver, "Agreed", EVERY, layouts=NEW),
+    Fault("plan", distckpt.saver, "AgreedLayout", EVERY, layouts=NEW),
     Fault("create", distckpt.output.Output, "update_values", ROOT),
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", distckpt.output, "sweep", ROOT, layouts=NEW),
@@ -245,7 +245,7 @@ SAVE_FAULTS = [
     Fault("create", manifest, "encode", ROOT),
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.writer, "open_shared", EVERY),
-    Fault("open", Agreed, "jobs", EVERY, transports=BOTH),
+    Fault("open", AgreedLayout, "jobs", EVERY, transports=BOTH),
     Fault("aggregate", aggregation, "_small_parts", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "aggregators", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "_own", EVERY, layouts=NEW, n_small=MANY),
@@ -281,7 +281,7 @@ SAVE_FAULTS = [
 INTERRUPTED = {
     "walk",
     "merge",
-    "Agreed",
+    "AgreedLayout",
     "_Writing",
     "reserve",
     "open_shared",

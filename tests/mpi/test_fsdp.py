@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import distckpt
-from distckpt.flight import Flight
+from distckpt.background_save import BackgroundSave
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 
@@ -103,8 +103,8 @@ def test_a_sharded_parameter_that_changes_before_its_copy_fails_the_save(
 ) -> None:
     ckpt = make(1, comm)
     train(ckpt)
-    opened, begin = threading.Event(), Flight.begin
-    monkeypatch.setattr(Flight, "begin", lambda *args: begin(*args) if opened.wait(30) else None)
+    opened, begin = threading.Event(), BackgroundSave.begin
+    monkeypatch.setattr(BackgroundSave, "begin", lambda *args: begin(*args) if opened.wait(30) else None)
     handle = ckpt.save_async(mpi_dir / "ckpt", options=distckpt.SaveOptions(overlap=True))
     with torch.no_grad():
         ckpt.model[1].weight.add_(1)

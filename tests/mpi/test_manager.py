@@ -247,7 +247,7 @@ def test_a_directory_that_cannot_be_read(
 ) -> None:
     manager = CheckpointManager(make(comm), mpi_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(f"distckpt.keeper.{name}", failing_on_root(comm, OSError("stale handle")))
+        patch.setattr(f"distckpt.managed_directory.{name}", failing_on_root(comm, OSError("stale handle")))
         for look in (lambda: manager.checkpoints, manager.save, manager.restore_or_initialize):
             with pytest.raises(CollectiveError, match="stale handle"):
                 look()
@@ -262,7 +262,7 @@ def test_old_checkpoints_that_cannot_be_removed(
     manager = CheckpointManager(checkpoint, mpi_dir, max_to_keep=1)
     manager.save()
     with monkeypatch.context() as patch:
-        patch.setattr(f"distckpt.keeper.{name}", failing_on_root(comm, OSError("no space")))
+        patch.setattr(f"distckpt.managed_directory.{name}", failing_on_root(comm, OSError("no space")))
         with pytest.raises(CollectiveError, match=r"no space(.|\n)*new checkpoint is complete"):
             manager.save()
     agree(checkpoint.save_counter == 2)

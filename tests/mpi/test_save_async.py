@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 import torch
 
+import distckpt.background_save
 import distckpt.checkpoint
 import distckpt.draft
-import distckpt.flight
-import distckpt.keeper
+import distckpt.managed_directory
 import distckpt.output
 import distckpt.saver
 import distckpt.storage.rawio
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
-from distckpt.agreed import Agreed
+from distckpt.agreed_layout import AgreedLayout
+from distckpt.background_save import BackgroundSave
 from distckpt.coordination import background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CollectiveError, LayoutError
 from distckpt.exchange import aggregation
-from distckpt.flight import Flight
 from distckpt.storage import creation, rawio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.hdf5 import open_checkpoint
@@ -200,18 +200,18 @@ def test_several_in_flight(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.Monk
     comm = subcomm(SIZE)
     if comm is None:
         return
-    begin, work = Flight.begin, Flight.work
+    begin, work = BackgroundSave.begin, BackgroundSave.work
 
-    def slow_begin(flight: Flight, coordinator: Coordinator) -> None:
+    def slow_begin(flight: BackgroundSave, coordinator: Coordinator) -> None:
         time.sleep(0.02 * (SIZE - comm.rank))
         begin(flight, coordinator)
 
-    def slow_work(flight: Flight) -> None:
+    def slow_work(flight: BackgroundSave) -> None:
         time.sleep(0.02 * comm.rank)
         work(flight)
 
-    monkeypatch.setattr(Flight, "begin", slow_begin)
-    monkeypatch.setattr(Flight, "work", slow_work)
+    monkeypatch.setattr(BackgroundSave, "begin", slow_begin)
+    monkeypatch.setattr(BackgroundSave, "work", slow_work)
     program, options = Program(comm, 1), SaveOptions(max_in_flight=3)
     states, handles = [], []
     for _ in range(8):
@@ -278,10 +278,10 @@ FAULTS = [
     Fault("create", distckpt.output, "next_number", ROOT),
     Fault("create", creation, "rebuild", ROOT),
     Fault("create", creation, "_new_file", ROOT),
-    Fault("stage", Agreed, "jobs", EVERY),
-    Fault("stage", distckpt.flight.Snapshot, "_copy_now", EVERY),
+    Fault("stage", AgreedLayout, "jobs", EVERY),
+    Fault("stage", distckpt.background_save.Snapshot, "_copy_now", EVERY),
     Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),
-    Fault("write", distckpt.flight.Snapshot, "jobs", EVERY),
+    Fault("write", distckpt.background_save.Snapshot, "jobs", EVERY),
     Fault("write", distckpt.writer, "open_shared", EVERY),
     Fault("write", rawio, "write_vector", EVERY),
     Fault("write", ChecksumLog, "write", EVERY),
@@ -491,7 +491,7 @@ def test_a_manager_on_all_ranks(subcomm: Any, mpi_dir: Path, monkeypatch: pytest
     assert names_in(comm, mpi_dir) == {"checkpoint", "ckpt-3.h5", "ckpt-4.h5"}
     with monkeypatch.context() as patch:
         if comm.rank == 0:
-            patch.setattr(distckpt.keeper, "remove_checkpoints", Raise(OSError(28, "injected on rank 0")))
+            patch.setattr(distckpt.managed_directory, "remove_checkpoints", Raise(OSError(28, "injected on rank 0")))
         handle = manager.save_async()
         assert handle is not None
         outcome = outcome_of(handle.result)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import distckpt.flight
+import distckpt.background_save
 import distckpt.restoration
 import distckpt.restorer
 import distckpt.saver

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import distckpt.follow
-import distckpt.keeper
+import distckpt.managed_directory
 import distckpt.manager
 from distckpt import (
     Checkpoint,
@@ -587,7 +587,7 @@ def test_the_new_checkpoint_is_there_and_recorded_before_an_old_one_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = CheckpointManager(make(), tmp_path, max_to_keep=1)
-    remove, removed = distckpt.keeper.remove_checkpoints, []
+    remove, removed = distckpt.managed_directory.remove_checkpoints, []
 
     def checked(directory: str, doomed: tuple[str, ...]) -> list[str]:
         newest = f"ckpt-{len(removed) + 1}.h5"
@@ -597,7 +597,7 @@ def test_the_new_checkpoint_is_there_and_recorded_before_an_old_one_goes(
         removed.append(list(doomed))
         return remove(directory, doomed)
 
-    monkeypatch.setattr("distckpt.keeper.remove_checkpoints", checked)
+    monkeypatch.setattr("distckpt.managed_directory.remove_checkpoints", checked)
     for _ in range(3):
         manager.save()
     assert removed == [[], ["ckpt-1.h5"], ["ckpt-2.h5"]]
@@ -620,7 +620,7 @@ def test_a_process_that_ends_between_save_and_deletion(
     manager = CheckpointManager(make(), tmp_path, max_to_keep=1)
     manager.save()
     with monkeypatch.context() as patch:
-        patch.setattr(f"distckpt.keeper.{function}", raising(OSError("gone")))
+        patch.setattr(f"distckpt.managed_directory.{function}", raising(OSError("gone")))
         with pytest.raises(CollectiveError, match=r"delete old checkpoints(.|\n)*gone(.|\n)*checkpoint is complete"):
             manager.save()
     assert files(tmp_path) == ["ckpt-1", "ckpt-2"]
@@ -638,7 +638,7 @@ def test_deletion_is_made_up_for_by_the_same_manager(
     manager = CheckpointManager(make(), tmp_path, max_to_keep=1)
     manager.save()
     with monkeypatch.context() as patch:
-        patch.setattr(f"distckpt.keeper.{function}", raising(OSError("full")))
+        patch.setattr(f"distckpt.managed_directory.{function}", raising(OSError("full")))
         with pytest.raises(CollectiveError, match="full"):
             manager.save()
     manager.save()

@@ -12,8 +12,8 @@ import torch
 
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, CheckpointRecord, CollectiveError, SaveOptions, latest_checkpoint
+from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.flight import Flight
 
 PATIENCE = 30.0
 
@@ -22,13 +22,13 @@ PATIENCE = 30.0
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The background does nothing before it is set."""
     event = threading.Event()
-    begin = Flight.begin
+    begin = BackgroundSave.begin
 
-    def held(flight: Flight, coordinator: Coordinator) -> None:
+    def held(flight: BackgroundSave, coordinator: Coordinator) -> None:
         assert event.wait(PATIENCE)
         begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "begin", held)
+    monkeypatch.setattr(BackgroundSave, "begin", held)
     yield event
     event.set()
 

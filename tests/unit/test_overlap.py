@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
+from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.flight import Flight
 from distckpt.layout.box import Box
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.snapshot import Snapshot, Watch, _SharedWork
@@ -37,13 +37,13 @@ OVERLAP = SaveOptions(overlap=True, durable=False)
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The background does nothing before it is set."""
     event = threading.Event()
-    begin = Flight.begin
+    begin = BackgroundSave.begin
 
-    def held(flight: Flight, coordinator: Coordinator) -> None:
+    def held(flight: BackgroundSave, coordinator: Coordinator) -> None:
         assert event.wait(PATIENCE)
         begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "begin", held)
+    monkeypatch.setattr(BackgroundSave, "begin", held)
     yield event
     event.set()
 
@@ -106,13 +106,13 @@ def test_training_through_50_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Each file is that of a synchronous save at the same moment, whenever the background gets to it."""
     program = Program(1, **settings)
     reference = Checkpoint(model=program.model, average=program.average, optimizer=program.optimizer)
-    begin, opened = Flight.begin, threading.Event()
+    begin, opened = BackgroundSave.begin, threading.Event()
 
-    def held(flight: Flight, coordinator: Coordinator) -> None:
+    def held(flight: BackgroundSave, coordinator: Coordinator) -> None:
         assert opened.wait(PATIENCE)
         begin(flight, coordinator)
 
-    monkeypatch.setattr(Flight, "begin", held)
+    monkeypatch.setattr(BackgroundSave, "begin", held)
     for number in range(50):
         reference.step = program.checkpoint.step
         expected = reference.save(tmp_path / "a" / "ckpt", options=SaveOptions(durable=False))
@@ -121,7 +121,7 @@ def test_training_through_50_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         handle = program.checkpoint.save_async(tmp_path / "b" / "ckpt", options=OVERLAP)
         if early == 2:
             program.compute()  # meanwhile the background copies
-        assert early or not handle._flight.is_staged
+        assert early or not handle._save.is_staged
         program.train()
         opened.set()
         assert without_manifest(handle.result(PATIENCE)) == without_manifest(expected)
@@ -145,9 +145,9 @@ def test_the_step_waits_for_the_copy_and_helps(tmp_path: Path, gate: threading.E
     handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
     program.compute()
     assert program.values() != before  # buffers have changed, and were copied at once
-    assert not handle._flight.is_staged
+    assert not handle._save.is_staged
     program.optimizer.step()  # the background does nothing at all
-    assert handle._flight.is_staged
+    assert handle._save.is_staged
     gate.set()
     assert_holds(handle.result(PATIENCE), before)
 
@@ -157,7 +157,7 @@ def test_any_optimizer_waits(tmp_path: Path, gate: threading.Event) -> None:
     handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     other.step()
-    assert handle._flight.is_staged
+    assert handle._save.is_staged
     gate.set()
     handle.result(PATIENCE)
 
@@ -232,7 +232,7 @@ def test_a_parameter_in_a_sharded_variable_waits_for_the_step(tmp_path: Path, ga
     optimizer = torch.optim.SGD([parameter], momentum=0.9)
     checkpoint = Checkpoint(rows=ShardedVariable(parameter, (4,), (0,)), optimizer=optimizer)
     handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
-    assert not handle._flight.is_staged
+    assert not handle._save.is_staged
     parameter.sum().backward()
     optimizer.step()
     gate.set()
@@ -254,10 +254,10 @@ def test_slots_of_a_zero_redundancy_optimizer_wait_for_the_step(tmp_path: Path, 
     (slots,) = optimizer.optim.state.values()
     before = [tensor.tolist() for tensor in (parameter, *slots.values())]
     handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
-    assert not handle._flight.is_staged
+    assert not handle._save.is_staged
     assert not optimizer.state  # as nothing but the inner optimizer has any
     optimizer.step()
-    assert handle._flight.is_staged
+    assert handle._save.is_staged
     gate.set()
     parameter, optimizer, checkpoint = make(2.0)
     (slots,) = optimizer.optim.state.values()
@@ -303,7 +303,7 @@ def test_ctrl_c_while_the_program_helps_to_copy_stops_the_program_not_the_save(
     monkeypatch.setattr(_SharedWork, "_take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (program.optimizer.step if wait == "step" else handle.wait_staged)()
-    assert handle._flight.is_staged
+    assert handle._save.is_staged
     gate.set()
     assert_holds(handle.result(PATIENCE), before)
 

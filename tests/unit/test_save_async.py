@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import distckpt.background_save
 import distckpt.draft
-import distckpt.flight
 import distckpt.writer
 from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, latest_checkpoint
+from distckpt.background_save import BackgroundSave
 from distckpt.coordination import background
-from distckpt.flight import Flight
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
 
@@ -49,7 +49,7 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """The background copies nothing and makes no file before the gate is open."""
     made = Gate()
-    monkeypatch.setattr(Flight, "begin", made.before(Flight.begin))
+    monkeypatch.setattr(BackgroundSave, "begin", made.before(BackgroundSave.begin))
     yield made
     made.opened.set()
 
@@ -303,7 +303,9 @@ def test_several_in_flight_end_in_order(tmp_path: Path, gate: Gate) -> None:
     assert checkpoint.save_counter == 4
 
 
-@pytest.mark.parametrize(("owner", "name"), [(distckpt.draft, "create_like"), (distckpt.flight, "write_alone")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(distckpt.draft, "create_like"), (distckpt.background_save, "write_alone")]
+)
 def test_a_save_that_fails_takes_no_other_with_it(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import distckpt.background_save
 import distckpt.checkpoint
 import distckpt.draft
-import distckpt.flight
 import distckpt.output
 import distckpt.restoration
 import distckpt.restorer
@@ -280,7 +280,7 @@ def test_a_clock_that_stands_still_fails_nothing(path: str, clock: Clock) -> Non
 # ---- in the background -------------------------------------------------------------------------------------------
 
 BACKGROUND_PARTS = [
-    (distckpt.flight.Snapshot, "__init__", "stage"),
+    (distckpt.background_save.Snapshot, "__init__", "stage"),
     (distckpt.writer, "write_posix", "write"),
     (distckpt.writer, "fsync", "fsync"),
     (distckpt.draft, "commit", "commit"),
@@ -323,7 +323,9 @@ def test_the_copy_that_an_overlapped_save_makes_later_is_staging(
 ) -> None:
     model = torch.nn.Linear(30, 40, bias=False)
     saved = Checkpoint(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    monkeypatch.setattr(distckpt.flight.Snapshot, "_copy_part", clock.slow(distckpt.flight.Snapshot._copy_part))
+    monkeypatch.setattr(
+        distckpt.background_save.Snapshot, "_copy_part", clock.slow(distckpt.background_save.Snapshot._copy_part)
+    )
     handle = saved.save_async(path, options=SaveOptions(overlap=True))
     handle.result()
     assert_slow(handle.timing, "stage")

@@ -28,7 +28,7 @@ from distckpt.storage.state import DamagedStateError
 Ended = Callable[[], bool]
 
 
-class View(msgspec.Struct, frozen=True):
+class DirectoryView(msgspec.Struct, frozen=True):
     """What all ranks know of the directory.
 
     Attributes:
@@ -64,7 +64,7 @@ class Choice(msgspec.Struct, frozen=True):
     path: str | None
 
 
-class Keeper:
+class ManagedDirectory:
     """The checkpoints of one prefix in one directory."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Keeper:
         self._candidates: Iterator[str] = iter(())
         self._rejected: list[str] = []
 
-    def open(self) -> View:
+    def open(self) -> DirectoryView:
         """Look at the directory for the first time, and clean up after saves that were cut off."""
         sweep_temporary_files(self._directory)
         self._history = retention.present(self._recorded(), self._own_files())
@@ -142,7 +142,7 @@ class Keeper:
         self._begun = [(last, ended) for last, ended in self._begun if not ended()]
         return self._begun[-1][0] if self._begun else self._last
 
-    def record(self, path: str, decision: Decision, *, durable: bool, when: float | None = None) -> View:
+    def record(self, path: str, decision: Decision, *, durable: bool, when: float | None = None) -> DirectoryView:
         """Take in a new checkpoint, and delete what no policy keeps. Any thread.
 
         The state file names the new checkpoint before an old one is deleted, and the deleted ones until the next save:
@@ -161,7 +161,7 @@ class Keeper:
         with self._lock:
             return self._record(path, decision, durable=durable, now=self._clock() if when is None else when)
 
-    def _record(self, path: str, decision: Decision, *, durable: bool, now: float) -> View:
+    def _record(self, path: str, decision: Decision, *, durable: bool, now: float) -> DirectoryView:
         number = parse_numbered(Path(path).name)
         assert number is not None, "made by save"
         step = number.number if decision.step is None else decision.step
@@ -202,7 +202,7 @@ class Keeper:
             self._require_nothing_lost()
         return Choice(path)
 
-    def restored(self, path: str) -> View:
+    def restored(self, path: str) -> DirectoryView:
         """Take in that a checkpoint was restored: intervals count from here.
 
         Raises:
@@ -224,7 +224,7 @@ class Keeper:
 
     # ---- pins ----
 
-    def pin(self, path: str) -> View:
+    def pin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.pin`."""
         found = Path(resolve(path))
         if found.name not in self._own_files() or not found.parent.samefile(self._directory):
@@ -234,7 +234,7 @@ class Keeper:
             self._write(retention.pin(self._history, found.name), durable=True)
             return self._view()
 
-    def unpin(self, path: str) -> View:
+    def unpin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.unpin`."""
         with self._lock:
             self._write(retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX), durable=True)
@@ -259,7 +259,7 @@ class Keeper:
         write_entry(self._directory, self._prefix, retention.encode(history), durable=durable)
         self._history = history
 
-    def _view(self) -> View:
+    def _view(self) -> DirectoryView:
         paths = [str(Path(self._directory, record.name)) for record in self._history.checkpoints]
         self._serial += 1
-        return View(self._latest, paths, self._serial)
+        return DirectoryView(self._latest, paths, self._serial)

@@ -23,7 +23,7 @@ import xxhash
 from distckpt.coordination.agreement import clear_frames
 from distckpt.coordination.background import Background
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Created, Draft, log_saved
+from distckpt.draft import Draft, NewFile, log_saved
 from distckpt.errors import LayoutError
 from distckpt.log import log
 from distckpt.request import Attempt
@@ -33,16 +33,16 @@ from distckpt.timing import DURABLE_SAVE_STEPS, Timing
 from distckpt.writer import Destination, Rest, write_aggregated, write_alone
 
 #: Called on every rank when the checkpoint is committed.
-OnCommit = Callable[[Created, Timing], None]
+OnCommit = Callable[[NewFile, Timing], None]
 #: Called on every rank after that, with the coordinator of the save: further work that ends before the save does.
-Epilogue = Callable[[Coordinator, Created], None]
+Epilogue = Callable[[Coordinator, NewFile], None]
 
 
-class Flight:
+class BackgroundSave:
     """One save on its way from this rank's memory into the file. See `coordination.background.Task`.
 
     Attributes:
-        created: The file.
+        file: The file.
         options: Of the save.
         timeout: Seconds that it may take to complete when the program exits.
         error: Why it failed; the same on all ranks. None before the end, and when it was committed.
@@ -60,7 +60,7 @@ class Flight:
         on_commit: OnCommit,
         epilogue: Epilogue | None,
     ) -> None:
-        self.created = destination.created
+        self.file = destination.file
         self.options = destination.options
         self.timeout = destination.options.timeout
         self.error: BaseException | None = None
@@ -94,7 +94,7 @@ class Flight:
 
     def _begin(self, coordinator: Coordinator) -> bool:
         """Make the file, and write into it what ranks write for one another. Collective."""
-        if not self.created.exists:
+        if not self.file.exists:
             coordinator.on_root("create", self._make_file, bool)
         if coordinator.size > 1 and not self._destination.aggregation.is_needless:
             self._rest = write_aggregated(coordinator, self._destination, self._snapshot.jobs)
@@ -158,12 +158,12 @@ class Flight:
         self.timing = timing
         if self._draft is not None:
             self._draft.finish()
-        self._on_commit(self.created, timing)
+        self._on_commit(self.file, timing)
         if self._rank == 0:
-            log_saved(self.created, timing)
+            log_saved(self.file, timing)
         try:
             if self._epilogue is not None:
-                self._epilogue(coordinator, self.created)
+                self._epilogue(coordinator, self.file)
         except BaseException as error:
             self._keep(error)
         else:
@@ -225,10 +225,10 @@ class Flight:
             return True
         coordinator = self._coordinator
         with coordinator.uninterrupted():
-            name = xxhash.xxh3_64_intdigest(self.created.temp_path.encode())
+            name = xxhash.xxh3_64_intdigest(self.file.temp_path.encode())
             if not coordinator.arrive("finish a save in the background", name, 0, self.options.timeout):
                 raise LayoutError(
-                    f"{self.created.path}: the ranks wait for different saves. Ask for the same result on every rank."
+                    f"{self.file.path}: the ranks wait for different saves. Ask for the same result on every rank."
                 )
             with coordinator.step("wait for the write"):
                 self._work_done.wait(timeout)
@@ -242,7 +242,7 @@ class Flight:
         self.take()
         if self.error is not None:
             raise self.error.with_traceback(None)  # each time anew: it must not collect the frames of all who ask
-        return self.created.path
+        return self.file.path
 
     def take(self) -> None:
         """Somebody knows the outcome. Local."""
@@ -256,13 +256,13 @@ class Flight:
         try:
             self.wait(timeout)
         except BaseException as error:
-            log.error("%s: not completed at exit: %s", self.created.path, error)
+            log.error("%s: not completed at exit: %s", self.file.path, error)
 
     def report(self) -> None:
         """Log a failure that nobody has asked for, or that the save was not completed. Local."""
         if self._rank != 0 or self.asked:
             return
         if not self._ended.is_set():
-            log.error("%s: the save did not end within %g s of the exit", self.created.path, self.timeout)
+            log.error("%s: the save did not end within %g s of the exit", self.file.path, self.timeout)
         elif self.error is not None:
-            log.error("%s: the save failed, and nobody asked for its result: %s", self.created.path, self.error)
+            log.error("%s: the save failed, and nobody asked for its result: %s", self.file.path, self.error)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distckpt.draft import Created
+from distckpt.draft import NewFile
 from distckpt.exchange.aggregation import Aggregation
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.capture import Capture
@@ -38,7 +38,7 @@ class _Write(NamedTuple):
 
 
 @dataclass(slots=True)
-class Agreed:
+class AgreedLayout:
     """What was agreed when the layout last changed; later saves of the same layout only compare digests.
 
     Attributes:
@@ -81,15 +81,15 @@ class Agreed:
         self.aggregation = Aggregation()
         self._writes = []
 
-    def jobs(self, created: Created, captured: Capture) -> list[WriteJob]:
+    def jobs(self, file: NewFile, captured: Capture) -> list[WriteJob]:
         """What this rank writes in one save, in file order."""
         self._writes = self._writes or self._list_writes()
         tensors, jobs = captured.tensors, []
         for tensor, key, offset, box, checksum in self._writes:
             value = tensors[tensor]
             part = _part_of(value, box)
-            if key == COUNTER_KEY and created.counter:
-                part = torch.tensor(created.counter, device="cpu")
+            if key == COUNTER_KEY and file.counter:
+                part = torch.tensor(file.counter, device="cpu")
             jobs.append(WriteJob(key, offset, value.global_shape, box, part, checksum))
         return jobs
 
