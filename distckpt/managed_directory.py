@@ -18,11 +18,11 @@ from distckpt.errors import CorruptCheckpointError
 from distckpt.log import warn
 from distckpt.retention import CheckpointRecord, History, Policy
 from distckpt.schedule import AutoSchedule, LastSave, Schedule
+from distckpt.storage.commit import remove_checkpoints
 from distckpt.storage.commit import sweep as sweep_temporary_files
 from distckpt.storage.latest import complete_checkpoints, is_complete, latest_checkpoint, saved_files
-from distckpt.storage.managed import read_entry, remove_checkpoints, write_entry
 from distckpt.storage.paths import SUFFIX, numbered_files, parse_numbered, resolve
-from distckpt.storage.state import DamagedStateError
+from distckpt.storage.state import DamagedStateError, read_entry, write_entry
 
 #: Whether a save in the background has ended.
 Ended = Callable[[], bool]

@@ -1,4 +1,4 @@
-"""Temporary files, and the step that makes one of them a checkpoint. Rank 0 only, all of it."""
+"""Temporary files, the step that makes one of them a checkpoint, and the removal of checkpoints. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -204,3 +205,25 @@ def _renameat2(source: Path, target: Path) -> int:
     function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     failed = function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
     return ctypes.get_errno() if failed else 0
+
+
+# ---- removal ---------------------------------------------------------------------------------------------------------
+
+
+def remove_checkpoints(directory: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
+    """Remove files of a directory; those that are gone already count as removed.
+
+    Returns:
+        The names that could not be removed.
+    """
+    return [name for name in names if not _remove(Path(directory, name))]
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("old checkpoint %s cannot be removed: %s", path, error)
+        return False
+    log.info("removed old checkpoint %s", path)
+    return True

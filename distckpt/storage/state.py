@@ -1,7 +1,7 @@
-"""The state file `checkpoint` of a directory: JSON, relative names only, replaced in one step. Rank 0 only.
+"""The state file `checkpoint` of a directory: JSON, relative names only, replaced atomically. Rank 0 only.
 
-It is a hint, never the truth: which checkpoints there are is decided by the files. A manager keeps its records in
-further fields, which are preserved here.
+It is a hint, never the truth: the files decide which checkpoints exist. Besides the newest file and the known prefixes
+it has an entry for each manager of the directory. Managers of one directory differ in the prefix of their files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 from distckpt.storage import rawio
 from distckpt.storage.commit import temp_path
-from distckpt.storage.paths import STATE_FILE, parse_numbered
+from distckpt.storage.paths import STATE_FILE, numbered_files, parse_numbered
 
-#: Held from reading the state file to replacing it: a save in the background may end at any moment.
-CHANGING = threading.RLock()
+#: Field of the managers' entries, by prefix.
+_MANAGERS = "managers"
+
+#: Held from reading the state file to replacing it: a background save may be committed at any moment.
+_CHANGING = threading.RLock()
 
 
 class DamagedStateError(ValueError):
@@ -94,10 +97,51 @@ def record_save(path: str | os.PathLike[str], *, durable: bool) -> None:
     numbered = parse_numbered(final.name)
     if numbered is None:
         raise ValueError(f"{final}: expected a name of the form <prefix>-<number>.h5")
-    with CHANGING:
+    with _CHANGING:
         try:
             state = read_state(final.parent) or {}
         except DamagedStateError:
             state = {}
         prefixes = sorted({*(known_prefixes(state) if state else ()), numbered.prefix})
         write_state(final.parent, {**state, "latest": final.name, "prefixes": prefixes}, durable=durable)
+
+
+# ---- entries of managers ---------------------------------------------------------------------------------------------
+
+
+def read_entry(directory: str | os.PathLike[str], prefix: str) -> Any | None:
+    """What the manager of a prefix wrote last; None when there is nothing.
+
+    Raises:
+        DamagedStateError: The state file cannot be understood.
+    """
+    return _mapping((read_state(directory) or {}).get(_MANAGERS)).get(prefix)
+
+
+def write_entry(directory: str | os.PathLike[str], prefix: str, entry: Mapping[str, Any], *, durable: bool) -> None:
+    """Set the fields of a manager's entry; whatever else the state file has stays.
+
+    Args:
+        directory: Directory of the state file.
+        prefix: Prefix of the manager's files.
+        entry: The fields.
+        durable: Return only when the state file is on disk.
+    """
+    with _CHANGING:
+        state = _state_or_new(directory)
+        entries = _mapping(state.get(_MANAGERS))
+        entries = {**entries, prefix: {**_mapping(entries.get(prefix)), **entry}}
+        write_state(directory, {**state, _MANAGERS: entries}, durable=durable)
+
+
+def _state_or_new(directory: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The state file, or one that finds all checkpoints that are there."""
+    try:
+        state = read_state(directory)
+    except DamagedStateError:
+        state = None
+    return {"prefixes": sorted({file.prefix for file in numbered_files(directory)})} if state is None else state
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
