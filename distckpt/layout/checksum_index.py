@@ -19,7 +19,7 @@ from typing import NamedTuple
 from distckpt.layout.box import piece_count
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.records import Shard, Variable
-from distckpt.layout.tilings import tilings_of
+from distckpt.layout.tiling import tilings_of
 
 
 class _Places(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.collector import collector_off
+from distckpt.layout.merged_values import Holding, MergedValue, collect_values, hold
 from distckpt.layout.records import (
     Attribute,
     LocalLayout,
@@ -20,9 +21,8 @@ from distckpt.layout.records import (
 )
 from distckpt.layout.replicas import Comparison, compare_python_values, cover_tensors
 from distckpt.layout.ties import check_ties
-from distckpt.layout.tilings import tilings_of
+from distckpt.layout.tiling import tilings_of
 from distckpt.layout.unify import UnifiedGraph, group_ranks, unify
-from distckpt.layout.values import Holding, Value, collect_values, hold
 from distckpt.layout.wording import layout_error, rank_list
 from distckpt.layout.writers import assign_shards
 
@@ -99,7 +99,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
     )
 
 
-def _variables(tensors: Sequence[Value], shards: Sequence[list[Shard]]) -> list[Variable]:
+def _variables(tensors: Sequence[MergedValue], shards: Sequence[list[Shard]]) -> list[Variable]:
     variables: list[Variable] = []
     for value, written in zip(tensors, shards, strict=True):
         attribute = value.attribute
@@ -110,7 +110,7 @@ def _variables(tensors: Sequence[Value], shards: Sequence[list[Shard]]) -> list[
     return variables
 
 
-def _object_graph(graph: UnifiedGraph, values: Sequence[Value]) -> ObjectGraph:
+def _object_graph(graph: UnifiedGraph, values: Sequence[MergedValue]) -> ObjectGraph:
     attributes: list[list[Attribute]] = [[] for _ in graph.keys]
     for value in values:
         attributes[value.node].append(Attribute(value.attribute.name, value.key))
@@ -186,7 +186,7 @@ def _tensor_ordinals(holdings: Sequence[Holding], n_variables: int, size: int) -
     return by_rank
 
 
-def _watched(values: Sequence[Value], holdings: Sequence[Holding]) -> dict[int, list[int]]:
+def _watched(values: Sequence[MergedValue], holdings: Sequence[Holding]) -> dict[int, list[int]]:
     """Python values that rank 0 does not hold, at the lowest rank that does."""
     watched: dict[int, list[int]] = {}
     for value in values:

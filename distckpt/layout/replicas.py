@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from distckpt.layout.box import Shape
 from distckpt.layout.cover import Cover, cover, describe
+from distckpt.layout.merged_values import Holding, MergedValue, sharding_note
 from distckpt.layout.records import LocalLayout
-from distckpt.layout.values import Holding, Value, sharding_note
 from distckpt.layout.wording import listing, rank_list, shortened
 
 _WAY_OUT = (
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare_python_values(
-    values: Sequence[Value], holdings: Sequence[Holding], layouts: Sequence[LocalLayout], comparison: Comparison
+    values: Sequence[MergedValue], holdings: Sequence[Holding], layouts: Sequence[LocalLayout], comparison: Comparison
 ) -> dict[str, bytes]:
     """Checkpoint key to the encoded value of the lowest holder; sets the weights of compared values.
 
@@ -71,7 +71,7 @@ def compare_python_values(
 
 
 def _ranks_by_content(
-    value: Value, holdings: Sequence[Holding], layouts: Sequence[LocalLayout]
+    value: MergedValue, holdings: Sequence[Holding], layouts: Sequence[LocalLayout]
 ) -> dict[bytes, list[int]]:
     """The holders by what they hold; the lowest holder's value comes first."""
     ranks: dict[bytes, list[int]] = {}
@@ -82,7 +82,7 @@ def _ranks_by_content(
     return ranks
 
 
-def _set_weights(value: Value, holdings: Sequence[Holding]) -> None:
+def _set_weights(value: MergedValue, holdings: Sequence[Holding]) -> None:
     count = sum(len(holdings[index].ranks) for index in value.groups)
     if count > 1:
         for index, position in zip(value.groups, value.positions, strict=True):
@@ -97,7 +97,7 @@ def _python_difference(key: str, ranks: dict[bytes, list[int]]) -> str:
 
 
 def cover_tensors(
-    tensors: Sequence[Value], holdings: Sequence[Holding], comparison: Comparison, problems: list[str]
+    tensors: Sequence[MergedValue], holdings: Sequence[Holding], comparison: Comparison, problems: list[str]
 ) -> list[Cover]:
     """The cover of each tensor that the holders agree on, in order; sets the weights of compared ones.
 
@@ -123,7 +123,7 @@ def cover_tensors(
     return [covers[i] for i in sorted(covers)]
 
 
-def _by_holders(tensors: Sequence[Value]) -> list[list[int]]:
+def _by_holders(tensors: Sequence[MergedValue]) -> list[list[int]]:
     """Indices of tensors that the same ranks hold, in as many boxes, and that have equally many dimensions."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, value in enumerate(tensors):
@@ -146,7 +146,7 @@ class _Bucket:
         weights: Ranks x tensors.
     """
 
-    values: list[Value]
+    values: list[MergedValue]
     ranks: list[int]
     order: npt.NDArray[np.intp]
     positions: list[npt.NDArray[np.intp]]
@@ -155,7 +155,7 @@ class _Bucket:
     weights: npt.NDArray[np.int64]
 
 
-def _gather(values: list[Value], holdings: Sequence[Holding]) -> _Bucket:
+def _gather(values: list[MergedValue], holdings: Sequence[Holding]) -> _Bucket:
     groups = values[0].groups
     box_columns = [np.arange(2 * len(values[0].attribute.global_shape) * count) for count in values[0].n_boxes]
     positions: list[npt.NDArray[np.intp]] = []
@@ -195,7 +195,7 @@ def _scatter_weights(bucket: _Bucket, holdings: Sequence[Holding]) -> None:
         start = stop
 
 
-def _clear_buffer_weights(tensors: Sequence[Value], holdings: Sequence[Holding]) -> None:
+def _clear_buffer_weights(tensors: Sequence[MergedValue], holdings: Sequence[Holding]) -> None:
     """Buffers that differ once go on to differ: comparing them again would only repeat the merge on each save."""
     for value in tensors:
         if value.buffer:
@@ -225,7 +225,7 @@ def _share_covers(bucket: _Bucket) -> list[_SharedCover]:
     ]
 
 
-def _problem(value: Value, holdings: Sequence[Holding], problem: str) -> str:
+def _problem(value: MergedValue, holdings: Sequence[Holding], problem: str) -> str:
     return f"{value.key}: {problem}{sharding_note(value, holdings)}"
 
 

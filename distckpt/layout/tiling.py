@@ -1,9 +1,10 @@
-"""Whether boxes tile a shape: nothing outside, no element twice, no element missing."""
+"""Tilings: whether boxes tile a shape (no overlap, no gap), and which variables are tiled alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distckpt.layout.box import Box, Shape
+from distckpt.layout.records import Shard, Variable
 
 _FEW_BOXES = 4
 _MAX_CELLS = 1 << 20
@@ -111,3 +113,35 @@ def _first_gap(boxes: Sequence[Box], shape: Shape) -> Box | None:
     offset = tuple(int(bound[i]) for bound, i in zip(bounds, cell, strict=True))
     stop = tuple(int(bound[i + 1]) for bound, i in zip(bounds, cell, strict=True))
     return Box(offset, tuple(b - a for a, b in zip(offset, stop, strict=True)))
+
+
+# ---- variables that are tiled alike ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tilings:
+    """The different tilings of some variables. A model has thousands of variables, and a few tilings.
+
+    Attributes:
+        distinct: The different lists of shards, in order of the first variable that has each.
+        which: For each variable: index of its tiling.
+    """
+
+    distinct: list[list[Shard]]
+    which: list[int]
+
+
+def tilings_of(variables: Sequence[Variable]) -> Tilings:
+    """Find the variables that are tiled alike. Quick where they share one list, as in a decoded manifest."""
+    distinct: list[list[Shard]] = []
+    by_value: dict[tuple[Shard, ...], int] = {}
+    by_identity: dict[int, int] = {}
+    which = []
+    for variable in variables:
+        index = by_identity.get(id(variable.shards))
+        if index is None:
+            index = by_identity[id(variable.shards)] = by_value.setdefault(tuple(variable.shards), len(distinct))
+            if index == len(distinct):
+                distinct.append(variable.shards)
+        which.append(index)
+    return Tilings(distinct, which)

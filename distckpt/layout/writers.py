@@ -16,8 +16,8 @@ import numpy as np
 from distckpt.layout.box import Box, flat_boxes
 from distckpt.layout.cover import Cover
 from distckpt.layout.dtypes import dtype_info
+from distckpt.layout.merged_values import MergedValue
 from distckpt.layout.records import Shard
-from distckpt.layout.values import Value
 
 #: A box is split so far only that each of its writers gets about this many bytes.
 MIN_PART_NBYTES = 256 << 10
@@ -32,7 +32,7 @@ _MIN_ROWS_PER_PART = 16
 
 
 def assign_shards(
-    tensors: Sequence[Value], covers: Sequence[Cover], size: int, trust_lowest: bool
+    tensors: Sequence[MergedValue], covers: Sequence[Cover], size: int, trust_lowest: bool
 ) -> list[list[Shard]]:
     """The shards of each tensor with the rank that writes it, ascending by offset.
 

@@ -23,7 +23,7 @@ _PLAIN_REMEDY = (
 
 
 @dataclass(slots=True, eq=False)
-class Value:
+class MergedValue:
     """An attribute of the merged graph.
 
     Attributes:
@@ -69,7 +69,7 @@ class Holding:
     layouts: list[LocalLayout]
     attributes: list[LocalAttribute]
     ordinals: list[int]
-    values: list[Value]
+    values: list[MergedValue]
     columns: npt.NDArray[np.intp]
     boxes: npt.NDArray[np.int64]
     fingerprints: npt.NDArray[np.uint64]
@@ -104,7 +104,7 @@ def _ordinals(attributes: Sequence[LocalAttribute]) -> list[int]:
 
 def collect_values(
     groups: Sequence[RankGroup], holdings: Sequence[Holding], graph: UnifiedGraph, problems: list[str]
-) -> list[Value]:
+) -> list[MergedValue]:
     """The values in order of the merged nodes, with keys; fills `Holding.values`.
 
     Args:
@@ -113,7 +113,7 @@ def collect_values(
         graph: The merged graph.
         problems: Receives what holders disagree on, what cannot be stored, and keys that clash.
     """
-    tables: list[dict[str, Value]] = [{} for _ in graph.keys]
+    tables: list[dict[str, MergedValue]] = [{} for _ in graph.keys]
     for index, group in enumerate(groups):
         holdings[index].values = _add_group(index, group, tables)
     _assign_keys(graph, tables)
@@ -130,13 +130,13 @@ def collect_values(
     return values
 
 
-def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, Value]]) -> list[Value]:
-    values: list[Value] = []
+def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, MergedValue]]) -> list[MergedValue]:
+    values: list[MergedValue] = []
     for node_id, node in zip(group.node_ids, group.nodes, strict=True):
         for attribute in node.attributes:
             value = tables[node_id].get(attribute.name)
             if value is None:
-                value = Value(attribute, node_id, [index], [len(values)], [attribute.n_boxes], attribute.buffer)
+                value = MergedValue(attribute, node_id, [index], [len(values)], [attribute.n_boxes], attribute.buffer)
                 tables[node_id][attribute.name] = value
             # A torn tie brings the same value twice: it is a problem already, and the first one stands for it.
             elif value.groups[-1] != index:
@@ -145,7 +145,7 @@ def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, Value]])
     return values
 
 
-def _add_holder(value: Value, attribute: LocalAttribute, index: int, position: int) -> None:
+def _add_holder(value: MergedValue, attribute: LocalAttribute, index: int, position: int) -> None:
     value.groups.append(index)
     value.positions.append(position)
     value.n_boxes.append(attribute.n_boxes)
@@ -158,14 +158,14 @@ def _same_but_buffer(a: LocalAttribute, b: LocalAttribute) -> bool:
     return (a.dtype, a.global_shape, a.numpy) == (b.dtype, b.global_shape, b.numpy)
 
 
-def _assign_keys(graph: UnifiedGraph, tables: Sequence[dict[str, Value]]) -> None:
+def _assign_keys(graph: UnifiedGraph, tables: Sequence[dict[str, MergedValue]]) -> None:
     for key, children, table in zip(graph.keys, graph.children, tables, strict=True):
         alone = len(table) == 1 and not children and key
         for name, value in table.items():
             value.key = key if alone and name == OWN_VALUE else join(key, name)
 
 
-def _separate_datasets(values: Sequence[Value]) -> None:
+def _separate_datasets(values: Sequence[MergedValue]) -> None:
     """Move a tensor whose key is also a prefix of another tensor's key: HDF5 has no dataset that is also a group."""
     # With the slash appended, keys below a key follow it directly in sorted order.
     tensors = {f"{value.key}/": value for value in values if value.attribute.dtype is not None}
@@ -174,8 +174,8 @@ def _separate_datasets(values: Sequence[Value]) -> None:
             tensors[key].key = key + OWN_VALUE
 
 
-def _check_unique(values: Sequence[Value], holdings: Sequence[Holding], problems: list[str]) -> None:
-    by_key: dict[str, Value] = {}
+def _check_unique(values: Sequence[MergedValue], holdings: Sequence[Holding], problems: list[str]) -> None:
+    by_key: dict[str, MergedValue] = {}
     for value in values:
         other = by_key.setdefault(value.key, value)
         if other is not value:
@@ -187,7 +187,7 @@ def _check_unique(values: Sequence[Value], holdings: Sequence[Holding], problems
 
 
 def _check_edges(
-    graph: UnifiedGraph, tables: Sequence[dict[str, Value]], holdings: Sequence[Holding], problems: list[str]
+    graph: UnifiedGraph, tables: Sequence[dict[str, MergedValue]], holdings: Sequence[Holding], problems: list[str]
 ) -> None:
     """A name of one node is a value or an edge, on all ranks."""
     for children, table in zip(graph.children, tables, strict=True):
@@ -203,7 +203,7 @@ def _check_edges(
         ]
 
 
-def _ranks(value: Value, holdings: Sequence[Holding]) -> list[int]:
+def _ranks(value: MergedValue, holdings: Sequence[Holding]) -> list[int]:
     return [rank for index in value.groups for rank in holdings[index].ranks]
 
 
@@ -211,7 +211,7 @@ def _is_storable(attribute: LocalAttribute) -> bool:
     return attribute.dtype is None or (is_known(attribute.dtype) and len(attribute.global_shape) <= MAX_NDIM)
 
 
-def _unstorable(value: Value) -> str:
+def _unstorable(value: MergedValue) -> str:
     if not is_known(str(value.attribute.dtype)):
         return f"{value.key}: tensors of dtype {value.attribute.dtype} cannot be stored. Convert it before saving."
     ndim = len(value.attribute.global_shape)
@@ -234,7 +234,7 @@ def _dtype(attribute: LocalAttribute) -> str:
     return str(attribute.dtype)
 
 
-def _disagreements(value: Value, holdings: Sequence[Holding]) -> Iterator[str]:
+def _disagreements(value: MergedValue, holdings: Sequence[Holding]) -> Iterator[str]:
     """What the holders of a value disagree on, one sentence per aspect."""
     if len(_by_aspect(value, holdings, _kind)) > 1:
         yield _disagreement(value, holdings, "kind", _kind, "Save the same kind of value on every rank.")
@@ -249,7 +249,7 @@ def _disagreements(value: Value, holdings: Sequence[Holding]) -> Iterator[str]:
 
 
 def _by_aspect(
-    value: Value, holdings: Sequence[Holding], aspect: Callable[[LocalAttribute], str]
+    value: MergedValue, holdings: Sequence[Holding], aspect: Callable[[LocalAttribute], str]
 ) -> dict[str, list[int]]:
     """Ranks by what they say."""
     ranks: dict[str, list[int]] = {}
@@ -259,7 +259,7 @@ def _by_aspect(
 
 
 def _disagreement(
-    value: Value, holdings: Sequence[Holding], name: str, aspect: Callable[[LocalAttribute], str], remedy: str
+    value: MergedValue, holdings: Sequence[Holding], name: str, aspect: Callable[[LocalAttribute], str], remedy: str
 ) -> str:
     (expected, first), *others = _by_aspect(value, holdings, aspect).items()
     got = listing([f"{text} on {rank_list(ranks)}" for text, ranks in others], 3)
@@ -267,7 +267,7 @@ def _disagreement(
     return f"{value.key}: {name} differs. Expected {expected}, as on {rank_list(first)}. Got {got}.{note} {remedy}"
 
 
-def _is_plain(value: Value, holdings: Sequence[Holding]) -> bool:
+def _is_plain(value: MergedValue, holdings: Sequence[Holding]) -> bool:
     """Whether every rank holds all of its global shape: no rank said that its tensor is a shard."""
     for index, position in zip(value.groups, value.positions, strict=True):
         holding = holdings[index]
@@ -279,7 +279,7 @@ def _is_plain(value: Value, holdings: Sequence[Holding]) -> bool:
     return True
 
 
-def sharding_note(value: Value, holdings: Sequence[Holding]) -> str:
+def sharding_note(value: MergedValue, holdings: Sequence[Holding]) -> str:
     """A sentence that says how each rank shards a tensor, with a blank before it; "" where no rank has placements."""
     ranks: dict[str, list[int]] = {}
     for index, position in zip(value.groups, value.positions, strict=True):
