@@ -24,10 +24,10 @@ from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
 from distckpt.layout.meshes import Spread, Spreads, disagreements
-from distckpt.layout.wording import rank_list
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
 from distckpt.status import Report, ValueMismatch
+from distckpt.words import rank_list
 
 
 class LocalReport(msgspec.Struct, frozen=True, array_like=True):

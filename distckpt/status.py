@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from distckpt.timing import Timing
+from distckpt.words import listing
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
@@ -99,9 +100,7 @@ class Report:
 
 
 def _some(keys: Iterable[str]) -> str:
-    ordered = sorted(keys)
-    more = f" and {len(ordered) - _MAX_SHOWN} more" if len(ordered) > _MAX_SHOWN else ""
-    return ", ".join(ordered[:_MAX_SHOWN]) + more
+    return listing(sorted(keys), _MAX_SHOWN)
 
 
 class RestoreStatus:

@@ -1,8 +1,11 @@
-"""Sizes and times in words."""
+"""Sizes, times, ranks and lists as text."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
+
+_MAX_RANGES = 8
 
 
 def nbytes_in_words(nbytes: int) -> str:
@@ -18,3 +21,23 @@ def nbytes_in_words(nbytes: int) -> str:
 def time_in_words(seconds: float) -> str:
     """Local date and time of seconds since the epoch."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def rank_list(ranks: Collection[int]) -> str:
+    """Ranks as text: "rank 3", "ranks 0-3, 7"."""
+    ranges: list[list[int]] = []
+    for rank in sorted(ranks):
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges[:_MAX_RANGES]]
+    if len(ranges) > _MAX_RANGES:
+        texts.append(f"... ({len(ranks)} ranks)")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(texts)}"
+
+
+def listing(items: Sequence[str], limit: int) -> str:
+    """The first `limit` items, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distckpt.words import listing
+
 _MAX_NAMED = 10
 
 
@@ -52,8 +54,7 @@ def shared_memory_warnings(keys: Iterable[str], tensors: Iterable[torch.Tensor])
     pairs = list(_overlapping(ranges))
     if not pairs:
         return []
-    more = f" and {len(pairs) - _MAX_NAMED} more" if len(pairs) > _MAX_NAMED else ""
-    named = f"{', '.join(pairs[:_MAX_NAMED])}{more}"
+    named = listing(pairs, _MAX_NAMED)
     return [
         f"different tensors share memory, and each is saved as a variable of its own: {named}. Tie them to save one."
     ]

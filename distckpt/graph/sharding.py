@@ -17,7 +17,7 @@ from distckpt.layout.box import Box, Shape
 from distckpt.layout.meshes import Spread, strides
 from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
-from distckpt.layout.wording import rank_list
+from distckpt.words import rank_list
 
 if TYPE_CHECKING:  # loading it takes a second
     from torch.distributed.tensor import DTensor, Placement

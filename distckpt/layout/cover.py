@@ -11,7 +11,7 @@ import numpy.typing as npt
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.records import Shard
 from distckpt.layout.tiling import find_gap, find_overlap
-from distckpt.layout.wording import rank_list
+from distckpt.words import rank_list
 
 
 @dataclass(frozen=True, slots=True)

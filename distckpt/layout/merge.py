@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from distckpt.errors import LayoutError
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.collector import collector_off
 from distckpt.layout.merged_values import Holding, MergedValue, collect_values, hold
@@ -23,8 +24,11 @@ from distckpt.layout.replicas import Comparison, compare_python_values, cover_te
 from distckpt.layout.ties import check_ties
 from distckpt.layout.tiling import tilings_of
 from distckpt.layout.unify import UnifiedGraph, group_ranks, unify
-from distckpt.layout.wording import layout_error, rank_list
 from distckpt.layout.writers import assign_shards
+from distckpt.words import rank_list
+
+#: Most problems that an error lists.
+_MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def _raise_local_problems(layouts: Sequence[LocalLayout]) -> None:
         for problem in layout.problems:
             ranks.setdefault(problem, []).append(rank)
     if ranks:
-        raise layout_error([f"{rank_list(where)}: {problem}" for problem, where in ranks.items()])
+        raise _layout_error([f"{rank_list(where)}: {problem}" for problem, where in ranks.items()])
 
 
 def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
@@ -86,7 +90,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
     python_state = compare_python_values(values, holdings, layouts, comparison)
     covers = cover_tensors(tensors, holdings, comparison, problems)
     if problems or comparison.problems:
-        raise layout_error(problems + comparison.problems)
+        raise _layout_error(problems + comparison.problems)
     variables = _variables(tensors, assign_shards(tensors, covers, len(layouts), trust_lowest))
     items = _items(holdings, variables, len(layouts))
     return Merged(
@@ -97,6 +101,15 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
         warnings=comparison.warnings(),
         n_checksums=items.n_checksums,
     )
+
+
+def _layout_error(problems: Collection[str]) -> LayoutError:
+    """One error for all problems; the first 20 of them are listed."""
+    lines = list(problems)[:_MAX_PROBLEMS]
+    if len(problems) > len(lines):
+        lines.append(f"... and {len(problems) - len(lines)} more problems")
+    text = "\n  ".join(lines)
+    return LayoutError(f"This state cannot be saved as one checkpoint, {len(problems)} problem(s):\n  {text}")
 
 
 def _variables(tensors: Sequence[MergedValue], shards: Sequence[list[Shard]]) -> list[Variable]:

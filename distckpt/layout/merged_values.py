@@ -14,7 +14,7 @@ from distckpt.layout.dtypes import is_known
 from distckpt.layout.keys import escape, join
 from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout
 from distckpt.layout.unify import RankGroup, UnifiedGraph
-from distckpt.layout.wording import listing, rank_list
+from distckpt.words import listing, rank_list
 
 _PLAIN_REMEDY = (
     "If these are shards of one tensor, wrap them in ShardedVariable(tensor, global_shape, offset); if each rank has a "

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from distckpt.layout.wording import listing, rank_list
+from distckpt.words import listing, rank_list
 
 #: Numbers `first`, `first + step`, ... below `stop`.
 Stride = tuple[int, int, int]

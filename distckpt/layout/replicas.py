@@ -12,12 +12,15 @@ from distckpt.layout.box import Shape
 from distckpt.layout.cover import Cover, cover, describe
 from distckpt.layout.merged_values import Holding, MergedValue, sharding_note
 from distckpt.layout.records import LocalLayout
-from distckpt.layout.wording import listing, rank_list, shortened
+from distckpt.words import listing, rank_list
 
 _WAY_OUT = (
     "Make it the same on every rank, or wrap it in PerRank to save each rank's own "
     '(SaveOptions(replicas="first") takes the lowest rank\'s).'
 )
+
+#: Most characters of a python value that an error shows.
+_MAX_CHARS = 60
 
 
 @dataclass(slots=True)
@@ -92,8 +95,14 @@ def _set_weights(value: MergedValue, holdings: Sequence[Holding]) -> None:
 
 def _python_difference(key: str, ranks: dict[bytes, list[int]]) -> str:
     (expected, first), *others = ranks.items()
-    got = listing([f"{shortened(encoded)} on {rank_list(where)}" for encoded, where in others], 3)
-    return f"{key}: value differs. Expected {shortened(expected)}, as on {rank_list(first)}. Got {got}. {_WAY_OUT}"
+    got = listing([f"{_shortened(encoded)} on {rank_list(where)}" for encoded, where in others], 3)
+    return f"{key}: value differs. Expected {_shortened(expected)}, as on {rank_list(first)}. Got {got}. {_WAY_OUT}"
+
+
+def _shortened(encoded: bytes) -> str:
+    """An encoded python value as text of bounded length."""
+    text = encoded.decode(errors="backslashreplace")
+    return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
 
 
 def cover_tensors(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distckpt.layout.keys import child_key, slot_key
 from distckpt.layout.records import LocalNode
 from distckpt.layout.unify import RankGroup
-from distckpt.layout.wording import rank_list
+from distckpt.words import rank_list
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import msgspec
 
 from distckpt.layout.keys import child_key, slot_key
 from distckpt.layout.records import Child, LocalLayout, LocalNode, SlotVariable
-from distckpt.layout.wording import rank_list
+from distckpt.words import rank_list
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from distckpt.device import Copy, DeviceCopies, gpu_of
 from distckpt.storage.staging import HostBuffer, HostBuffers
 from distckpt.storage.transfer import WriteJob
 from distckpt.tensor_bytes import copy_bits, is_packed
+from distckpt.words import listing
 
 #: Copies begin at multiples of this. In bytes.
 _ALIGNMENT = 64
@@ -251,9 +252,8 @@ class _SharedWork:
 def _error_of(changed: list[str]) -> RuntimeError | None:
     if not changed:
         return None
-    more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
     return RuntimeError(
-        f"changed before the save had copied it: {', '.join(changed[:10])}{more}. With overlap=True only an optimizer "
+        f"changed before the save had copied it: {listing(changed, 10)}. With overlap=True only an optimizer "
         "step may change parameters and optimizer state until handle.wait_staged() returns. Call that before other "
         "changes, or save with overlap=False."
     )
