@@ -19,9 +19,9 @@ import xxhash
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Shape
 from distckpt.layout.collector import collector_off
-from distckpt.layout.plan import validate
 from distckpt.layout.records import FORMAT, FORMAT_VERSION, Described, Manifest, Shard, Variable
 from distckpt.layout.tiling import tilings_of
+from distckpt.layout.validation import validate
 from distckpt.storage.hdf5_types import itemsize
 from distckpt.timing import Timing
 

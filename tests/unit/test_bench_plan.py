@@ -23,8 +23,8 @@ from distckpt.coordination.merging import Parts
 from distckpt.coordination.message import Kind, Message, encode
 from distckpt.layout.box import Box
 from distckpt.layout.merge import merge
-from distckpt.layout.plan import validate_shards
 from distckpt.layout.records import SavePlan
+from distckpt.layout.validation import validate_shards
 from distckpt.source import Found
 from distckpt.storage import manifest as manifests
 from distckpt.wire import balance_of, decode_reply, encode_message, weights_of

@@ -14,8 +14,9 @@ from distckpt.layout import box as box_module
 from distckpt.layout.box import Box, Shape, pieces
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
-from distckpt.layout.plan import ReadItem, ReadPlanner, validate, validate_shards
+from distckpt.layout.plan import ReadItem, ReadPlanner
 from distckpt.layout.records import Shard, Variable
+from distckpt.layout.validation import validate, validate_shards
 
 
 def variable(shape: Shape, boxes: list[Box], dtype: str = "float32") -> Variable:
