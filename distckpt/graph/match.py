@@ -11,6 +11,7 @@ from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value
 from distckpt.graph.view import LiveNode
+from distckpt.layout.keys import slots_key
 from distckpt.layout.records import OWN_VALUE
 
 #: Names of values that are the whole of their object.
@@ -56,7 +57,7 @@ class NewSlots:
     @property
     def pair(self) -> str:
         """Key below which the slots of the pair (optimizer, parameter) are."""
-        return f"{self.optimizer.key}/.slots/{self.parameter.key}"
+        return slots_key(self.optimizer.key, self.parameter.key)
 
     @property
     def keys(self) -> list[str]:

@@ -15,6 +15,7 @@ from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
 from distckpt.graph.view import LiveNode
+from distckpt.layout.keys import slots_key
 from distckpt.layout.records import OWN_VALUE, Node
 
 
@@ -146,7 +147,7 @@ class SlotMatcher:
                 self._values.match_attributes(self._saved[stored[name]], slot_id)
             return
         if live and stored:
-            key = f"{node.key}/.slots/{self._live[parameter_id].key}"
+            key = slots_key(node.key, self._live[parameter_id].key)
             self._result.mismatches.append(Mismatch(key, f"slots {sorted(stored)}", f"slots {sorted(live)}"))
             return
         self._leave_slots(node, (parameter_id,))  # the file says: no state; so the live one is not "missing" from it

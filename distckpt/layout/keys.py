@@ -83,7 +83,12 @@ def child_key(parent: str, local_name: str, per_rank: bool) -> str:
     return join(join(parent, PER_RANK) if per_rank else parent, escape(local_name))
 
 
+def slots_key(optimizer: str, variable: str) -> str:
+    """The key below which the slots of a variable are, from the keys of the optimizer and of the variable."""
+    slots = join(optimizer, SLOTS)
+    return join(slots, variable) if variable else slots
+
+
 def slot_key(optimizer: str, variable: str, slot_name: str) -> str:
     """The key of a slot, from the keys of the optimizer and of the variable."""
-    slots = join(optimizer, SLOTS)
-    return join(join(slots, variable) if variable else slots, escape(slot_name))
+    return join(slots_key(optimizer, variable), escape(slot_name))

@@ -415,6 +415,16 @@ def test_other_slot_names_are_a_mismatch(path: str) -> None:
     assert equal(twin.values(), model.values())
 
 
+def test_the_key_of_a_mismatch_is_that_of_the_file_where_the_optimizer_is_the_root(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters(), amsgrad=True)
+    train(model, optimizer, range(1))
+    train(twin, twin_optimizer, range(1))
+    file = Checkpoint(optimizer, m=model).write(path)
+    with pytest.raises(RestoreMismatchError, match=r"\n  \.slots/m/a: saved slots .*live slots .*max_exp_avg_sq"):
+        Checkpoint(twin_optimizer, m=twin).read(file)
+
+
 def test_a_fresh_optimizer_gets_exactly_the_saved_slots(path: str) -> None:
     model, twin = _Model(1), _Model(2)
     optimizer, twin_optimizer = torch.optim.Adam(model.parameters()), torch.optim.Adam(twin.parameters(), amsgrad=True)
