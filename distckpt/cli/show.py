@@ -15,7 +15,7 @@ from rich.tree import Tree
 from distckpt.cli.terminal import console
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
-from distckpt.layout.keys import dict_key
+from distckpt.layout.keys import PER_RANK, dict_key
 from distckpt.layout.records import OWN_VALUE, Attribute, Manifest, Variable
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import resolve
@@ -92,7 +92,9 @@ class _Drawing:
         queue = deque([(0, tree, "")])
         while queue:
             node_id, branch, path = queue.popleft()
-            of_ranks = [attribute for attribute in nodes[node_id].attributes if attribute.name.startswith(".rank/")]
+            of_ranks = [
+                attribute for attribute in nodes[node_id].attributes if attribute.name.startswith(f"{PER_RANK}/")
+            ]
             for attribute in nodes[node_id].attributes:
                 if attribute.name != OWN_VALUE and attribute not in of_ranks:
                     self.add_value(branch, attribute.name, attribute.checkpoint_key)

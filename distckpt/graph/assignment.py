@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
-from distckpt.graph.adapters.stateful import unflatten
+from distckpt.graph.adapters.stateful import STATE, unflatten
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
@@ -245,7 +245,7 @@ class _Builder:
     def slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
         """The value of one new slot."""
         values = {attribute: self.slot_value(name, key, new) for attribute, key in attributes.items()}
-        return values[OWN_VALUE] if OWN_VALUE in values else unflatten(values, ".state")
+        return values[OWN_VALUE] if OWN_VALUE in values else unflatten(values, STATE)
 
     def slot_value(self, name: str, key: str, new: NewSlots) -> Any:
         """A python value, or a new tensor that will be read."""

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 import torch
 
 from distckpt.graph.adapters.optimizer import claim_of_pair
+from distckpt.graph.adapters.stateful import STATE
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
-from distckpt.graph.values import PythonValue, TensorValue, Value
+from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import slots_key
 from distckpt.layout.records import OWN_VALUE
 
 #: Names of values that are the whole of their object.
-WHOLE = {OWN_VALUE: "a tensor", ".state": "the state of an object with state_dict() or serialize()"}
+WHOLE = {OWN_VALUE: "a tensor", STATE: "the state of an object with state_dict() or serialize()"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,6 @@ def describe(value: Value | None) -> str:
         case PythonValue(value=held):
             return f"the python value {held!r:.60}"
         case TensorValue():
-            return f"a tensor of shape {value.global_shape} and dtype {str(value.tensor.dtype).removeprefix('torch.')}"
+            return f"a tensor of shape {value.global_shape} and dtype {dtype_name(value.tensor.dtype)}"
         case _:
             return "nothing"

@@ -56,7 +56,7 @@ class NodeMatcher:
                 found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
                 self.result.mismatches.append(found)
                 continue
-            if hasattr(node.adapter, "elements") and saved_id not in self.partial:
+            if node.adapter.is_container and saved_id not in self.partial:
                 self._compare_lengths(self.saved[saved_id], node)
             for child in self.saved[saved_id].children:
                 target = node.children.get(child.local_name)

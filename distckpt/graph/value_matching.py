@@ -14,7 +14,7 @@ from distckpt.graph.match import WHOLE, Match, Mismatch, refused
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
-from distckpt.layout.keys import escape
+from distckpt.layout.keys import PER_RANK, escape
 from distckpt.layout.records import OWN_VALUE, Node
 
 
@@ -91,7 +91,7 @@ class ValueMatcher:
                 live = self._live[node.children[local_name]]
                 self._result.mismatches.append(Mismatch(key, "a python value", f"a {type(live.obj).__qualname__}"))
                 return
-        if not name.startswith(".rank/"):  # what another rank saved for itself waits for nothing
+        if not name.startswith(f"{PER_RANK}/"):  # what another rank saved for itself waits for nothing
             self._result.awaited.add(name)
             self._result.pending.setdefault(key, (node.key, f"attribute {name!r}"))
 

@@ -48,6 +48,8 @@ class Adapter:
     takes_all = False
     #: Name of the value without which the others cannot be restored.
     needs: str | None = None
+    #: The objects are lists, tuples or dicts; see `elements`.
+    is_container = False
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """Whether `restore` accepts a stored value for which the live object has none of that name.
@@ -60,6 +62,10 @@ class Adapter:
 
     def handles(self, cls: type) -> bool:
         """Whether objects of this class are of this kind."""
+        raise NotImplementedError
+
+    def elements(self, obj: object) -> Iterable[object]:
+        """What a container holds. A container without anything trackable inside is a python value, and no node."""
         raise NotImplementedError
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:

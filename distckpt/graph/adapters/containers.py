@@ -56,12 +56,14 @@ def assign_python_value(live: object, saved: object) -> bool:
 class SequenceAdapter(Adapter):
     """list, tuple, namedtuple, deque: elements named by position, those of a namedtuple by field."""
 
+    is_container = True
+
     def handles(self, cls: type) -> bool:
         """Exact lists and deques, and tuples with their subclasses."""
         return cls in (list, collections.deque) or issubclass(cls, tuple)
 
     def elements(self, obj: Any) -> Iterable[object]:
-        """What the container holds."""
+        """See `Adapter.elements`."""
         return tuple(obj)
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
@@ -95,12 +97,14 @@ def _element(obj: Any, name: str) -> object:
 class MappingAdapter(Adapter):
     """dict and its subclasses with str or int keys."""
 
+    is_container = True
+
     def handles(self, cls: type) -> bool:
         """Dicts of every class."""
         return issubclass(cls, dict)
 
     def elements(self, obj: Any) -> Iterable[object]:
-        """What the container holds."""
+        """See `Adapter.elements`."""
         return tuple(obj.values())
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:

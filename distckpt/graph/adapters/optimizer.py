@@ -14,16 +14,13 @@ import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
-from distckpt.graph.adapters.stateful import flatten, unflatten
+from distckpt.graph.adapters.stateful import STATE, flatten, unflatten
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import is_python_value
 from distckpt.graph.sharding import tensor_value
 from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
 from distckpt.layout.keys import escape, unescape
 from distckpt.layout.records import OWN_VALUE
-
-#: Name of the value that holds the rest of a slot which is a structure of tensors, as LBFGS has them.
-_STRUCTURE = ".state"
 
 
 class Groups:
@@ -67,7 +64,7 @@ class OptimizerAdapter(Adapter):
         for key in keys:
             if not isinstance(key, torch.Tensor):
                 yield Problem(
-                    ".state",
+                    STATE,
                     f"optimizer state under {key!r} belongs to no parameter and cannot be stored. Keep it as an entry "
                     "of a param group, such as optimizer.param_groups[0]['name'], or track it as an object of its own.",
                 )
@@ -160,17 +157,17 @@ class SlotAdapter(Adapter):
             return (tensor_value(value),)
         if is_python_value(value):
             return (PythonValue(OWN_VALUE, value),)
-        return flatten(value, "", _STRUCTURE)
+        return flatten(value, "", STATE)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set a python slot, or a structure."""
         assert isinstance(obj, Slot)
-        value = saved[OWN_VALUE] if OWN_VALUE in saved else unflatten(saved, _STRUCTURE)
+        value = saved[OWN_VALUE] if OWN_VALUE in saved else unflatten(saved, STATE)
         stepped_by(obj.optimizer).state[obj.parameter][obj.name] = value
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """A structure is restored as a whole: the file decides which tensors it has."""
-        return _STRUCTURE in live and name != OWN_VALUE
+        return STATE in live and name != OWN_VALUE
 
     def claim(self, obj: object, name: str) -> Claim:
         """The whole state of the pair: its slots belong together."""

@@ -125,10 +125,9 @@ def is_too_deep(obj: object) -> bool:
 def _is_node(obj: object) -> bool:
     obj = unwrap(obj)
     adapter = adapter_for(obj)
-    elements = getattr(adapter, "elements", None)
-    if elements is None:
-        return adapter is not None
-    return _any_checkpointable(elements(obj))
+    if adapter is None:
+        return False
+    return not adapter.is_container or _any_checkpointable(adapter.elements(obj))
 
 
 def _any_checkpointable(elements: Iterable[object]) -> bool:

@@ -15,6 +15,7 @@ from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.python_value import is_python_value
 from distckpt.graph.trackable import PerRank, RNGState
 from distckpt.graph.values import Edge, PythonValue, replicated
+from distckpt.layout.keys import PER_RANK
 from distckpt.layout.records import OWN_VALUE
 
 
@@ -51,7 +52,7 @@ class PerRankAdapter(Adapter):
         """This rank's value, as an edge or as a python value."""
         assert isinstance(obj, PerRank)
         if is_python_value(obj.value):
-            return (PythonValue(f".rank/{rank}", obj.value),)
+            return (PythonValue(f"{PER_RANK}/{rank}", obj.value),)
         return (Edge(str(rank), unwrap(obj.value)),)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
@@ -73,7 +74,7 @@ class RNGStateAdapter(Adapter):
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """A copy of each generator's state."""
-        prefix = f".rank/{rank}"
+        prefix = f"{PER_RANK}/{rank}"
         for name, state in _states().items():
             yield replicated(state, f"{prefix}/{name}", in_place=False)
 

@@ -21,7 +21,8 @@ from distckpt.graph.trackable import PythonState
 from distckpt.graph.values import PythonValue, TensorValue, UnsaveableError
 from distckpt.layout.keys import edge_name, escape
 
-_STATE = ".state"
+#: Name of the value that holds a structure without its tensors.
+STATE = ".state"
 
 #: Name of the value of a structure that is nothing but a tensor or an array.
 _BARE = ".bare"
@@ -95,7 +96,7 @@ class StatefulAdapter(Adapter):
     """Schedulers, gradient scalers, data loaders, metrics: anything with `state_dict` and `load_state_dict`."""
 
     takes_all = True
-    needs = _STATE
+    needs = STATE
 
     def handles(self, cls: type) -> bool:
         """Classes with both methods."""
@@ -104,18 +105,18 @@ class StatefulAdapter(Adapter):
     def parts(self, obj: Any, rank: int) -> Iterable[Part]:
         """The flattened `state_dict()`; nothing when it is empty, as that of a disabled gradient scaler."""
         state = obj.state_dict()
-        return flatten(state, "", _STATE) if isinstance(state, torch.Tensor | np.ndarray) or state else ()
+        return flatten(state, "", STATE) if isinstance(state, torch.Tensor | np.ndarray) or state else ()
 
     def restore(self, obj: Any, saved: Mapping[str, object]) -> None:
         """Rebuild the state and load it."""
-        obj.load_state_dict(unflatten(saved, _STATE))
+        obj.load_state_dict(unflatten(saved, STATE))
 
 
 class PythonStateAdapter(Adapter):
     """`PythonState`: a str or bytes of the user's making."""
 
     takes_all = True
-    needs = _STATE
+    needs = STATE
 
     def handles(self, cls: type) -> bool:
         """`PythonState` and its subclasses."""
@@ -127,11 +128,11 @@ class PythonStateAdapter(Adapter):
         value = obj.serialize()
         if not isinstance(value, str | bytes):
             raise UnsaveableError(f"serialize() must return str or bytes. Got {type(value).__qualname__}.")
-        return (PythonValue(_STATE, value),)
+        return (PythonValue(STATE, value),)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Hand it back."""
-        value = saved[_STATE]
+        value = saved[STATE]
         assert isinstance(obj, PythonState)
         assert isinstance(value, str | bytes)
         obj.deserialize(value)
