@@ -20,10 +20,10 @@ from distckpt.storage.transfer import WriteJob, sub_tensor
 
 
 class _Write(NamedTuple):
-    """A box that this rank writes, and all about it that later saves of the layout have in common.
+    """A box that this rank writes in every save of the layout.
 
     Attributes:
-        tensor: Which of this rank's tensors, counted in order.
+        tensor: Index of the tensor, among this rank's tensors in order.
         key: Its checkpoint key.
         offset: Position of its variable in the file, in bytes.
         box: The box.
@@ -42,13 +42,13 @@ class AgreedLayout:
     """What was agreed when the layout last changed; later saves of the same layout only compare digests.
 
     Attributes:
-        plan: What this rank does.
+        plan: What this rank writes and compares.
         layout: This rank's layout, as it was merged.
         replicas: The option under which it was merged.
         weights: `plan.weights` as uint64.
         keys: Checkpoint key of each tensor of this rank, in order.
         offsets: Position of every variable in the file; None until a file was created.
-        aggregation: What of it the ranks write for one another.
+        aggregation: The small variables that aggregators write for all ranks.
     """
 
     plan: SavePlan
@@ -76,7 +76,7 @@ class AgreedLayout:
         return bool((new[watched] == old[watched]).all())
 
     def place(self, offsets: np.ndarray) -> None:
-        """A file was made, and all ranks know where in it the variables are."""
+        """Take the positions of the variables in a new file, and in those that follow. The same on all ranks."""
         self.offsets = offsets
         self.aggregation = Aggregation()
         self._writes = []

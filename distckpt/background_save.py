@@ -1,16 +1,17 @@
-"""A save in the background: what is left of it when `save_async` returns.
+"""A save in the background: the part of `save_async` that is left when the call returns.
 
-The path of the data: the ranks walk and agree as for `save`, and rank 0 settles what the file will be: name, positions,
-and all of its manifest but the timing, as of this moment; a few milliseconds in which nothing is moved. Then each rank
-copies the bytes of its write jobs, and nothing else, into a host buffer that it keeps and uses again
-(`storage.snapshot`): one flat copy per tensor. The tensors may change from then on. The thread of
-`coordination.background` makes the file on rank 0 and says so, for reserving its space may take longer than all before;
-the ranks write together what belongs to many small variables, then each the other copies and their checksums with
-`pwrite`, and syncs them, and the ranks agree. Rank 0 commits and tells the others; then each sets its counter. Nothing
-is copied twice, and nothing is computed for a save that `save` would not compute.
+In the call the ranks walk and agree as for `save`, and rank 0 decides what the file will be: its name, the positions of
+the variables, and the manifest except for the timing. That takes a few milliseconds and moves no data. Then each rank
+copies the bytes of its write jobs, one flat copy per tensor, into a host buffer that later saves use again
+(`storage.snapshot`). From then on the tensors may change.
 
-The file is made in the call where the thread may not speak to the other ranks, and where they do not know the positions
-of the variables yet: in the first save of a layout.
+The thread of `coordination.background` does the rest. Rank 0 makes the file, since reserving its space may take longer
+than everything before, and tells the others. The ranks write the aggregated small variables together; then each writes
+its other copies and their checksums with `pwrite`, syncs them, and agrees with the others. Rank 0 commits, and all set
+their counters. Nothing is copied twice, and nothing is computed that `save` would not compute.
+
+The file is made in the call where the thread must not call MPI, and in the first save of a layout, since the ranks do
+not know the positions of the variables before.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ Epilogue = Callable[[Coordinator, NewFile], None]
 
 
 class BackgroundSave:
-    """One save on its way from this rank's memory into the file. See `coordination.background.Task`.
+    """One save in the background, a `coordination.background.Task`.
 
     Attributes:
-        file: The file.
-        options: Of the save.
+        file: The file that is written.
+        options: How to save.
         timeout: Seconds that it may take to complete when the program exits.
         error: Why it failed; the same on all ranks. None before the end, and when it was committed.
         asked: Somebody was given the result on this rank.
@@ -77,15 +78,15 @@ class BackgroundSave:
         self._on_commit = on_commit
         self._epilogue = epilogue
         self._begun = Attempt(result=True, error=None)  # the same on all ranks
-        self._rest: Rest | None = None  # what is left after the beginning, where there was one
+        self._rest: Rest | None = None  # what `begin` has left to write; None where it wrote nothing
         self._written: Attempt[bool] | None = None
         self._work_done = threading.Event()
         self._ended = threading.Event()
 
-    # ---- what the background does ----
+    # ---- what the thread calls ----
 
     def begin(self, coordinator: Coordinator) -> None:
-        """Make the file, if that was left to do, and write together what the ranks have of many small variables.
+        """Make the file, if it is not there yet, and write the aggregated small variables with the other ranks.
 
         Copy first: the next optimizer step waits for it. Collective.
         """
@@ -93,7 +94,7 @@ class BackgroundSave:
         self._begun = Attempt.of(lambda: self._begin(coordinator))
 
     def _begin(self, coordinator: Coordinator) -> bool:
-        """Make the file, and write into it what ranks write for one another. Collective."""
+        """Make the file, and write the aggregated small variables. Collective."""
         if not self.file.exists:
             coordinator.on_root("create", self._make_file, bool)
         if coordinator.size > 1 and not self._destination.aggregation.is_needless:
@@ -101,7 +102,7 @@ class BackgroundSave:
         return True
 
     def _make_file(self) -> bool:
-        """Rank 0 only."""
+        """Make the file as it was described. Rank 0 only."""
         assert self._draft is not None, "described on this rank"
         with self._timer.step("create"):
             self._draft.make()
@@ -114,7 +115,7 @@ class BackgroundSave:
         self._work_done.set()
 
     def _copy(self) -> None:
-        """Copy what is left to copy. Raises nothing: what fails is found when the copies are used."""
+        """Complete the snapshot. Raises nothing: `Snapshot.jobs` raises what failed."""
         with self._timer.step("stage"):
             self._snapshot.complete()
 
@@ -145,7 +146,7 @@ class BackgroundSave:
         self._ended.set()
 
     def _commit(self) -> Timing:
-        """Rank 0 only."""
+        """Seal and commit the file. Rank 0 only."""
         assert self._draft is not None, "made on this rank"
         timing, durable = self._timer.timing(), self.options.durable
         with self._timer.step("commit"):
@@ -175,11 +176,11 @@ class BackgroundSave:
         self._keep(error)
 
     def _keep(self, error: BaseException) -> None:
-        """Keep an error until somebody asks, but not the buffers that its traceback knows."""
+        """Keep an error until somebody asks, but not the buffers that its traceback refers to."""
         clear_frames(error)
         self.error = error
 
-    # ---- what the program asks ----
+    # ---- what the program calls ----
 
     def has_ended(self) -> bool:
         """Whether it is committed or has failed, as far as this rank knows. Local."""
@@ -245,7 +246,7 @@ class BackgroundSave:
         return self.file.path
 
     def take(self) -> None:
-        """Somebody knows the outcome. Local."""
+        """Note that somebody knows the outcome. Local."""
         self.asked = True
         self._background.forget(self)
 

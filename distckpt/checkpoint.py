@@ -254,7 +254,7 @@ class Checkpoint(Trackable):
         return self._session.restorer.retry_pending()
 
     def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
-        """The options that were passed, or the defaults. Collective where they are of another kind: all ranks raise."""
+        """The options that were passed, or the defaults. All ranks raise if some have others: collective then."""
         given = Attempt.of(lambda: given_or_default(options, kind))
         coordinator = self._session.coordinator
         if given.error is not None and coordinator.size > 1:
@@ -284,7 +284,7 @@ class Checkpoint(Trackable):
         options: SaveOptions,
         epilogue: Epilogue | None,
     ) -> BackgroundSave:
-        """`save_async`, with a number of the caller's choice, and with work that is to end before it does."""
+        """`save_async`, with a number of the caller's choice and an epilogue. Collective over the communicator."""
         session = self._session
         walk = functools.partial(self._walk_for_save, with_counter=True)
         with session.coordinator.turn:

@@ -1,4 +1,4 @@
-"""Copies between pinned host memory and GPUs, beside the work of the program and of this thread."""
+"""Asynchronous copies between pinned host memory and GPUs, on streams beside those of the program."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def gpu_of(tensor: torch.Tensor) -> torch.device | None:
 
 
 def pinned_memory(nbytes: int) -> torch.Tensor:
-    """Memory that GPUs reach without a detour; torch keeps what is freed, and gives it out again.
+    """Host memory that GPUs copy from and to directly.
 
-    It does so only when the copies that are under way there have ended.
+    torch gives freed memory out again, but not before the copies that use it have ended.
     """
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
@@ -45,7 +45,7 @@ class Event(Protocol):
 
 
 class Ticket:
-    """What to wait for before the bytes of copies are used, or the memory that they come from is."""
+    """Waits for copies to end: before that, neither use their targets nor change their sources."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events = events
@@ -85,7 +85,7 @@ class SideStream:
 
 
 def start_all(copies: Sequence[Copy]) -> None:
-    """Begin copies on the stream that is current. Those of plain memory cost Python as little as torch allows."""
+    """Begin copies on the current stream: those that are plain in one call, which costs Python least."""
     plain: list[Copy] = []
     special: list[Copy] = []
     for copy in copies:
@@ -98,7 +98,7 @@ def start_all(copies: Sequence[Copy]) -> None:
 
 
 def _is_plain(copy: Copy) -> bool:
-    """Whether torch lets several be made at once, and they move the memory as it is, whatever the dtype."""
+    """Whether torch can make the copy in one call with others, and moves the bytes as they are, whatever the dtype."""
     return _is_packed(copy.source) and _is_packed(copy.target) and not copy.target.is_inference()
 
 
@@ -114,8 +114,8 @@ class DeviceCopies:
         """Local.
 
         Args:
-            moment: The GPUs of which all copies see what the program has begun there by now, and wait for nothing
-                later, whichever thread starts them. None: each start sees what has begun by then.
+            moment: GPUs whose memory is copied as of now: copies wait for the work that the program has queued there so
+                far, and for nothing later, whichever thread starts them. None: as of each `start`.
         """
         self._streams: dict[torch.device, SideStream] = {}
         self._follows = moment is None

@@ -1,7 +1,7 @@
-"""A file on its way from its temporary to its final name. Rank 0 only, all of it but the record `NewFile`.
+"""A checkpoint file while it has its temporary name. Rank 0 only, except for the record `NewFile`.
 
-The path of a draft: it is described, which settles all that the ranks must know of it; made, at once or by the thread
-in the background; filled by the ranks; sealed with the manifest; committed. Whatever fails, it is abandoned.
+A draft is described, which fixes what the ranks must know of it; made, at once or by the thread in the background;
+filled by all ranks; sealed with the manifest; and committed under its final name. If anything fails, it is abandoned.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ class NewFile(msgspec.Struct, frozen=True):
 
 
 def log_saved(file: NewFile, timing: Timing) -> None:
-    """Tell in one line that a file is committed. Rank 0 only."""
+    """Log in one line that a file is committed. Rank 0 only."""
     if log.isEnabledFor(logging.INFO):
         log.info("saved %s: %s", file.path, timing.of_file_in_words(file.nbytes))
 
 
 class Draft:
-    """A file on its way from its temporary to its final name. Rank 0 only.
+    """A checkpoint file while it has its temporary name. Rank 0 only.
 
     Attributes:
         temp_path: Where it is until it is committed.
         file: What all ranks know of it; None until it is described.
-        ended: It was committed, or nothing is left of it.
+        ended: It was committed or abandoned.
     """
 
     def __init__(self, temp_path: str, *, numbered: bool) -> None:
         self.temp_path = temp_path
         self.file: NewFile | None = None
         self.ended = False
-        self._manifest: tuple[Skeleton, bytes] | None = None  # encoded, and where it goes; None once it is there
+        self._manifest: tuple[Skeleton, bytes] | None = None  # where the manifest goes, and its bytes; None once sealed
         self._numbered = numbered
         self._finished: os.stat_result | None = None  # of the complete temporary file
 

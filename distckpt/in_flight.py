@@ -9,7 +9,7 @@ from distckpt.coordination.coordinator import Coordinator
 
 
 class InFlight:
-    """Saves whose end the ranks have not looked at together yet: the same ones on all ranks, whatever ended where."""
+    """Saves whose outcome no collective call has looked at yet: the same on all ranks, whichever have ended where."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator

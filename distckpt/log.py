@@ -18,7 +18,7 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log a message; what handlers and filters raise is shown on standard error."""
-        kwargs.setdefault("stacklevel", 2)  # not this line, but the one that has something to say
+        kwargs.setdefault("stacklevel", 2)  # the line of the caller, not this one
         try:
             super().log(level, msg, *args, **kwargs)
         except Exception:

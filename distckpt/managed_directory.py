@@ -1,7 +1,7 @@
-"""A manager as rank 0 sees it: the directory, the clock and the records. Rank 0 only, all of it but the constructor.
+"""The directory of a manager, its records and its clock. Rank 0 only, except for the constructor.
 
-A save in the background is taken in when it is committed, by the thread that has committed it: before that nothing is
-deleted for it, and it counts only as the place from which intervals are measured.
+A save in the background is recorded by the thread that has committed it. Until then nothing is deleted for it, and it
+counts only as the start of the next interval.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class ManagedDirectory:
             path: The checkpoint.
             decision: Why it was made.
             durable: It is on disk, whatever happens to the machine.
-            when: The moment of which it holds the state, in seconds; None for now.
+            when: When its state was captured, in seconds; None for now.
 
         Raises:
             OSError: The state file cannot be written.

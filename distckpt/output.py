@@ -1,4 +1,4 @@
-"""The files of saves as rank 0 sees them: each created from what all ranks agreed, then committed or abandoned."""
+"""How rank 0 makes the files of saves: each from the merged layout, a target and options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Target:
     Attributes:
         path: As given to `save` or `write`.
         counter: The live save counter.
-        number: The number that the file is to have; None for the next one. For files made by `write` it says nothing.
+        number: The number in the file name; None for the next one. `write` ignores it.
     """
 
     path: str | os.PathLike[str]
@@ -66,24 +66,24 @@ class _Name:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """What the files of a layout have in common, known as soon as there is one.
+class _Template:
+    """What all files of a layout have in common, known once the first one is made.
 
     Attributes:
-        skeleton: Of each.
-        layout: Of the manifest of each: its largest part is encoded once for all of them.
+        skeleton: All of a file but the data and the manifest.
+        layout: The part of the manifest that is the same in all files, encoded. It is by far the largest.
     """
 
     skeleton: Skeleton
     layout: manifests.EncodedLayout
 
     @classmethod
-    def of(cls, skeleton: Skeleton, manifest: Manifest) -> _Form:
-        """Of the first file.
+    def of(cls, skeleton: Skeleton, manifest: Manifest) -> _Template:
+        """From the first file.
 
         Args:
-            skeleton: Says where it has the variables.
-            manifest: Of this or any other file of the layout.
+            skeleton: Of that file; has the positions of the variables.
+            manifest: Of any file of the layout.
         """
         variables = [
             msgspec.structs.replace(variable, offset=offset)
@@ -102,27 +102,27 @@ class _Form:
 
 
 class Output:
-    """The files of one operation, "save" or "write". Rank 0 only."""
+    """Makes the files of one operation, "save" or "write". Rank 0 only, except where a method says otherwise."""
 
     def __init__(self, *, numbered: bool) -> None:
-        """Local.
+        """Local, on all ranks.
 
         Args:
             numbered: Files have numbers and a state file, and never replace one another.
         """
         self._numbered = numbered
         self._merged: Merged | None = None
-        self._form: _Form | None = None
-        self._confirmed: _Form | None = None  # the form whose positions all ranks know
+        self._template: _Template | None = None
+        self._confirmed: _Template | None = None  # the template whose positions all ranks know
         self._with_checksums = True
         self._swept: set[str] = set()
-        self._draft: Draft | None = None  # of the save that is going on
+        self._draft: Draft | None = None  # of the save in progress
         self._handed_over: list[Draft] = []
 
     def adopt(self, merged: Merged) -> None:
         """Take a new layout; the next file is made through HDF5."""
         self._merged = merged
-        self._form = self._confirmed = None
+        self._template = self._confirmed = None
 
     def update_values(self, python_values: Mapping[str, bytes]) -> None:
         """Take rank 0's present python values, by key."""
@@ -130,21 +130,21 @@ class Output:
 
     @property
     def offsets(self) -> np.ndarray | None:
-        """Position of every variable in the file, in bytes; None on other ranks than 0."""
-        return None if self._form is None else self._form.skeleton.offsets
+        """Position of every variable in the file, in bytes; None on other ranks than 0. Local, on all ranks."""
+        return None if self._template is None else self._template.skeleton.offsets
 
     def confirm(self) -> None:
-        """All ranks know the positions of the variables now, so that a failed save leaves them as they are."""
-        self._confirmed = self._form
+        """Keep the positions of the variables even if this save fails: all ranks know them now. Local, on all ranks."""
+        self._confirmed = self._template
 
     def create(self, target: Target, options: SaveOptions, size: int, *, later: bool = False) -> NewFile:
         """Create the temporary file with everything but the data and the manifest.
 
         Args:
             target: Where the save goes.
-            options: Of the save.
+            options: How to save.
             size: Number of ranks.
-            later: Of a layout that already has a file only describe the next one; `Draft.make` makes it.
+            later: Only describe the file; `Draft.make` makes it later. The first file of a layout is always made.
 
         Raises:
             OSError: The directory or the file cannot be made, or there is no space.
@@ -154,34 +154,34 @@ class Output:
         self._prepare_directory(Path(name.final).parent)
         if self._with_checksums != options.checksums:
             self._with_checksums = options.checksums
-            self._form = self._confirmed = None
+            self._template = self._confirmed = None
         transport = _choose_transport(options, size)
         manifest = self._manifest(name.counter, options, size, transport)
         temp = temp_path(name.final)
         self._draft = draft = Draft(temp, numbered=self._numbered)
-        form = known = self._form
-        encoded = b"" if form is None else form.encode(manifest)
-        if form is None or not form.fits(encoded):
-            form = self._form = self._make_first(temp, manifest)
-            encoded = form.encode(manifest)
-        fresh = form is not known
+        template = known = self._template
+        encoded = b"" if template is None else template.encode(manifest)
+        if template is None or not template.fits(encoded):
+            template = self._template = self._make_first(temp, manifest)
+            encoded = template.encode(manifest)
+        fresh = template is not known
         file = NewFile(
             path=name.final,
             temp_path=temp,
             counter=name.counter,
-            nbytes=form.skeleton.file_nbytes,
-            checksums_offset=form.skeleton.checksums_offset,
+            nbytes=template.skeleton.file_nbytes,
+            checksums_offset=template.skeleton.checksums_offset,
             transport=transport,
             fresh=fresh,
             exists=fresh or not later,
         )
-        draft.describe(file, form.skeleton, encoded)
+        draft.describe(file, template.skeleton, encoded)
         if not (fresh or later):
             draft.make()
         return file
 
     def seal(self, timing: Timing) -> None:
-        """Write the manifest, see `Draft.seal`; nothing happens on other ranks than 0."""
+        """Write the manifest, see `Draft.seal`. Local, on all ranks; does nothing on others than rank 0."""
         if self._draft is not None:
             self._draft.seal(timing, durable=False)
 
@@ -191,20 +191,20 @@ class Output:
         self._draft.commit(durable=options.durable)
 
     def finish(self) -> None:
-        """All ranks know that the checkpoint is committed."""
+        """All ranks know that the checkpoint is committed. Local, on all ranks."""
         if self._draft is not None:
             self._draft.finish()
             self._draft = None
 
     def abandon(self) -> None:
-        """Remove what a failed save has left; nothing happens when there is nothing, as on other ranks than 0."""
-        self._form = self._confirmed
+        """Remove what a failed save has left, if anything. Local, on all ranks."""
+        self._template = self._confirmed
         if self._draft is not None:
             self._draft.abandon()
             self._draft = None
 
     def hand_over(self) -> Draft | None:
-        """Give the file to the caller, who commits or abandons it later; None on other ranks than 0."""
+        """Give the draft to the caller, who commits or abandons it. Local, on all ranks; None on others than rank 0."""
         draft, self._draft = self._draft, None
         if draft is not None:
             self._handed_over.append(draft)
@@ -250,11 +250,12 @@ class Output:
             file_nbytes=0,
         )
 
-    def _make_first(self, temp: str, manifest: Manifest) -> _Form:
+    def _make_first(self, temp: str, manifest: Manifest) -> _Template:
+        """Make the first file of a layout, through HDF5."""
         merged = self._require_merged()
         datasets = [DatasetSpec(variable.key, variable.dtype, variable.shape) for variable in merged.variables]
         n_checksums = merged.n_checksums if self._with_checksums else 0
-        return _Form.of(create_file(temp, datasets, n_checksums, manifests.max_nbytes(manifest)), manifest)
+        return _Template.of(create_file(temp, datasets, n_checksums, manifests.max_nbytes(manifest)), manifest)
 
     def _require_merged(self) -> Merged:
         assert self._merged is not None, "the ranks have agreed on a layout first"

@@ -1,4 +1,4 @@
-"""Snapshots that are completed while the program computes: what may wait, and the optimizer step that waits for it."""
+"""`SaveOptions(overlap=True)`: which tensors are copied after the call, and how optimizer steps wait for the copies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from distckpt.storage.snapshot import Snapshot, Watch
 
 @dataclass(slots=True)
 class Deferral:
-    """What may be copied later.
+    """Which tensors may be copied after the call.
 
     Attributes:
-        later: Of each tensor of this rank, in order, whether it may.
-        watch: Shows whether one of those has changed.
+        later: For each tensor of this rank, in order, whether it may.
+        watch: Finds changes of those tensors.
     """
 
     later: list[bool] = field(default_factory=list)
@@ -95,7 +95,7 @@ class _Protector:
     def _before_step(self, *_: Any) -> None:
         """Copy what is left. The thread in the background may be short of cores, so this one helps.
 
-        Ctrl-C comes after that: the thread would wait for a part that was taken and not copied.
+        Ctrl-C is held meanwhile: the thread would wait for ever for a part that was taken and not copied.
         """
         if self._incomplete:
             with INTERRUPTS.held():

@@ -34,12 +34,12 @@ class Request:
 
     @classmethod
     def of(cls, operation: str, path: object, options: SaveOptions | RestoreOptions, **more: object) -> Request:
-        """Describe a call; the timeout is each rank's own affair. Asks nothing of the values, so nothing can fail."""
+        """Describe a call. Ranks may differ in the timeout. Calls no method of the values, so that it cannot fail."""
         names = [option.name for option in dataclasses.fields(options) if option.name != "timeout"]
         return cls(operation, {"path": path, **more, **{name: getattr(options, name) for name in names}})
 
     def encode(self) -> bytes:
-        """The request for the wire, its values in words: those are the user's own, and may raise anything."""
+        """Encode for the wire, each value as text: the values are the user's, and their methods may raise anything."""
         words = {name: _in_words(name, value) for name, value in self.fields.items()}
         return msgspec.msgpack.encode((self.operation, words))
 
@@ -50,7 +50,7 @@ def digest_of(encoded: bytes) -> int:
 
 
 def asked_once(name: str, ask: Callable[[], T]) -> T:
-    """What an argument of the user's own kind says; it need not say it twice. Names the argument where that fails."""
+    """Ask a user's object something, once, since a second answer may differ. An error gets a note that names it."""
     try:
         return ask()
     except Exception as error:
@@ -63,8 +63,8 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def _words_of(value: Any) -> str:
-    # Mappings compare by content, whatever the order in which they were made, and sequences whatever their type.
-    # Where a path should be, what is none, such as None, is shown as it is: some ranks may have passed one.
+    # Mappings are equal whatever their order, and sequences whatever their type. None in place of a path is compared
+    # as it is, since other ranks may have passed a path.
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if hasattr(value, "items"):
@@ -115,7 +115,7 @@ def encode_metadata(options: SaveOptions) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Attempt(Generic[T]):
-    """Work that this rank did before it met the others: whatever failed must wait until it can be agreed.
+    """The outcome of local work. An error is kept until all ranks can agree on it; raised at once, it would hang them.
 
     Attributes:
         result: What the work returned.
@@ -149,7 +149,7 @@ def meet(coordinator: Coordinator, request: Request, error: BaseException | None
     """Wait for all ranks and see that they make the same call. Collective over the communicator.
 
     Args:
-        coordinator: Of the ranks that must come.
+        coordinator: Of the ranks that make the call.
         request: This rank's call.
         error: What failed on this rank before it came; then all ranks raise.
         timeout: Seconds to wait.

@@ -18,10 +18,10 @@ class SaveCall:
 
     Attributes:
         operation: "save", "save_async" or "write".
-        walk: Gives the live graph.
+        walk: Walks the live objects.
         target: Where the save goes.
-        options: Of the save.
-        timer: Measures it.
+        options: How to save.
+        timer: Measures the steps on this rank.
     """
 
     operation: str
@@ -36,7 +36,7 @@ class SaveCall:
         return "write" if self.operation == "write" else "save"
 
     def request(self) -> Request:
-        """What all ranks must ask for alike."""
+        """What all ranks must pass alike."""
         target = self.target
         return Request.of(
             self.operation, target.path, self.options, save_counter=target.counter, checkpoint_number=target.number

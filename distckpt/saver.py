@@ -1,4 +1,4 @@
-"""The save line: capture, agree, create, write, commit; in the background from the copy of the data on."""
+"""The steps of a save: capture, agree, create, write, commit. In the background, a thread does those after a copy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Saver:
     """The saves of one Checkpoint.
 
     Attributes:
-        in_flight: Those in the background.
+        in_flight: The saves in the background.
     """
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -49,7 +49,7 @@ class Saver:
 
     def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> SaveResult:
         """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in save."""
-        with collector_off():  # what is freed before it ends is not visited: so around all locals
+        with collector_off():  # around the locals of the call, too: what is freed before the end is never visited
             return self._save(SaveCall(operation, walk, target, options))
 
     def _save(self, call: SaveCall) -> SaveResult:
@@ -153,7 +153,7 @@ class Saver:
             return self._record(call, graph)
 
     def _record(self, call: SaveCall, graph: LiveGraph) -> Capture:
-        """Record a walk; of a known layout only what may have changed. Local."""
+        """Record a walk. Where the layout is known, only the values that are compared get a fingerprint. Local."""
         agreed = self._agreed.get(call.family)
         whole = call.options.replicas == "check_all"
         if agreed is not None and len(agreed.weights) == graph.n_values:
@@ -166,16 +166,16 @@ class Saver:
         """Meet the other ranks; when anything changed anywhere, merge all layouts anew. Collective."""
         coordinator, options, timer = self._coordinator, call.options, call.timer
         agreed = self._agreed.get(call.family)
-        told = Attempt.of(lambda: _digest(agreed, request, captured, options))
-        shared, balance = told.result or (secrets.randbits(64), 0)
+        digest = Attempt.of(lambda: _digest(agreed, request, captured, options))
+        shared, balance = digest.result or (secrets.randbits(64), 0)
         with timer.step(AGREE):
             same = coordinator.arrive(call.operation, shared, balance, options.timeout)
-        if same and told.result is not None and agreed is not None:
+        if same and digest.result is not None and agreed is not None:
             return agreed
         self._agreed.pop(call.family, None)  # whatever fails from here on, the next save agrees anew
         with coordinator.step("capture"):
             captured.require()
-            told.require()
+            digest.require()
             layout = captured.value.layout
             message = encode_message(request.value, layout)
         reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages))
@@ -211,7 +211,7 @@ class Saver:
     def _create(
         self, call: SaveCall, output: Output, agreed: AgreedLayout, captured: Capture, *, later: bool = False
     ) -> NewFile:
-        """Make the file on rank 0, or settle what it will be, and tell all ranks where what is in it. Collective."""
+        """Make the file on rank 0, or only describe it, and tell all ranks where its variables are. Collective."""
         make = functools.partial(self._make_file, call, output, agreed, captured, later=later)
         file = self._coordinator.on_root("create", make, NewFile)
         if file.fresh:
@@ -222,13 +222,13 @@ class Saver:
     def _make_file(
         self, call: SaveCall, output: Output, agreed: AgreedLayout, captured: Capture, *, later: bool
     ) -> NewFile:
-        """Rank 0 only."""
+        """Make or describe the file. Rank 0 only."""
         with call.timer.step("create"):
             output.update_values(captured.python_values(agreed.plan.keys))
             return output.create(call.target, call.options, self._coordinator.size, later=later)
 
     def _commit(self, call: SaveCall, output: Output) -> Timing:
-        """Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""
+        """Commit the file. Rank 0 only. Ctrl-C comes before or after, not between the file and the state file."""
         with self._coordinator.uninterrupted(), call.timer.step("commit"):
             output.commit(call.options)
         call.timer.add_own("commit")
@@ -238,7 +238,7 @@ class Saver:
 def _digest(
     agreed: AgreedLayout | None, request: Attempt[bytes], captured: Attempt[Capture], options: SaveOptions
 ) -> tuple[int, int] | None:
-    """What tells the others, with theirs, that all is as agreed; None where this rank knows that it is not. Local."""
+    """What `arrive` compares to find that all is as agreed; None where this rank knows that it is not. Local."""
     if agreed is None or captured.error is not None:
         return None
     layout = captured.value.layout

@@ -1,9 +1,9 @@
 """How long the steps of a save or restore take: measured on each rank, compared on rank 0, known to all.
 
-The path of the data: each rank measures its own work. What a rank waits for others in an agreement is no step, so that
-a slow rank shows in its own times and not in those of the ranks that wait for it. Rank 0 gathers one number for each
-step of each rank (`Coordinator.gather_rows`) right after an agreement which no rank has failed; what it found travels
-with the next broadcast. Of a save it is also stored in the file, and in the log it is one line.
+Each rank measures its own work. The time that it waits for others in an agreement belongs to no step, so that a slow
+rank shows in its own times and not in those of the ranks that wait for it. Rank 0 gathers one number per step and rank
+(`Coordinator.gather_rows`) right after an agreement that found no failure, and sends the result with a later broadcast.
+The timing of a save is also stored in its file, and logged in one line.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Timing(msgspec.Struct, frozen=True, omit_defaults=True):
     def in_words(self) -> str:
         """Each step and the seconds of its slowest rank.
 
-        The rank is named for the longest work that ranks share; the last to come, too, where waiting takes longer.
+        Of the steps that several ranks did, the longest names its slowest rank. If that is "agree", so does the next.
         """
         shared = sorted((step.max, name) for name, step in self.steps.items() if step.max > step.min)
         names = [name for _, name in reversed(shared)]
@@ -117,7 +117,7 @@ class Timer:
             self._steps.update(compare(names, rows))
 
     def add_own(self, name: str) -> None:
-        """Count a step that no other rank does. Rank 0 only."""
+        """Add a step that only rank 0 does. Rank 0 only."""
         seconds = _rounded(self._own[name])
         self._steps[name] = StepTiming(seconds, seconds, seconds, slowest_rank=0)
 

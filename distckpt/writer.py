@@ -1,11 +1,10 @@
-"""From the new file to the durable one: every rank writes its shards and checksums, in either transport.
+"""Every rank writes its shards and checksums into the new file, with either transport, and makes them durable.
 
-`write_aggregated` and `write_alone` are a rank's part of a save in the background. The rest of this module is a save
-that all ranks wait for.
+`write_shards` belongs to a save that all ranks wait for, `write_aggregated` and `write_alone` to one in the background.
 
-The order of steps is one in which no failure leaves a rank waiting: own descriptor, agree; what all ranks write
-together, agree; what ranks of a node write together, agree; parallel HDF5 open; write, whatever happens; close on all
-ranks, always; agree; tell rank 0 the times; rank 0 writes the manifest, all fsync, agree.
+The steps are in an order in which no failure leaves a rank waiting: open a descriptor, agree; write aggregated
+variables with all ranks, agree; write narrow strips with the ranks of the node, agree; open parallel HDF5; write,
+whatever happens; close on all ranks, always; agree; gather the times; rank 0 writes the manifest, all fsync, agree.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class Destination(NamedTuple):
 
     Attributes:
         file: The file.
-        aggregation: What ranks write for one another in files of its layout.
-        options: Of the save.
+        aggregation: The small variables that aggregators write for all ranks.
+        options: How to save.
         timer: Measures the save on this rank.
     """
 
@@ -90,11 +89,11 @@ def write_shards(
 
 
 class Rest(NamedTuple):
-    """What is left to a rank in the background.
+    """What a rank writes alone in the background.
 
     Attributes:
         jobs: What it writes.
-        log: Checksums of what was written with others.
+        log: Checksums of its parts that were aggregated.
     """
 
     jobs: list[WriteJob]
@@ -104,15 +103,15 @@ class Rest(NamedTuple):
 def write_aggregated(
     coordinator: Coordinator, destination: Destination, take_jobs: Callable[[], list[WriteJob]]
 ) -> Rest:
-    """Write together with all other ranks what they have of many small variables. Collective; any thread.
+    """Write the aggregated small variables, with all other ranks. Collective; any thread.
 
     Args:
-        coordinator: Of the thread.
+        coordinator: That of the thread.
         destination: The file.
         take_jobs: Gives what this rank writes; called within the first step.
 
     Returns:
-        What is left to this rank alone.
+        What is left to write.
 
     Raises:
         CollectiveError: A step failed on some rank.
@@ -169,7 +168,7 @@ def _close_after_failure(fd: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What this rank writes.
+    """What this rank has still to write, and where.
 
     Attributes:
         exchanged: Checksums of what was written together with other ranks.
@@ -183,7 +182,7 @@ class _Work:
 
     @property
     def timer(self) -> Timer:
-        """Of the save."""
+        """Measures the save on this rank."""
         return self.destination.timer
 
     @property
@@ -192,10 +191,10 @@ class _Work:
         return sum(job.tensor.nbytes for job in self.jobs)
 
     def after_aggregation(self) -> _Work:
-        """Write together with all other ranks what they have of many small variables. Collective.
+        """Write the aggregated small variables, with all other ranks. Collective.
 
         Returns:
-            What is left to this rank and its node.
+            What is left to this rank and those of its node.
         """
         with self.timer.step("exchange"):
             file_nbytes = self.destination.file.nbytes
@@ -203,7 +202,7 @@ class _Work:
         return replace(self, jobs=rest)
 
     def after_exchange(self) -> _Work:
-        """Write together with the other ranks of the node what lies in strips between theirs. Collective.
+        """Write narrow strips that alternate with those of other ranks, with the ranks of the node. Collective.
 
         Returns:
             What is left to this rank alone.
@@ -217,7 +216,7 @@ class _Work:
 
     @property
     def _log(self) -> ChecksumLog | None:
-        """What takes the checksums."""
+        """Takes the checksums; None: they are not computed."""
         return self.exchanged if self.destination.options.checksums else None
 
     def write_posix(self) -> None:
@@ -234,8 +233,8 @@ class _Work:
     def write_mpio(self) -> None:
         """Write through parallel HDF5. Collective.
 
-        Between open and close nothing may leave: closing is collective, and a rank that does not close would hang the
-        others. What HDF5 itself does in the two calls no program can agree on, so a watchdog stands over them.
+        Between open and close nothing may raise out of this method: closing is collective, and a rank that does not
+        close would hang the others. A failure inside of the two calls cannot be agreed on, so a watchdog ends the job.
         """
         coordinator, timeout = self.coordinator, self.destination.options.timeout
         with coordinator.step("divide"), self.timer.step("write"):
