@@ -254,7 +254,7 @@ class Checkpoint(Trackable):
         return self._session.restorer.retry_pending()
 
     def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
-        """The options that were passed, or the defaults. All ranks raise if some have others: collective then."""
+        """The options that were passed, or the defaults. Collective if some rank passed others: then all raise."""
         given = Attempt.of(lambda: given_or_default(options, kind))
         coordinator = self._session.coordinator
         if given.error is not None and coordinator.size > 1:

@@ -140,7 +140,7 @@ class Restoration:
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
         """Remember what an assignment restored, after it did."""
-        self._settled |= assignment.consumed | assignment.emptied
+        self._settled |= assignment.consumed | assignment.pairs
         for match in binding.matches:
             if isinstance(match.node.obj, Slot):  # its pair is done, whatever slots training adds
                 self._settled.add(match.node.key.rpartition("/")[0])
@@ -187,7 +187,7 @@ class Restoration:
         _, assignment = self.plan(live)
         met = sorted(assignment.consumed)
         self._dropped |= assignment.consumed
-        self._settled |= assignment.consumed | assignment.emptied
+        self._settled |= assignment.consumed | assignment.pairs
         return met
 
     def waits_for(self, name: str) -> bool:

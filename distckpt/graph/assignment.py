@@ -75,7 +75,7 @@ class Assignment:
         slots: Optimizer state to set after reading.
         mismatches: What does not fit; those values are in none of the above.
         consumed: Keys of all stored values that this rank takes.
-        emptied: Pairs (optimizer, parameter) that have no stored state, so that the live one is dropped, once.
+        pairs: Keys of the pairs (optimizer, parameter) whose state is set or dropped as a whole, once.
     """
 
     reads: list[TensorRead] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Assignment:
     slots: list[SlotsRestore] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     consumed: set[str] = field(default_factory=set)
-    emptied: set[str] = field(default_factory=set)
+    pairs: set[str] = field(default_factory=set)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +91,7 @@ class Assignment:
         return sum(read.target.tensor.numel() * read.target.tensor.element_size() for read in self.reads)
 
     def apply(self) -> None:
-        """Put back what is not read in place; the last step of a restore."""
+        """Set everything that is not read in place; the last step of a restore."""
         for restore in self.nodes:
             try:
                 restore.node.adapter.restore(restore.node.obj, restore.values)
@@ -228,7 +228,7 @@ class _Builder:
         values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
         self.result.slots.append(SlotsRestore(new, values))
         self.result.consumed.update(keys)
-        self.result.emptied.add(pair)
+        self.result.pairs.add(pair)
 
     def is_resharded(self, new: NewSlots) -> bool:
         """Whether the stored state is opaque and goes over other parameters than the live ones: then a mismatch."""

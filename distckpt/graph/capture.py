@@ -1,4 +1,4 @@
-"""The record of a live object graph, for the layout room: what this rank holds, without the data."""
+"""From a walk of the live objects to its record: what this rank holds, without the data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Capture:
         graph: The live graph.
         tensors: Its tensors, in order.
         layout: What travels to rank 0.
-        python_places: Which values, counted in order, are python values.
+        python_places: Positions of the python values among all values in order.
     """
 
     graph: LiveGraph
@@ -35,7 +35,7 @@ class Capture:
     python_places: list[int]
 
     def tensor_keys(self, keys: Sequence[str]) -> list[str]:
-        """Of one key per attribute in order, those of the tensors."""
+        """The keys of the tensors, given one key per attribute in order."""
         values = (value for _, value in self.graph.values())
         return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
 
@@ -102,7 +102,7 @@ def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
 
 
 def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
-    """A node as `LocalLayout.graph` has it. Nearly all are leaves with one value, and of those few differ."""
+    """A node as `LocalLayout.graph` has it. Nearly all are leaves with one value, which come in few forms."""
     if len(node.values) == 1 and not node.children and not node.slots and node.parameters is None:
         (value,) = node.values.values()
         return _leaf(_fields(value), node.adapter.per_rank)
@@ -112,7 +112,7 @@ def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
     return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
 
 
-#: What a `LocalAttribute` is made of, but with the dtype itself; quicker to make and to look up.
+#: The fields of a `LocalAttribute`, with the dtype itself: faster to make, and to look up in a cache.
 _Fields = tuple[str, torch.dtype | None, Shape, bool, bool, int]
 
 

@@ -16,7 +16,7 @@ _SAMPLE_NBYTES = 64 << 10
 _SAMPLE_BLOCKS = 16
 _BLOCK_NBYTES = _SAMPLE_NBYTES // _SAMPLE_BLOCKS
 
-#: What is not packed in memory of the CPU is copied to be hashed, this many bytes at once.
+#: Tensors that are not packed, or on a GPU, are copied to be hashed, at most this many bytes at once.
 _BATCH_NBYTES = 4 << 20
 #: Copies begin at multiples of this. In bytes.
 _ALIGNMENT = 16
@@ -28,7 +28,7 @@ def fingerprint_bytes(data: bytes | memoryview) -> int:
 
 
 def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
-    """The `fingerprint` of each tensor. What GPUs hold is copied in batches, for each wait costs more than to hash.
+    """The `fingerprint` of each tensor. Those on GPUs are copied in batches, since a wait costs more than hashing.
 
     Call it without gradients.
 
@@ -80,7 +80,7 @@ def _is_sampled(tensor: torch.Tensor, whole: bool) -> bool:
 
 
 def _hashed_part(tensor: torch.Tensor, *, whole: bool) -> torch.Tensor:
-    """The tensor or a sample, such that torch can copy it."""
+    """The tensor or a sample of it, in a form that torch can copy."""
     copyable = _copyable(tensor)
     return _sample(copyable) if _is_sampled(tensor, whole) else copyable
 
@@ -96,7 +96,7 @@ def _slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements such that torch can copy them: not every dtype has that, and some views are lazy."""
+    """The same elements in a form that torch can copy: not every dtype can be copied, and some views are lazy."""
     if tensor.is_conj() or tensor.is_neg():
         return tensor.resolve_conj().resolve_neg()
     raw = RAW.get(tensor.element_size())
@@ -118,7 +118,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _digest_of_sample(data: memoryview, itemsize: int) -> int:
-    """The same for the bytes of a packed tensor, which are hashed where they lie."""
+    """The digest of the same sample of a packed tensor, hashed in place."""
     step = _step(len(data) // itemsize, _BLOCK_NBYTES // itemsize) * itemsize
     hasher = xxhash.xxh3_64()
     for start in range(0, _SAMPLE_BLOCKS * step, step):
@@ -131,16 +131,16 @@ def _step(numel: int, block: int) -> int:
     return (numel - block) // (_SAMPLE_BLOCKS - 1)
 
 
-# ---- what GPUs hold ----------------------------------------------------------------------------------------------
+# ---- tensors on GPUs ----------------------------------------------------------------------------------------------
 
 
 class _OnGpu(NamedTuple):
-    """What is hashed of a tensor of a GPU.
+    """The part of a tensor on a GPU that is hashed.
 
     Attributes:
-        place: The tensor's, among all.
+        place: Index of the tensor.
         gpu: The GPU.
-        hashed: Its part that is hashed, at most `_BATCH_NBYTES`; any strides.
+        hashed: The part; at most `_BATCH_NBYTES`; any strides.
     """
 
     place: int

@@ -95,7 +95,7 @@ class Binding:
         new_slots: Optimizer state to create or to drop.
         mismatches: Differences of kind, and of slot names.
         pending: Stored keys whose parent is bound, to the parent's key and what of it they wait for, in words.
-        awaited: All names that something waits for; an object with several names may come by any of them.
+        awaited: All names that something waits for; an object with several names may get any of them.
         duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
         combined: (first saved key, other saved key, live key): two saved values, one live one.
         warnings: What the user should know.
@@ -121,12 +121,12 @@ def parameter_of(node: LiveNode) -> torch.Tensor:
 
 
 def is_hollow(value: Value) -> bool:
-    """Whether a live value is a container without any value inside; such count as nothing."""
+    """Whether a live value is a container without any value inside, which counts as no value."""
     return isinstance(value, PythonValue) and holds_nothing(value.value)
 
 
 def refused(node: LiveNode) -> str:
-    """An object that a stored value cannot go into, and why."""
+    """A live object that cannot take a stored value, and why, for messages."""
     kind = f"a {type(node.obj).__qualname__}"
     return f"{kind}: {node.problem}" if node.problem else kind
 

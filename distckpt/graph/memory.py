@@ -1,4 +1,4 @@
-"""Which tensors share memory: what Python calls two objects may be the same bytes."""
+"""Which tensors share memory: two objects may have the same bytes."""
 
 from __future__ import annotations
 

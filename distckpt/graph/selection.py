@@ -15,14 +15,14 @@ from distckpt.layout.records import Node, ObjectGraph
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What belongs to a restore.
+    """The part of a stored graph that is to be restored.
 
     Attributes:
-        graph: The stored graph without what does not belong to it; node ids stay.
-        keys: Checkpoint keys of the values that do.
-        partial: Node ids that do not belong to it whole, so that what they lack says nothing.
-        slots: Optimizer state belongs to it.
-        scopes: Key prefixes of the live values that belong to it; None for all.
+        graph: The stored graph without everything else; node ids stay.
+        keys: Checkpoint keys of the selected values.
+        partial: Ids of nodes that are selected in part, so that nothing follows from what they lack.
+        slots: Optimizer state is selected.
+        scopes: Key prefixes of the live values that are to be restored; None for all.
     """
 
     graph: ObjectGraph
@@ -44,17 +44,17 @@ def select(
     skip_slots: bool,
     rename: Mapping[str, str],
 ) -> Selection:
-    """Take out of a stored graph what does not belong to a restore.
+    """Select the part of a stored graph that is to be restored.
 
     Args:
         graph: The stored graph.
         renamed: The same after `rename`.
-        only: Key prefixes of what belongs to it, whole components; None for everything.
-        skip_slots: Optimizer state does not.
+        only: Key prefixes of what to select, whole components; None for everything.
+        skip_slots: Leave optimizer state out.
         rename: Saved to live prefix.
 
     Raises:
-        ValueError: A prefix names nothing in the file, or a part of what an optimizer knows of a parameter.
+        ValueError: A prefix names nothing in the file, or only some of the slots of a parameter.
     """
     if only is None and not skip_slots:
         keys = frozenset(attribute.checkpoint_key for node in graph.nodes for attribute in node.attributes)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # loading it takes a second
 
 #: Classes whose elements are in memory of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-#: A larger mesh is described by its shape.
+#: Errors list the ranks of a mesh up to this size; of a larger one, its shape.
 _MAX_NAMED = 32
 
 
@@ -103,13 +103,13 @@ def process_number() -> int:
 
 
 def _is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one."""
+    """Whether a tensor is a DTensor."""
     return _is_dtensor_class(type(tensor))
 
 
 @functools.cache
 def _is_dtensor_class(cls: type) -> bool:
-    """Whether it is one, or derived from it. Whoever has one has loaded its module, so this function need not."""
+    """Whether a class is DTensor, or derived from it. Whoever has one has loaded its module; this does not load it."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and issubclass(cls, dtensor)
 
@@ -155,12 +155,12 @@ class _Shard(NamedTuple):
     spread: Spread
 
 
-#: Of the DTensors of one mesh and the same placements, by their size and that of the local tensor.
+#: From the global and the local size of a DTensor to its shard; for DTensors of the same mesh and placements.
 _ShardOf = Callable[[torch.Size, torch.Size], _Shard]
 
 
 class _KnownShards:
-    """What is known of DTensors. Neighbours have mesh and placements in common, which take long to hash."""
+    """Cache of `_shard`. Mesh and placements take long to hash, and are mostly those of the DTensor before."""
 
     def __init__(self) -> None:
         self._last: tuple[DeviceMesh, tuple[Placement, ...], _ShardOf] | None = None
@@ -182,7 +182,7 @@ def _shard_of(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _ShardOf:
 
 
 def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size, local: torch.Size) -> _Shard:
-    """What a DTensor of this size is of which this rank holds a tensor of size `local`."""
+    """The shard that this rank holds of a DTensor, given its global and its local size."""
     shape, held = tuple(size), tuple(local)
     sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
     _require_shards(placements, sharding)
@@ -213,7 +213,7 @@ def _mesh_in_words(mesh: DeviceMesh) -> str:
 
 
 def _intervals(size: int, held: int, cuts: list[Cut]) -> list[Interval]:
-    """What a rank holds along a dimension: of the two readings of `_StridedShard` the one that gives the right size."""
+    """What a rank holds along a dimension: `_StridedShard` has two readings, and only one gives the right size."""
     real_order = inner_first(cuts)
     if real_order is not None:
         intervals = left_over(size, real_order)

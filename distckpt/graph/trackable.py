@@ -31,7 +31,7 @@ class NoDependency:
 
 
 class Listener(Protocol):
-    """Who waits for attributes of a `Trackable`."""
+    """Is told of attributes that are set on a `Trackable`."""
 
     def on_attribute(self, name: str) -> None:
         """An attribute was set."""

@@ -50,10 +50,11 @@ class TensorValue(msgspec.Struct, frozen=True):
 
     Attributes:
         name: As `layout.records.Attribute.name`.
-        tensor: What this rank holds: of the shape of its one box; or all boxes one after the other in a 1-d tensor; or,
-            where the boxes are all combinations of a few intervals along each dimension, those intervals joined.
+        tensor: What this rank holds. With one box it has the shape of the box. With several it is a 1-d tensor of all
+            boxes one after the other; or, where the boxes are all combinations of some intervals along each dimension,
+            a tensor in which those intervals are adjacent.
         global_shape: Shape of the whole tensor.
-        boxes: This rank's shard: usually one box; of several all are disjoint, and empty ones come last.
+        boxes: This rank's shard: usually one box; several are disjoint, with empty ones last.
         in_place: Restore writes into `tensor`; otherwise a new tensor is read and handed to the adapter.
         buffer: Replicas may differ.
         numpy: The live object is a NumPy array.
@@ -87,7 +88,7 @@ class TensorValue(msgspec.Struct, frozen=True):
             return list(_in_sequence(tensor, boxes))
 
     def block_with(self, box: Box) -> Block:
-        """The block that has all of a box; there is one."""
+        """The block that contains a box; there is one."""
         own = self.boxes[0]
         if len(self.boxes) == 1 and self.tensor.shape == own.shape:  # nearly always
             return Block(own, self.tensor)

@@ -26,16 +26,16 @@ class LiveNode(msgspec.Struct):
     Attributes:
         obj: The object.
         adapter: How it is saved and restored.
-        parent: The node before it on the shortest path from the root; of a slot the optimizer. None of the root.
-        name: The local name of that edge; of a slot its name.
-        variable: The node of a slot's parameter; None of other nodes.
+        parent: The node before it on the shortest path from the root; for a slot the optimizer; None for the root.
+        name: The local name of the edge from there; for a slot the slot name.
+        variable: For a slot, the node of its variable; else None.
         children: Local name to node id, in edge order.
         values: Its own values, by name.
         slots: Optimizer: variable's node id to slot name to the slot's node id.
         parameters: Parameter group: node ids of its members.
         buffer: Reached as a module buffer.
         problem: Why it cannot be stored; "" where it can.
-        known_key: `key`, once that was asked for.
+        known_key: `key`, once it was computed.
     """
 
     obj: object
@@ -53,7 +53,7 @@ class LiveNode(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        """Its key by the shortest path from the root. Few are asked for, so they are made then."""
+        """Its key, by the shortest path from the root. Computed when first asked for: few are."""
         if self.known_key is None:
             for node in reversed(list(self._below_known_key())):  # a graph may be deeper than python's stack
                 node.known_key = node._key_from_parent()
@@ -68,7 +68,7 @@ class LiveNode(msgspec.Struct):
             node = node.parent
 
     def _key_from_parent(self) -> str:
-        """Its key, where that of the parent is known."""
+        """Its key, from that of its parent."""
         if self.parent is None:
             return ""
         if self.variable is not None:
@@ -88,7 +88,7 @@ class LiveGraph:
         nodes: Breadth-first; node 0 is the root, slots come last.
         ids: `id()` of an object to its node, slots left out; valid while `nodes` keeps the objects alive.
         problems: What cannot be stored, one sentence each, beginning with the key.
-        omissions: What is left out, and the user should know, in the same form.
+        omissions: What is left out and the user is warned of, in the same form.
         unowned: Optimizer parameters with state that no tracked object leads to; their slots are not saved.
     """
 

@@ -1,11 +1,11 @@
-"""Small parts of a file that one rank writes for all, and how it puts them together.
+"""Aggregation: small parts of a file are sent to one rank, which writes them together.
 
-A shard of a bias or of a norm is a few bytes. Were every rank to write its own, there would be as many writes as ranks
-times variables, each into a page, and on a parallel file system into a locked extent, that other ranks are writing,
-too. So ranks send such parts to an aggregator, which writes what it has put together as a few long ranges.
+A shard of a bias or of a norm is a few bytes. If every rank wrote its own, there would be ranks times variables writes,
+each into a page (on a parallel file system: a locked extent) that other ranks are writing as well. So ranks send such
+parts to an aggregator, which writes them as a few long ranges.
 
-The file is divided into bins of equal length; a variable is in the one that it begins in. Where a bin has many shards
-of small variables, all that ranks write of its small variables is aggregated.
+The file is divided into bins of equal length; a variable belongs to the bin in which it begins. If a bin has many
+shards of small variables, its small variables are aggregated.
 
 This is two-phase I/O, and the aggregators are those of ROMIO (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective
 I/O in ROMIO, Frontiers '99), but who sends what to whom is settled once per layout.
@@ -67,8 +67,8 @@ class SmallParts:
 
     Attributes:
         extents: Where each part is in the file, ascending.
-        bins: The bin of each: the one in which its variable begins.
-        is_shard: Of each whether other ranks write other parts of the variable.
+        bins: The bin of each part.
+        is_shard: For each part, whether other ranks write other parts of its variable.
     """
 
     extents: Extents
@@ -81,7 +81,7 @@ class SmallParts:
         return cls(extents, offsets // BIN_NBYTES, is_shard)
 
     def crowded(self, n_bins: int, n_ranks: int) -> npt.NDArray[np.uint8]:
-        """Of each bin whether it has too many shards to let all ranks write, if they have as many there as this one."""
+        """For each bin, whether it has many shards, supposing that all ranks have as many there as this one."""
         shards = np.bincount(self.bins[self.is_shard], minlength=n_bins)
         return (shards * n_ranks >= MIN_SHARDS).astype(np.uint8)
 
@@ -92,7 +92,7 @@ class SmallParts:
 
 
 def count_bins(file_nbytes: int) -> int:
-    """Into how many bins a file of so many bytes is divided."""
+    """Number of bins of a file."""
     return -(-file_nbytes // BIN_NBYTES)
 
 
@@ -120,10 +120,10 @@ class Assembly:
     """How an aggregator puts a bin together.
 
     Attributes:
-        lengths: Bytes that each rank sends: its parts, one behind the other.
+        lengths: Bytes that each rank sends: its parts, concatenated.
         start: Position of the bin's memory in the file.
         nbytes: Size of that memory.
-        runs: Position in it and size of all that has no gap; to be written.
+        runs: (position in the memory, size) of each run without a gap, to be written.
     """
 
     lengths: list[int]
@@ -158,7 +158,7 @@ class Assembly:
         )
 
     def put_together(self, arrived: npt.NDArray[np.uint8], memory: npt.NDArray[np.uint8]) -> None:
-        """Bring what ranks have sent into the order of the file.
+        """Copy what ranks have sent into the order of the file.
 
         Args:
             arrived: What the ranks have sent, by rank; `sum(lengths)` bytes.

@@ -24,7 +24,7 @@ class Cover:
         boxes: Different, not empty, ascending by offset.
         holders: For each box: the ranks that hold it, ascending.
         shards: The different shards, ascending by their first box.
-        order: Rows of all holders, shard by shard; a row is a place in the list of ranks that `cover` was given.
+        order: Rows of all holders, shard by shard; a row is an index in the list of ranks that `cover` was given.
         starts: For each shard: where its holders begin in `order`.
         weights: For each row: what `SavePlan.weights` has for this tensor.
         problems: Why the boxes do not tile the shape, as sentences without the key.

@@ -1,4 +1,4 @@
-"""What ranks read or write together.
+"""The exchange: variables that ranks read or write together, as ranges of the file.
 
 Several ranks may want the same bytes of a file (replicas), or narrow strips that lie between those of other ranks
 (columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank moves one unit
@@ -103,7 +103,7 @@ def hull(box: Box, shape: Shape) -> Span:
 
 
 def hulls_that_meet(hulls: _Ints) -> list[int]:
-    """Variables of which one rank holds elements between, or among, those of another.
+    """Variables of which some rank holds elements between, or among, those of another.
 
     Args:
         hulls: For each rank, for each variable, the hull of what it holds; shape (ranks, variables, 2).
@@ -168,9 +168,9 @@ def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
 
 
 def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> dict[PieceSpan, Box]:
-    """Pieces that are not one range of the file, and lie in one of some boxes; with that box.
+    """The pieces that are not one range of the file and lie in one of the boxes, each with that box.
 
-    Boxes count that are as wide as the piece: they are found at once among those of thousands of ranks.
+    Only boxes as wide as the piece are considered, so that one is found at once among those of thousands of ranks.
     """
     strided = [piece for piece in pieces if piece.span.stop - piece.span.start != piece.box.numel]
     of_width: dict[tuple[Shape, Shape], list[Box]] = {}

@@ -136,7 +136,7 @@ def _object_graph(graph: UnifiedGraph, values: Sequence[MergedValue]) -> ObjectG
 
 
 def _plan_id(layouts: Sequence[LocalLayout], trust_lowest: bool) -> int:
-    """63 bits of all that the layout and the plans follow from; values have no part in it."""
+    """A digest, 63 bits, of all that determines the layout and the plans; values have no part in it."""
     digest = hashlib.blake2b(bytes([trust_lowest]), digest_size=8)
     for layout in layouts:
         for part in (layout.graph, layout.boxes):
@@ -200,7 +200,7 @@ def _tensor_ordinals(holdings: Sequence[Holding], n_variables: int, size: int) -
 
 
 def _watched(values: Sequence[MergedValue], holdings: Sequence[Holding]) -> dict[int, list[int]]:
-    """Python values that rank 0 does not hold, at the lowest rank that does."""
+    """Rank to positions of the python values that it watches: no lower rank holds them."""
     watched: dict[int, list[int]] = {}
     for value in values:
         rank = holdings[value.groups[0]].ranks[0]

@@ -30,8 +30,8 @@ class MergedValue:
         attribute: As the lowest rank that holds it describes it.
         node: Node of the merged graph.
         groups: Indices of the groups of ranks that hold it, ascending; so the first has the lowest rank.
-        positions: For each of these groups: which of its attributes it is.
-        n_boxes: For each of these groups: of how many boxes a rank's shard consists.
+        positions: For each of these groups: its index among the group's attributes.
+        n_boxes: For each of these groups: number of boxes of a rank's shard.
         buffer: A rank says that it is a module buffer.
         agreed: All holders describe it alike, and it can be stored.
         key: Its checkpoint key.
@@ -54,10 +54,10 @@ class Holding:
     """What the ranks of a group hold. "In order" is that of `LocalLayout`.
 
     Attributes:
-        ranks: Ascending.
-        layouts: Theirs.
+        ranks: The ranks, ascending.
+        layouts: The layout of each.
         attributes: The group's attributes in order.
-        ordinals: For each attribute: which of the group's tensors, or which of its python values, it is.
+        ordinals: For each attribute: its index among the group's tensors, or among its python values.
         values: The merged value of each attribute.
         columns: Where the boxes of each attribute begin in a row of `boxes`.
         boxes: Offsets and extents, a row per rank.
@@ -280,7 +280,7 @@ def _is_plain(value: MergedValue, holdings: Sequence[Holding]) -> bool:
 
 
 def sharding_note(value: MergedValue, holdings: Sequence[Holding]) -> str:
-    """A sentence that says how each rank shards a tensor, with a blank before it; "" where no rank has placements."""
+    """A sentence about how each rank shards a tensor, after a blank; "" where no rank has placements."""
     ranks: dict[str, list[int]] = {}
     for index, position in zip(value.groups, value.positions, strict=True):
         holding = holdings[index]

@@ -31,8 +31,8 @@ class Spreads(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         process: Its number in torch.distributed; -1 where it has none.
-        spreads: The different ones.
-        spread_of: uint32 for each of some keys: 1 + which of `spreads` it has; 0 for none. Empty where there are none.
+        spreads: The different ways.
+        spread_of: uint32 for each key: 1 + index in `spreads`; 0 for a tensor without one. Empty without `spreads`.
     """
 
     process: int = -1
@@ -41,7 +41,13 @@ class Spreads(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, process: int, keys: Sequence[str], found: Mapping[str, Spread]) -> Spreads:
-        """From those of single keys."""
+        """From the spread of each key that has one.
+
+        Args:
+            process: This rank's number in torch.distributed; -1 where it has none.
+            keys: All keys.
+            found: Key to spread.
+        """
         if not found:
             return cls()
         numbers = {spread: number for number, spread in enumerate(dict.fromkeys(found.values()), 1)}
@@ -50,7 +56,7 @@ class Spreads(msgspec.Struct, frozen=True, array_like=True):
 
 
 def strides(numbers: Iterable[int]) -> tuple[Stride, ...]:
-    """Numbers as few strides: a mesh is one, or a few."""
+    """Numbers as strides, ascending: the processes of a mesh are one stride, or a few."""
     found: list[Stride] = []
     for number in sorted(numbers):
         first, stop, step = found[-1] if found else (number, number, 1)
@@ -69,7 +75,7 @@ def disagreements(keys: Sequence[str], of_ranks: Sequence[Spreads]) -> list[str]
     Ranks of different meshes may: each replica of a model has a mesh of its own. A rank may also lack the tensor.
 
     Args:
-        keys: Of the tensors.
+        keys: Keys of the tensors.
         of_ranks: How each rank spreads them.
     """
     holders: dict[Spread, list[int]] = {}

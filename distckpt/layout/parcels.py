@@ -1,4 +1,4 @@
-"""What of a unit that one rank has read goes to the ranks of another node, and how it lies in the message.
+"""The part of a unit that is sent to another node, and its layout in the message.
 
 See `layout.exchange` for what a unit is.
 """
@@ -27,13 +27,13 @@ class Cell(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """What a node wants of a unit, as it is sent.
+    """The part of a unit that a node wants, as a message.
 
     Attributes:
-        cells: Where it is in the message.
-        origins: For each cell the one of the unit that it is a part of.
+        cells: The layout of the message.
+        origins: For each cell: the cell of the unit that it is a part of.
         nbytes: Size of the message, at most that of the unit; 0 where nothing is wanted.
-        is_whole: The message is the unit, as it is.
+        is_whole: The message is the unit itself.
     """
 
     cells: list[Cell]
@@ -46,7 +46,7 @@ NO_PARCEL = Parcel([], [], 0, is_whole=True)
 
 
 def cells_of(unit: Unit, variables: Mapping[int, InFile]) -> list[Cell]:
-    """What is where in a unit."""
+    """The layout of a unit."""
     return [cell for part in unit for cell in _cells_of_range(part, variables[part.variable])]
 
 

@@ -19,7 +19,7 @@ class Cut(NamedTuple):
     Attributes:
         n_parts: Ranks along the mesh dimension.
         part: Which of them this rank is.
-        split: First cut into so many chunks, and each of them for the ranks (`_StridedShard.split_factor`).
+        split: First cut into so many chunks, then each chunk among the ranks (`_StridedShard.split_factor`).
     """
 
     n_parts: int
@@ -50,7 +50,7 @@ def left_over(size: int, cuts: Sequence[Cut]) -> list[Interval]:
 
 
 def inner_first(cuts: Sequence[Cut]) -> list[Cut] | None:
-    """The same cuts, those with a split last and without it, where it says just that; else None.
+    """The cuts in the order in which they were made, if their splits say no more than that order; else None.
 
     FSDP over tensor parallelism cuts the tensor for the inner mesh dimension first, but has to state its placements
     from the outer one inwards: the split then equals the number of all inner shards. What FSDP holds is the cut made in

@@ -136,10 +136,10 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
         boxes: int64, native byte order: offset then shape of each box of this rank's shard, for each tensor in order.
         fingerprints: uint64 per attribute in order: xxh3-64 of the value (large tensors: of a sample), 0 where it was
             not computed.
-        python_values: Encoded python values, in order of the python attributes.
+        python_values: Encoded python values, in order.
         problems: What this rank cannot save, one sentence each; not empty means that merging fails with these.
         shardings: Placements and mesh in words, as this rank sees them; only errors show them.
-        sharding_of: uint32 for each tensor in order: which of `shardings` it has.
+        sharding_of: uint32 for each tensor in order: index in `shardings`.
     """
 
     graph: bytes
@@ -158,7 +158,7 @@ class PlanItem(msgspec.Struct, frozen=True, array_like=True):
     """A box that this rank writes.
 
     Attributes:
-        tensor: Which of this rank's tensors, counted in order.
+        tensor: Index of the tensor, among this rank's tensors in order.
         offset: Start of the box in the global tensor.
         shape: Extent of the box.
         checksum: Index of the first of its pieces' checksums in the file's checksum dataset.
@@ -180,8 +180,8 @@ class SavePlan(msgspec.Struct, frozen=True, array_like=True):
         items: What this rank writes.
         weights: For each attribute in order: what to multiply its fingerprint with so that the sum over all ranks is 0
             modulo 2**64 when replicas agree: 1 - n for the lowest of n holders, 1 for the others, 0 when not compared.
-        watched: Python attributes that this rank speaks for because rank 0 does not hold them, by position in order of
-            the attributes; when one changes, values must be gathered again.
+        watched: Positions, among the attributes in order, of the python values that this rank watches because rank 0
+            does not hold them; when one changes, values must be gathered again.
     """
 
     plan_id: int

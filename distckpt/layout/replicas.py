@@ -148,7 +148,7 @@ class _Bucket:
     Attributes:
         values: The tensors.
         ranks: The ranks.
-        order: For each row: its place when the ranks are listed group by group.
+        order: For each row: its index when the ranks are listed group by group.
         positions: For each group: which of its attributes the tensors are.
         boxes: Offset and extent in elements of each box: tensors x ranks x (boxes * 2 * ndim).
         fingerprints: Ranks x tensors.

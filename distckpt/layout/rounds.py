@@ -22,7 +22,7 @@ _NEVER = np.iinfo(np.int64).max
 
 
 class Wanted:
-    """What some rank wants of a variable, roughly: the hulls of the boxes, joined."""
+    """What a rank wants of a variable, or more: the hulls of its boxes, joined."""
 
     def __init__(self, boxes: Sequence[Box], shape: Shape) -> None:
         self._set([hull(box, shape) for box in boxes])
@@ -53,7 +53,7 @@ class Wanted:
         return found
 
     def touches_each(self, spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
-        """Of each span whether something is wanted."""
+        """For each span, whether something of it is wanted."""
         own = np.array([*self._spans, (_NEVER, _NEVER)], np.int64)
         starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
         first = np.searchsorted(own[:, 1], starts, side="right")  # that ends behind the span's start
@@ -110,7 +110,7 @@ def plan_rounds(
 
 
 class _Share:
-    """Spans that the same parties want, as they are dealt out: each mover gets one stretch of them.
+    """The spans that the same parties want; each of their movers gets one stretch of them.
 
     Attributes:
         total: Bytes of all spans.

@@ -19,7 +19,7 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.merged_values import MergedValue
 from distckpt.layout.records import Shard
 
-#: A box is split so far only that each of its writers gets about this many bytes.
+#: Each writer of a box that is split gets at least about this many bytes.
 MIN_PART_NBYTES = 256 << 10
 
 # Datasets from this size on are aligned in the file; smaller ones lie side by side, so that neighbours with the same
@@ -62,7 +62,7 @@ def assign_shards(
 
 
 class _LowestHolders:
-    """Shards where nothing is to be chosen; tensors with the same cover share one list of them."""
+    """The shards that are written by their lowest holders; tensors with the same cover share one list."""
 
     def __init__(self, loads: list[int]) -> None:
         self._loads = loads
@@ -118,7 +118,7 @@ def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: lis
 
 
 def _stretches(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
-    """Who takes what of a row of boxes, so that neighbours stay together and all are about equally full in the end.
+    """Assign a row of boxes to holders, so that neighbours stay together and the loads become about equal.
 
     The holders are filled up to one level, one after the other. A box goes where its middle falls: nobody gets more or
     less than that by more than one box.
@@ -137,7 +137,7 @@ def _stretches(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
 
 
 def _level(nbytes: int, loads: Sequence[int]) -> float:
-    """Up to where `nbytes` fill the emptiest of the holders, as water would."""
+    """The level to which `nbytes` fill up the holders with the smallest loads, as water would."""
     # Were the k emptiest to share the bytes, none could end up lower than with the right k.
     levels = (np.cumsum(np.sort(loads)) + nbytes) / np.arange(1, len(loads) + 1)
     return float(levels.min())

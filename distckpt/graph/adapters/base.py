@@ -25,7 +25,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Omission:
-    """A part that is left out, though others of its kind are stored: the user hears of it.
+    """A part that is left out, although others of its kind are stored: a warning to the user.
 
     Attributes:
         name: As `layout.records.Attribute.name`.
@@ -95,7 +95,7 @@ class Adapter:
         return None
 
     def claim(self, obj: object, name: str) -> Claim:
-        """By what two restores know that they want the same live value.
+        """Identifies a live value, among the values that restores set: the newest restore wins.
 
         Args:
             obj: The live object.

@@ -34,7 +34,7 @@ def part_of(name: str, value: object) -> Part:
 
 
 def attribute(name: str, value: object) -> Part | None:
-    """What an attribute is to its owner; None where no object of its kind is saved: such are left out silently."""
+    """What an attribute is to its owner; None for an object that cannot be saved, which is left out silently."""
     problem = refusal(value)
     if problem is None:
         return part_of(name, value)

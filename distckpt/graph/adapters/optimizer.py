@@ -181,7 +181,7 @@ def claim_of_pair(optimizer: object, parameter: object) -> Claim:
 
 
 def stepped_by(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that has the state: of a `ZeroRedundancyOptimizer` the one for this rank's share of parameters.
+    """The optimizer that has the state: for a `ZeroRedundancyOptimizer`, the one over this rank's share of parameters.
 
     Its groups are those of the outer one, which sets the inner one's options at each step.
     """
@@ -193,7 +193,7 @@ def stepped_by(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def stepped_elsewhere(optimizer: object) -> frozenset[int]:
-    """`id()` of the parameters that other ranks update, so that this one has no state of them."""
+    """`id()` of the parameters that other ranks update, so that this rank has no state for them."""
     assert isinstance(optimizer, torch.optim.Optimizer)
     inner = stepped_by(optimizer)
     if inner is optimizer:
@@ -209,16 +209,16 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 
 def flat_size(optimizer: object) -> int | None:
-    """Elements of the vectors that LBFGS has, each over all parameters of this rank; None for other optimizers.
+    """Length of the state vectors of LBFGS, which span all parameters of this rank; None for other optimizers.
 
-    Such state is opaque: it says nothing of where in it a parameter is, so that it cannot be resharded.
+    Such state does not say which part of it belongs to which parameter, so it cannot be resharded.
     """
     if not isinstance(optimizer, torch.optim.LBFGS):
         return None
     return sum(parameter.numel() for parameter in parameters_of(optimizer))
 
 
-#: Slots of LBFGS that are such vectors.
+#: The slots of LBFGS that are state vectors.
 FLAT_SLOTS = ("d", "prev_flat_grad")
 
 
@@ -230,7 +230,7 @@ def steps_on_device(optimizer: object) -> frozenset[int]:
 
 
 def like_parameter(value: TensorValue, parameter: TensorValue) -> TensorValue:
-    """A slot of a parameter that the user holds in a `ShardedVariable`: of the same local shape, so sharded alike."""
+    """The value of a slot; with the local shape of a parameter in a `ShardedVariable` it is sharded alike."""
     if value.boxes == parameter.boxes and value.global_shape == parameter.global_shape:
         return value
     if value.tensor.shape != parameter.tensor.shape:
