@@ -1,10 +1,10 @@
 """A thread that goes on with a collective operation while the program does something else.
 
-There is one per communicator, so that the operations of all who share it are finished in the order in which they were
-begun, the same on all ranks. A task has a beginning and an end that all ranks agree on, and between them a part that
-needs no other rank. The thread does all of it where MPI lets every thread speak (THREAD_MULTIPLE), on a duplicate of
-its own, made by the main thread. Elsewhere it does the local part only: the main thread submits a task that needs no
-beginning, and ends it at the next collective call.
+There is one thread per communicator, so that operations over it end in the order in which they began, the same on all
+ranks. A task has a beginning and an end that are collective, and between them a local part. Where any thread may call
+MPI (THREAD_MULTIPLE), the thread does all of it, on a duplicate of the communicator that the main thread has made for
+it; it is then said to speak. Elsewhere the thread does the local part only: the main thread submits a task that needs
+no beginning, and ends it in the next collective call.
 
     with THREAD_MULTIPLE     main thread    submit
                              this thread          begin --> local part --> end
@@ -47,7 +47,7 @@ class Task(Protocol):
     timeout: float
 
     def begin(self, coordinator: Coordinator) -> None:
-        """Do what must have come to its end on all ranks before one works. The thread speaks. Collective."""
+        """Do what all ranks must have finished before any rank works. Called if the thread speaks. Collective."""
 
     def work(self) -> None:
         """The part that needs no other rank. Local."""
@@ -56,7 +56,7 @@ class Task(Protocol):
         """Agree with the other ranks, and commit. Collective, unless the task has failed on all ranks by now."""
 
     def end_together(self, timeout: float | None) -> bool:
-        """Wait for the work, then end the task, unless it has ended. The thread does not speak. Collective.
+        """Wait for the work, then end the task, unless it has ended. Called if the thread does not speak. Collective.
 
         Args:
             timeout: Seconds to wait for the work; None for no limit.
@@ -79,7 +79,7 @@ class Background:
     """The thread of one communicator.
 
     Attributes:
-        speaks: The thread begins and ends tasks; otherwise the main thread ends them.
+        speaks: The thread calls MPI: it begins and ends tasks. Otherwise the main thread ends them.
     """
 
     def __init__(self) -> None:
@@ -102,12 +102,12 @@ class Background:
         _register(self)
 
     def speak_alone(self) -> None:
-        """Let the thread begin and end tasks of a communicator of one rank: it needs no MPI for it."""
+        """Let the thread begin and end tasks of a communicator of one rank, which needs no MPI."""
         self._coordinator = Coordinator.alone()
         self.speaks = True
 
     def speak_over(self, duplicate: MPI.Intracomm) -> None:
-        """Let the thread begin and end tasks over a communicator that nobody else speaks on."""
+        """Let the thread begin and end tasks, over a communicator that nobody else uses."""
         self._duplicate = duplicate
         self._collectives = PolledCollectives(duplicate)
         self._coordinator = Coordinator.over(Spoken(self._collectives))
@@ -142,12 +142,12 @@ class Background:
         self._queue.put(task)
 
     def up_to(self, task: Task) -> list[Task]:
-        """A task and all before it that nobody has the result of, in order: in this order they end. Local."""
+        """A task and those before it whose results nobody has, in the order in which they end. Local."""
         before = list(self._tasks)
         return before[: before.index(task) + 1] if task in before else [task]
 
     def forget(self, task: Task) -> None:
-        """Somebody has the result of a task, which is ended. Local; called again, it does nothing."""
+        """Drop a task that has ended and whose result somebody has. Local; may be called again."""
         with suppress(ValueError):
             self._tasks.remove(task)
 
@@ -238,7 +238,7 @@ def threads_may_speak() -> bool:
 
 # ---- the end of the program --------------------------------------------------------------------------------------
 
-#: Those with a thread, and the process they are in: a forked one has none of the threads.
+#: All that have a thread; and the processes that they were made in: a forked process has none of the threads.
 _LIVING: list[Background] = []
 _PROCESS: set[int] = set()
 
@@ -260,8 +260,9 @@ def _finish_all() -> None:
 
 @cache
 def _finish_before_finalize() -> None:
-    """See that everything is completed before MPI_Finalize, whoever calls it: it first deletes the attributes of
-    COMM_SELF, while MPI can still be used.
+    """Complete everything before MPI_Finalize, whoever calls it.
+
+    MPI_Finalize first deletes the attributes of COMM_SELF, while MPI can still be used.
     """
     from mpi4py import MPI
 

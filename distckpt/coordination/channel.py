@@ -24,11 +24,11 @@ class Timing:
     """The protocol's times, in seconds.
 
     Attributes:
-        grace: What others than root wait longer than root, and how long they collect the answers to a ROLL.
+        grace: How much longer than root the other ranks wait, and how long they collect answers to a ROLL.
         patience: How long a rank waits for its team before it turns to root; all deadlines are later by as much.
-        notice: How long a rank waits that knows that the others have given up.
+        notice: How long a rank waits after it has heard that the others gave up.
         spin: How long to poll without a pause.
-        polite: How long to poll, after that, letting others have the core in between.
+        polite: How long to poll after that, yielding the core between polls.
         nap: Pause between two polls from then on.
     """
 

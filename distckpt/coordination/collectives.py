@@ -1,4 +1,4 @@
-"""Bytes and arrays between ranks: plain MPI collectives on buffers that exist already, so that none fails halfway."""
+"""Bytes and arrays between ranks: MPI collectives on buffers that exist already, so that no rank fails halfway."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Collectives(Protocol):
         """Fill the buffer with that of rank 0, of the same length."""
 
     def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
-        """Put the values of all ranks behind one another into the buffer of one rank; others pass an empty one.
+        """Concatenate the values of all ranks in the buffer of one rank; others pass an empty one.
 
         That rank passes the length of each value; others may pass any lengths, if only all know whether the values
         take more than one call (`CALL_LIMIT`).
@@ -47,7 +47,7 @@ class Collectives(Protocol):
         """The rows of all ranks, of the same length and type, on rank 0; None on the others."""
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """Hand out rank 0's values, which lie behind one another; others pass none. Fills the buffer.
+        """Hand out rank 0's concatenated values; others pass none. Fills the buffer.
 
         Rank 0 passes the length of each value; others may pass any lengths with the same sum.
         """
@@ -87,7 +87,7 @@ class SingleRank:
 
 
 class MpiCollectives:
-    """Collectives over an mpi4py communicator that nobody else speaks on."""
+    """Collectives over an mpi4py communicator that nobody else uses."""
 
     def __init__(self, comm: MPI.Intracomm, call_limit: int = CALL_LIMIT) -> None:
         from mpi4py import MPI
@@ -167,5 +167,5 @@ class MpiCollectives:
 
 
 def starts_of(lengths: Sequence[int]) -> list[int]:
-    """Where each of some values begins that lie behind one another."""
+    """Where each of some concatenated values begins."""
     return [0, *itertools.accumulate(lengths)][:-1]

@@ -198,7 +198,7 @@ class Coordinator:
     def any_set(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. One reduction; raises nothing.
 
-        Also for ranks that agree on stopping, and raise what failed in a later agreement of more ranks than these.
+        Ranks may use it to stop together, and raise what failed in a later step of more ranks than these.
         """
         with INTERRUPTS.held():
             return self._connect("agree").any_set(flag)
@@ -299,7 +299,7 @@ class Coordinator:
             return self._connect("gather rows").gather_rows(row)
 
     def gather_into(self, root: int, data: Buffer, lengths: Sequence[int], memory: bytearray | memoryview) -> None:
-        """Put the bytes of all ranks behind one another into the memory of one. One gather; nothing foreseeable fails.
+        """Concatenate the bytes of all ranks in the memory of one. One gather; nothing foreseeable fails.
 
         Args:
             root: That rank.
@@ -352,7 +352,7 @@ class Coordinator:
             return result
 
     def shared_memory(self, nbytes: int) -> SharedMemory | None:
-        """Memory of each rank that the others see; all ranks are on one node (see `node`).
+        """Memory that all ranks of a node see, a part for each rank. For a coordinator of one node (see `node`).
 
         Args:
             nbytes: Bytes for each rank, the same on all.
@@ -410,7 +410,7 @@ class Coordinator:
 
 
 class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
-    """Of an array that is about to be shared."""
+    """Type of an array that is about to be shared."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -88,16 +88,16 @@ def merge(
 
 
 def header_of(value: Parts) -> np.ndarray[Any, Any]:
-    """What rank 0 hears of a value first: bytes of the own and of the common part, and a digest of the common one.
+    """What rank 0 receives of a value first: bytes of the own and of the common part, and a digest of the common part.
 
-    Nobody compares the parts themselves, so it has 128 bits. Four uint64.
+    The parts themselves are not compared, so the digest has 128 bits. Four uint64.
     """
     digest = np.frombuffer(xxhash.xxh3_128_digest(value.common), np.uint64)
     return np.array([len(value.own), len(value.common), *digest], np.uint64)
 
 
 def letter_of(value: Parts, order: Buffer) -> bytes:
-    """What rank 0 hears of a value next, as it has ordered."""
+    """What rank 0 receives of a value next, as it has ordered."""
     with_common, _ = _ORDER.unpack(order)
     return bytes(value.own) + value.common if with_common else bytes(value.own)
 
@@ -119,7 +119,7 @@ class _Orders:
 
     Attributes:
         lengths: Bytes that each rank sends.
-        packed: What each rank is told, one behind the other.
+        packed: The order for each rank, concatenated.
     """
 
     def __init__(self, headers: np.ndarray[Any, Any] | None) -> None:
@@ -136,7 +136,7 @@ class _Orders:
         self.packed = b"".join(_ORDER.pack(sends, total) for sends in self._sends)
 
     def open(self, letters: bytearray) -> list[Parts]:
-        """Take apart what the ranks have sent."""
+        """The values, from the concatenated letters of the ranks."""
         view, position, commons = memoryview(letters).toreadonly(), 0, dict[tuple[int, int], bytes]()
         values: list[Parts] = []
         for (own, common, digest), sends in zip(self._headers, self._sends, strict=True):
@@ -168,7 +168,7 @@ class _Replies:
 
     Attributes:
         totals: Bytes of `letters` and `commons`.
-        commons: Common parts of many replies, one behind the other.
+        commons: Common parts of many replies, concatenated.
         records: For each rank, what its reply consists of.
         letters: For each rank, what only it gets.
         lengths: Bytes of each letter.

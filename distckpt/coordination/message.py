@@ -1,4 +1,4 @@
-"""What ranks tell each other before they start a call together, and how it is packed."""
+"""The messages of the arrival protocol, and how they are packed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Message(NamedTuple):
 
     Attributes:
         kind: What it says.
-        call: Number of the call it belongs to, as the rank counts that is not the head; 0 is no call.
+        call: Number of the call it belongs to, as counted by the rank that is not the head; 0 is no call.
         generation: Number of give-ups the sender knows of.
         flag: Depends on the kind.
         digest: With ARRIVE: uint64 that must be the same on all ranks.

@@ -14,7 +14,7 @@ class Nodes(NamedTuple):
     """The nodes of a job.
 
     Attributes:
-        ranks: Of each node its ranks, ascending; nodes in the order of their first ranks.
+        ranks: For each node its ranks, ascending; nodes in the order of their first ranks.
         own: The node of this rank.
     """
 
@@ -23,7 +23,7 @@ class Nodes(NamedTuple):
 
     @classmethod
     def of(cls, firsts: Sequence[int], rank: int) -> Nodes:
-        """From the first rank of each rank's node."""
+        """From the first rank on each rank's node."""
         ranks: dict[int, list[int]] = {first: [] for first in sorted(set(firsts))}
         for each, first in enumerate(firsts):
             ranks[first].append(each)
@@ -41,11 +41,11 @@ class Nodes(NamedTuple):
 
     @property
     def n_lanes(self) -> int:
-        """The size of the smallest node: so many ranks of each node have a counterpart on all others."""
+        """Number of ranks on the smallest node: so many ranks of each node have a counterpart on every other."""
         return min(map(len, self.ranks))
 
     def lanes(self, node: int) -> list[int]:
-        """The ranks of a node that have a counterpart, the rank of the same place, on all others."""
+        """The ranks of a node that have a counterpart, the rank at the same position, on every other node."""
         return self.ranks[node][: self.n_lanes]
 
 

@@ -1,4 +1,4 @@
-"""What happened on one rank, known to all: every function here is collective over the communicator."""
+"""Sharing outcomes with all ranks: errors, and results of rank 0. Collective, except where it says otherwise."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def allocate(collectives: Collectives, step: str, nbytes: int) -> bytearray:
 
 
 def make(collectives: Collectives, step: str, fn: Callable[[], T]) -> T:
-    """Make what a transfer needs on every rank, or on none."""
+    """Make what a transfer needs on every rank, or on none: `fn` may run out of memory."""
     made: list[T] = []
     own: BaseException | None = None
     try:
@@ -95,7 +95,7 @@ def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
 
 
 def split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
-    """Take values apart that lie behind one another. Local."""
+    """Split concatenated values. Local."""
     view = memoryview(values)
     return [bytes(view[end - length : end]) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
 

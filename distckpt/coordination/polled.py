@@ -1,6 +1,6 @@
-"""Collectives for a thread in the background: it looks now and then whether the other ranks have come.
+"""Collectives for a thread in the background, which polls and naps until the other ranks have come.
 
-The blocking ones would spin on a core that the program needs, for as long as the slowest rank takes.
+Blocking ones would spin on a core that the program needs, for as long as the slowest rank takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: Seconds between two looks.
+#: Seconds between two polls.
 _NAP = 0.001
 
 
@@ -35,7 +35,7 @@ class PolledCollectives:
         self._closed = False
 
     def close(self) -> None:
-        """MPI or the communicator is about to end: whoever waits raises instead. Local."""
+        """Make whoever waits raise: MPI or the communicator is about to end. Local."""
         self._closed = True
 
     def any_set(self, flag: bool) -> bool:

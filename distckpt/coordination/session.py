@@ -122,7 +122,7 @@ class Session:
             self.duplicate.Free()
 
     def duplicate_again(self, name: str) -> MPI.Intracomm:
-        """A further duplicate, for those who speak on their own. Collective; blocking, so the ranks must be here."""
+        """A further duplicate, for other messages. Collective; blocking, so all ranks must have arrived."""
         from mpi4py import MPI
 
         duplicate = self._comm.Dup()
@@ -131,7 +131,7 @@ class Session:
         return duplicate
 
     def _duplicate(self) -> None:
-        # Safe: every rank has confirmed that it is here.
+        # Blocking, but safe: every rank has confirmed that it is here.
         self.duplicate = self.duplicate_again("distckpt")
         self.collectives = MpiCollectives(self.duplicate)
         # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
@@ -170,7 +170,7 @@ class Spoken:
     """The session of a thread in the background: all ranks are in the same task, so nobody has to arrive.
 
     Args:
-        collectives: What the thread speaks with.
+        collectives: Those of the thread.
     """
 
     duplicate: MPI.Intracomm | None = None

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class SharedMemory:
     """One part per rank of a node.
 
-    Between two fences a rank may write its own part, or what the ranks have agreed on of another; what was written
-    before a fence is seen by all ranks after it.
+    Between two fences a rank may write its own part, or what the ranks have agreed on of another part; what was
+    written before a fence is seen by all ranks after it.
 
     Attributes:
         parts: The memory of each rank.
