@@ -16,7 +16,7 @@ from distckpt.storage import rawio
 #: Bytes per checksum in the file.
 CHECKSUM_NBYTES = 8
 
-#: That many are read at once.
+#: Number of checksums that are read at once.
 _BLOCK = 4096
 
 
@@ -48,9 +48,9 @@ class StoredChecksums(msgspec.Struct, frozen=True):
     """Where the checksums of a file are.
 
     Attributes:
-        total: Their number.
+        total: Number of checksums.
         offset: Position of the first one in the file, in bytes.
-        values: All of them as uint64, where they are not one range of bytes: another program has written the file anew.
+        values: All of them as uint64, if they are not one range of the file since another program has rewritten it.
     """
 
     total: int
@@ -62,11 +62,11 @@ class Checksums(Protocol):
     """Gives the checksum of a piece by its index."""
 
     def __getitem__(self, index: int, /) -> SupportsInt:
-        """It."""
+        """The checksum of a piece."""
 
 
 class ChecksumReader:
-    """The checksums of a file, read as they are asked for: a rank needs few of those that thousands have written.
+    """The checksums of a file, read in blocks when needed: a rank needs few of those that thousands of ranks wrote.
 
     Args:
         fd: Descriptor of the file.
@@ -113,12 +113,12 @@ class ChecksumLog:
     values: list[int] = field(default_factory=list)
 
     def add(self, index: int, value: int) -> None:
-        """Note one checksum."""
+        """Add one checksum."""
         self.indices.append(index)
         self.values.append(value)
 
     def extend(self, other: ChecksumLog) -> None:
-        """Note those of another log, too."""
+        """Add those of another log."""
         self.indices += other.indices
         self.values += other.values
 

@@ -50,7 +50,7 @@ def _this_writer() -> str:
 
 @cache
 def _host() -> str:
-    """Eight digits for what a process number belongs to: the machine and the container."""
+    """Eight digits for the machine and the container, within which process numbers are unique."""
     name = f"{socket.gethostname()}|{_read_or_empty('/etc/machine-id')}|{_link_or_empty('/proc/self/ns/pid')}"
     return xxhash.xxh32_hexdigest(name.encode())
 
@@ -70,7 +70,7 @@ def _link_or_empty(path: str) -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """Eight digits that tell a process from a later one of the same number; None when there is no such process."""
+    """Eight digits that tell a process from later ones of the same number; None when there is no such process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -181,7 +181,7 @@ def _link_to_free_name(source: Path, target: Path, inode: int) -> None:
 
 
 def _taken(target: Path) -> FileExistsError:
-    """What to say of a file in the way: one rank chooses the numbers of a job, so it can only be another job's."""
+    """The error about a file in the way: one rank chooses the numbers of a job, so it can only be another job's."""
     return FileExistsError(
         errno.EEXIST,
         "another job has written this file meanwhile, and saves never replace one: save again, under the next number, "

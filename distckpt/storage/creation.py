@@ -32,10 +32,10 @@ _ALIGNMENT = 4096
 #: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
 _MAX_METADATA_BLOCK = 1 << 20
 
-#: What the system says where a file of another path could be made.
+#: Errors that another directory or name may avoid.
 _NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
 
-#: A file system in memory.
+#: A file system in memory, where there is one.
 _MEMORY = Path("/dev/shm")
 
 #: HDF5 metadata per dataset and group, without the name: upper bounds. In bytes; measured: 330, and 1,300 for a group
@@ -115,7 +115,7 @@ def create_like(path: str, skeleton: Skeleton) -> None:
 
     Args:
         path: Where; nothing may be there.
-        skeleton: Of the first file.
+        skeleton: That of the first file of the layout.
 
     Raises:
         OSError: No space, no permission, or something is at `path`. Nothing new is left there.
@@ -176,13 +176,13 @@ def max_file_nbytes(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_
 
 
 def make_skeleton(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int, directory: Path) -> Skeleton:
-    """Let HDF5 make a file without data, and take from it what HDF5 wrote. Rank 0 only.
+    """Let HDF5 make a file without data, and keep what HDF5 wrote. Rank 0 only.
 
     The file is sparse and in memory where there is such a file system, else in `directory`: HDF5 must not meet a full
     disk or an exceeded quota, since a failing H5Fclose kills the interpreter at the next garbage collection.
     """
     capacity = manifests.capacity_for(manifest_nbytes)
-    # The last two lie behind the variables, whose positions then do not depend on the length of the manifest.
+    # The last two come after the variables, whose positions then do not depend on the length of the manifest.
     checksums = DatasetSpec(CHECKSUMS, "uint64", (n_checksums,))
     specs = [*datasets, checksums, DatasetSpec(MANIFEST, "uint8", (capacity,))]
     access = file_access()
@@ -255,7 +255,7 @@ class _Names:
 
 
 def _metadata_block(datasets: Sequence[DatasetSpec]) -> int:
-    """Size of HDF5's metadata blocks: one block where it is small, no matter if that is a little wrong."""
+    """Size of HDF5's metadata blocks: for little metadata about its expected size, so that there is one block."""
     names = _Names.of(datasets)
     expected = 2048 + 320 * len(datasets) + 160 * names.groups + names.nbytes // 2
     return min(_MAX_METADATA_BLOCK, expected)

@@ -1,4 +1,4 @@
-"""From the file into packed memory: boxes with more than a step of bytes, or with gaps between their runs."""
+"""Read into packed memory boxes that are larger than a step, or not contiguous in the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_NBYTES = 256 << 10
 #: Runs closer than this are read together with what is between them: the disk delivers whole pages anyway. In bytes.
 _PAGE_NBYTES = 4096
 
-#: That many runs are read one by one even when they are close, so that a small box costs just its own bytes.
+#: Up to so many runs are read one by one even when they are close, so that a small box costs just its own bytes.
 _FEW_RUNS = 64
 
 #: Most runs that are listed at once.
@@ -48,10 +48,10 @@ class Filler:
         """Fill memory with the bytes of a box. Local.
 
         Args:
-            job: Whose dataset it is.
+            job: The job, for its dataset.
             box: What to read of it, in coordinates of the dataset; not empty.
             data: The memory, as long as the packed bytes of the box.
-            hasher: Is fed with the bytes, in their order; None for no hash.
+            hasher: Takes the bytes, in their order; None for no hash.
 
         Returns:
             Bytes asked of the file system.

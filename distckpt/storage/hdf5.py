@@ -28,7 +28,7 @@ CHECKSUMS = ".checksums"
 _MAX_EXPANSION = 1100
 _BOUNDED_FILTERS = frozenset({1, 2, 3})
 
-#: In what HDF5 says where one process opens a file twice, and not in the same way.
+#: Part of HDF5's message if the process has opened the file before, with other access properties.
 _OPEN_OTHERWISE = "n't match"  # flags don't, a degree doesn't
 
 
@@ -103,7 +103,7 @@ def _opened(path: str) -> Any:
     name = os.fsencode(path)
     *ways, last = (
         file_access(),
-        # The program has the file open itself, in one of the ways of h5py's `locking`; no lock is taken now.
+        # If the program has the file open itself, with one of the values of h5py's `locking`. This takes no lock.
         _serial_access(locking=True),
         _serial_access(locking=True, where_possible=False),
         _serial_access(locking=False),
@@ -230,7 +230,7 @@ def _check_storage(file: Any, dataset: Any, name: str, nbytes: int, file_nbytes:
 
 
 def _max_expansion(creation: Any) -> float:
-    """How much larger data can be than what is stored of them."""
+    """How much larger data can be than their stored form."""
     filters = [creation.get_filter(number)[0] for number in range(creation.get_nfilters())]
     if not filters:
         return 1

@@ -51,7 +51,7 @@ class ParallelFile:
     def __init__(self, path: str, comm: Any, hints: Mapping[str, str] | None = None) -> None:
         from h5py import h5f, h5p
 
-        self._nothing: _Nothing | None = None
+        self._empty: _EmptyTransfer | None = None
         info = _info(comm, hints or {})
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fapl_mpio(comm, info)
@@ -70,11 +70,11 @@ class ParallelFile:
         Raises:
             OSError: HDF5 cannot open a dataset of the file.
         """
-        self._nothing = _Nothing.of(self._file)
+        self._empty = _EmptyTransfer.of(self._file)
 
     def close(self) -> None:
         """Close the file. Collective over the communicator."""
-        self._nothing = None
+        self._empty = None
         self._file.close()
 
     def write(self, pieces: Iterable[Piece], fd: int, log: ChecksumLog | None, progress: Progress | None) -> None:
@@ -101,7 +101,7 @@ class ParallelFile:
             progress: Called with the number of bytes just written.
         """
         failure: BaseException | None = None
-        assert self._nothing is not None, "prepared first"
+        assert self._empty is not None, "prepared first"
         with _Transfer(self._file, collective=True) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
             stream = itertools.chain.from_iterable(source.batches(pieces))
@@ -110,7 +110,7 @@ class ParallelFile:
                 try:
                     piece = next(stream, None) if failure is None else None
                     if piece is None:
-                        transfer.skip(self._nothing)
+                        transfer.skip(self._empty)
                     else:
                         transfer.run(piece, source)
                         _finish(piece, writeback, progress)
@@ -120,15 +120,15 @@ class ParallelFile:
             raise failure
 
 
-class _Nothing(NamedTuple):
-    """What a transfer without data needs, made before: then nothing is left that could fail.
+class _EmptyTransfer(NamedTuple):
+    """The arguments of a transfer without data, made in advance so that nothing is left that could fail.
 
     Attributes:
-        dataset: Any one.
-        in_memory: No elements.
-        in_file: No elements.
-        data: None.
-        datatype: Of the dataset.
+        dataset: Some dataset of the file.
+        in_memory: A selection of no elements.
+        in_file: A selection of no elements.
+        data: No bytes.
+        datatype: That of the dataset.
     """
 
     dataset: Any
@@ -138,8 +138,8 @@ class _Nothing(NamedTuple):
     datatype: Any
 
     @classmethod
-    def of(cls, file: Any) -> _Nothing:
-        """Over the dataset that every checkpoint has."""
+    def of(cls, file: Any) -> _EmptyTransfer:
+        """Into the manifest, a dataset that every checkpoint has."""
         from h5py import h5d, h5s
 
         dataset = h5d.open(file, MANIFEST.encode())
@@ -180,9 +180,9 @@ class _Transfer:
             in_file.select_hyperslab(*piece.block.box)
         self._write(dataset.write, in_memory, in_file, data, dataset.get_type())
 
-    def skip(self, nothing: _Nothing) -> None:
+    def skip(self, empty: _EmptyTransfer) -> None:
         """Take part in a collective transfer without data."""
-        dataset, *arguments = nothing
+        dataset, *arguments = empty
         self._write(dataset.write, *arguments)
 
     def _write(self, write: Callable[..., None], *arguments: Any) -> None:

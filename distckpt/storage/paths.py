@@ -49,7 +49,7 @@ def as_text(name: str, path: object) -> str:
     """A path as a user passed it, its text unchanged.
 
     Args:
-        name: Of the parameter, for the error.
+        name: Name of the parameter, for the error.
         path: What was passed.
 
     Raises:
@@ -60,7 +60,7 @@ def as_text(name: str, path: object) -> str:
         raise TypeError(
             f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100} (type: {type(path).__qualname__})."
         )
-    return str.__str__(text)  # of a kind of str, such as NumPy's, the plain text: it travels between the ranks
+    return str.__str__(text)  # a plain str, also of a subclass such as NumPy's: it is sent to other ranks
 
 
 def split_prefix(prefix: str | os.PathLike[str], parameter: str = "file_prefix") -> Prefix:
@@ -97,7 +97,7 @@ def single_path(path: str | os.PathLike[str]) -> str:
 
 
 def parse_numbered(name: str) -> NumberedFile | None:
-    """The parts of a file name of the form `<prefix>-<number>.h5`, or None for any other; no number is that large."""
+    """The parts of a file name of the form `<prefix>-<number>.h5`, below `NUMBER_LIMIT`; None for any other name."""
     match = _NUMBERED.fullmatch(name)
     if match is None or int(match["number"]) >= NUMBER_LIMIT:
         return None
@@ -135,7 +135,7 @@ def require_newest(prefix: Prefix, number: int, in_flight: int = 0) -> None:
     """Refuse a number that is not above those on disk and in flight, for the highest is the latest. Rank 0 only.
 
     Args:
-        prefix: Of the file.
+        prefix: Prefix of the file.
         number: The wanted number.
         in_flight: The highest number that is being written in the background; 0 for none.
 

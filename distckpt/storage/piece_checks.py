@@ -1,8 +1,8 @@
-"""Checksums of pieces that come in parts: the ranges of units, in row-major order.
+"""Verification of pieces whose bytes come in parts: as ranges of units, in row-major order.
 
-See `layout.exchange` for what a unit is. That order is also the order of the bytes within each piece: a piece is a box.
-A piece is hashed where its bytes lie together: those that are one range of the file as they are read, others in the
-tensor that has all of them. Only where no rank wants all of a piece it is put together for its checksum alone.
+See `layout.exchange` for what a unit is. A piece is a box, so that is also the order of the bytes within a piece. A
+piece is hashed where its bytes are contiguous: in the unit if it is one range of the file, else in the tensor that has
+all of it. Only if no rank wants all of a piece, its bytes are collected just for the checksum.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class PieceVerifier:
     Units come in one or more streams. In each, ranges come in the order of their spans; a piece is in one of them.
 
     Attributes:
-        report: Gets the number of bytes that were right.
+        report: Counts the bytes that were verified.
 
     Args:
         variables: The variables by index.
-        pieces: Those of their pieces that are verified here, sorted.
+        pieces: The pieces to verify here, sorted, by index of the variable.
         checksums: The file's checksums; None: nothing is verified.
         report: See above.
-        opened: Makes what hashes a piece.
+        opened: Makes the `OpenPiece` that hashes a piece.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PieceVerifier:
 
         Args:
             unit: What has been read.
-            memory: Its bytes; none are needed of pieces that are hashed elsewhere.
+            memory: Its bytes; not used for pieces that are hashed elsewhere.
             stream: Number of the stream.
 
         Raises:
@@ -81,7 +81,7 @@ class PieceVerifier:
         open_pieces[:] = [each for each in open_pieces if each.span.stop > span.stop]
 
     def _next_pieces(self, stream: int, variable: int, span: Span) -> Iterator[PieceSpan]:
-        """Those that begin in a span; or before, and nothing of them was wanted there."""
+        """The pieces that begin in a span, or before it in a part that nobody wanted."""
         left = self._left.get((stream, variable))
         if left is None:
             left = self._left[stream, variable] = list(reversed(self._pieces[variable]))
@@ -98,11 +98,11 @@ class PieceVerifier:
 
 
 class OpenPiece(ABC):
-    """A piece of which some bytes were seen.
+    """A piece that is being hashed.
 
     Attributes:
-        hasher: Has hashed these bytes.
-        fed: Their number.
+        hasher: Has hashed the bytes so far.
+        fed: Number of bytes so far.
     """
 
     def __init__(self, piece: PieceSpan, variable: InFile) -> None:
@@ -113,12 +113,12 @@ class OpenPiece(ABC):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it was seen."""
+        """Whether all bytes were hashed."""
         return self.fed == self.box.numel * self.variable.itemsize
 
     @abstractmethod
     def feed(self, span: Span, data: memoryview) -> None:
-        """Hash what a span has of the piece; `data` are the bytes of the span."""
+        """Hash the part of the piece that is in a span; `data` are the bytes of the span."""
 
     def update(self, data: memoryview) -> None:
         """Hash the next bytes."""
@@ -167,5 +167,5 @@ class PieceTaken(OpenPiece):
 
 
 def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
-    """What indexes an array of the global shape; the result is an array, where there are no dimensions, too."""
+    """The index of a box in an array of the global shape; the result is an array also without dimensions."""
     return (*(slice(start, start + extent) for start, extent in zip(*box, strict=True)), ...)

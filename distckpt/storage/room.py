@@ -1,4 +1,4 @@
-"""Room in host memory for bytes on the way between the file and tensors that are not packed."""
+"""Staging buffers in host memory, for bytes between the file and tensors that are not packed or on GPUs."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class Buffer:
 
 
 class Arrivals:
-    """Room for bytes from the file, and their way on into tensors.
+    """Staging of bytes that go from the file into tensors.
 
-    GPUs take what is in one pinned buffer while the next one is filled. The order of calls: `make_room`, `take` as
+    GPUs copy from one pinned buffer while the next one is filled. The order of calls: `make_room`, `take` as
     often as there is room, `put` for each room when its bytes are there, and again. When the context ends, whatever
     happened, all that was put is in the tensors.
     """
@@ -108,7 +108,7 @@ class Arrivals:
             self._copies.finish()
 
     def make_room(self, nbytes: int) -> None:
-        """Room for so many bytes, at most `PINNED_NBYTES`; all that was taken so far was put."""
+        """Make room for so many bytes, at most `PINNED_NBYTES`. All rooms taken so far were put."""
         self._host.clear()
         if not self._filling.has_room(nbytes):
             self._change_buffers()
@@ -130,7 +130,7 @@ class Arrivals:
             self._waiting.append(Copy(gpu, target, room.tensor))
 
     def pass_on(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy other memory of the CPU, at most `PINNED_NBYTES`, which may change as soon as this returns."""
+        """Copy other memory of the CPU, at most `PINNED_NBYTES`; it may change as soon as this returns."""
         if gpu_of(target) is None:
             copy_bits(target, source)
         else:
@@ -153,11 +153,11 @@ class Arrivals:
 
 
 class Departing(NamedTuple):
-    """A tensor and where its elements go: other memory, of the same shape and dtype.
+    """A tensor, and the memory that it is copied to.
 
     Attributes:
         source: The tensor; at most `PINNED_NBYTES`, any strides, any device.
-        target: The memory, of the CPU.
+        target: The memory, of the CPU, as a tensor of the same shape and dtype.
     """
 
     source: torch.Tensor
@@ -165,7 +165,7 @@ class Departing(NamedTuple):
 
 
 class Departures:
-    """The way of tensors into memory that GPUs do not reach, through one pinned buffer.
+    """Staging of tensors that go into memory which GPUs cannot copy to, through one pinned buffer.
 
     The order of calls: `start`, other work, `arrive`, and again; `finish` at the end, whatever happened.
     """
@@ -179,13 +179,13 @@ class Departures:
         self._ticket = Ticket([])
 
     def start(self, tensors: Iterable[Departing]) -> None:
-        """Begin to copy what GPUs hold of some tensors, as much as there is room for."""
+        """Begin to copy those tensors that are on GPUs, as many as there is room for."""
         for departing in tensors:
             (self._at_once if gpu_of(departing.source) is None else self._left).append(departing)
         self._fill()
 
     def arrive(self) -> None:
-        """Put all tensors into their places."""
+        """Copy all tensors into their targets."""
         for source, target in self._at_once:
             copy_bits(target, source)
         self._at_once.clear()

@@ -1,4 +1,4 @@
-"""Memory between a file and the targets that its bytes are not read into directly."""
+"""Scratch memory, for targets that bytes of the file are better not read into directly."""
 
 from __future__ import annotations
 

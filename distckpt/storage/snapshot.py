@@ -31,11 +31,11 @@ _LARGE_NBYTES = 1 << 20
 
 @dataclass(slots=True)
 class Watch:
-    """How to see that tensors were changed: torch counts the changes of each in place.
+    """Finds tensors that were changed in place: torch counts the changes of each.
 
     Attributes:
-        seen: Checkpoint key, for the message, live tensor, and its count when the save was called; of a DTensor that
-            itself and what it holds, for torch counts at either.
+        seen: (checkpoint key, live tensor, its count when the save was called). For a DTensor both itself and its local
+            tensor: torch counts the changes of either.
     """
 
     seen: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
@@ -67,8 +67,8 @@ class Snapshot:
 
         Args:
             jobs: What this rank writes.
-            later: Of each job whether it can be copied later.
-            watch: Shows whether a tensor of those has changed.
+            later: For each job, whether it can be copied later.
+            watch: Finds changes of those tensors.
             buffers: Gives the memory.
             limit: Most bytes of host memory; None for no limit.
 
@@ -139,7 +139,7 @@ class Snapshot:
             copy_bits(self._room(index), tensor)
 
     def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
-        """Copies that threads can share: large ones in parts; all of GPUs, which need no thread, at once and first."""
+        """The copies, in parts that threads can share: first those of GPUs, as one; then the others, large ones cut."""
         parts: list[Callable[[], object]] = []
         if any(self._gpus[index] is not None for index in indices):
             parts.append(functools.partial(self._copy_from_gpus, indices))
@@ -159,7 +159,7 @@ class Snapshot:
             copy_bits(self._room(index), tensor)
 
     def _move(self, index: int, start: int, nbytes: int) -> None:
-        """Copy bytes of a packed tensor. For these torch takes longer to begin than to copy, or starts threads."""
+        """Copy bytes of a packed tensor: torch would take longer to begin than to copy, or would start threads."""
         if nbytes:
             assert self._buffer is not None, "there are bytes"
             target = self._buffer.address + self._starts[index] + start
@@ -168,7 +168,7 @@ class Snapshot:
     # ---- GPUs ----
 
     def _device_copies(self) -> DeviceCopies:
-        """Copies of what the program has begun so far leaves on its GPUs."""
+        """Copies that wait for the work which the program has queued on its GPUs so far, and for none after it."""
         gpus = dict.fromkeys(gpu for gpu in self._gpus if gpu is not None)
         if gpus and self._buffer is not None:
             self._buffer.pin()

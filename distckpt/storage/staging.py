@@ -24,8 +24,8 @@ class HostBuffer:
 
     Attributes:
         nbytes: Its size in bytes.
-        memory: What it is for.
-        address: Where it begins.
+        memory: The memory.
+        address: Address of its first byte.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -65,7 +65,7 @@ class HostBuffers:
     """The buffers of one Checkpoint. Threads may share it.
 
     Attributes:
-        nbytes: Bytes of all buffers that there are.
+        nbytes: Bytes of all buffers.
     """
 
     nbytes: int = 0

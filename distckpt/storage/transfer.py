@@ -1,4 +1,4 @@
-"""Jobs, and what writing and reading have in common: where a piece lies in the file, and its bytes in memory."""
+"""Write jobs and read jobs, and how both are divided: into blocks of the file, and the parts of tensors they hold."""
 
 from __future__ import annotations
 

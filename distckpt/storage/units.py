@@ -1,4 +1,4 @@
-"""Units of an exchange: read into shared memory and verified there, or written from it; and taken out or put in.
+"""Units of an exchange: read into shared memory and verified there, or written from it, and copied to and from tensors.
 
 See `layout.exchange` for what a unit is.
 """
@@ -38,7 +38,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class HeldArray(msgspec.Struct, frozen=True):
-    """The same in memory of the CPU: an array takes part of a copy at a tenth of the cost of a tensor.
+    """A block in memory of the CPU: copying a part of an array costs a tenth of what it costs with a tensor.
 
     Attributes:
         box: Where it is in the global tensor.
@@ -52,7 +52,7 @@ class HeldArray(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, held: Held) -> HeldArray | None:
-        """None for a GPU, and for elements that are no plain integers of some size."""
+        """The array of a block; None on a GPU, and for elements that cannot be viewed as integers."""
         tensor = held.tensor
         raw = RAW.get(tensor.element_size())
         if raw is None or gpu_of(tensor) is not None or tensor.is_conj() or tensor.is_neg():
@@ -64,7 +64,7 @@ _HeldT = TypeVar("_HeldT", Held, HeldArray)
 
 
 def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> Iterator[tuple[Cell, _HeldT, Box]]:
-    """The cells and blocks that have elements in common, and which."""
+    """The cells and blocks that have elements in common, and their intersections."""
     for cell in cells:
         for block in held.get(cell.variable, ()):
             common = cell.box.intersect(block.box)
@@ -75,10 +75,10 @@ def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> It
 def shared_parts(
     cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What some memory and this rank have in common.
+    """The parts of some memory that this rank has or wants.
 
     Args:
-        cells: What is where in the memory.
+        cells: The layout of the memory.
         memory: The bytes.
         held: What this rank has or wants, by index of the variable.
 
@@ -206,7 +206,7 @@ def taken_verifier(
     held: Mapping[int, Sequence[Held]],
     checksums: Checksums | None,
 ) -> PieceVerifier:
-    """What verifies the pieces that a rank has whole in one of its packed tensors, as it takes them from units.
+    """Verifies the pieces that a rank gets whole in one of its packed tensors, as it takes them from units.
 
     Args:
         variables: The variables by index.

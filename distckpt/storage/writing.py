@@ -27,8 +27,8 @@ class Piece(NamedTuple):
     """A piece to write.
 
     Attributes:
-        job: The job that it is of.
-        block: Where it is.
+        job: The job that it belongs to.
+        block: Where it is in the dataset, and in the bytes of the job.
         checksum: Index of its checksum.
         data: Its bytes in the memory of the job's tensor; None where they are not packed, and have to be copied.
     """
@@ -59,7 +59,7 @@ def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
 
 
 class _OnTheWay(NamedTuple):
-    """Bytes that a GPU is sending: use them after waiting for the ticket."""
+    """Bytes that a GPU is copying: use them after waiting for the ticket."""
 
     data: memoryview
     ticket: Ticket
@@ -79,7 +79,7 @@ class PieceBytes:
         self._on_the_way: deque[_OnTheWay] = deque()
 
     def batches(self, pieces: Iterable[Piece]) -> Iterator[Iterable[Piece]]:
-        """The pieces in order. What is on GPUs is copied in batches, each while the one before is hashed and written.
+        """The pieces in order. Those on GPUs are copied in batches, each while the one before is hashed and written.
 
         `get` is called for each piece of a batch, and the bytes are written, before the next batch is asked for.
         """
@@ -100,7 +100,7 @@ class PieceBytes:
         yield ready
 
     def _start(self, batch: Iterable[Piece], buffer: Buffer) -> None:
-        """Begin to copy what GPUs hold of a batch; what was in the buffer has been written."""
+        """Begin to copy the pieces of a batch that are on GPUs; what was in the buffer has been written."""
         buffer.clear()
         copies, rooms = [], []
         for piece in batch:
@@ -148,7 +148,7 @@ def _before_gpus(stream: Iterator[Piece], first: list[Piece]) -> Iterator[Piece]
 
 
 def _fitting(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Batches of which all that GPUs hold fits into one buffer."""
+    """Batches whose pieces on GPUs fit into one buffer."""
     batch: list[Piece] = []
     used = 0
     for piece in pieces:
