@@ -186,11 +186,6 @@ class BackgroundSave:
         """Whether it is committed or has failed, as far as this rank knows. Local."""
         return self._ended.is_set()
 
-    @property
-    def is_staged(self) -> bool:
-        """Whether this rank's tensors may change. Local."""
-        return self._snapshot.is_complete
-
     def stage(self) -> None:
         """Wait until this rank's tensors may change, and help with it; Ctrl-C comes after that. Local; any thread."""
         with self._coordinator.uninterrupted():

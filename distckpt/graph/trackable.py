@@ -112,7 +112,7 @@ class Trackable:
             TypeError: The object cannot be checkpointed.
             ValueError: Another object has the name, and `overwrite` is False.
         """
-        from distckpt.graph.adapters import refusal
+        from distckpt.graph.adapters.registry import refusal
 
         problem = refusal(value)
         if problem is not None:

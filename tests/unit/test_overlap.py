@@ -121,7 +121,7 @@ def test_training_through_50_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         handle = program.checkpoint.save_async(tmp_path / "b" / "ckpt", options=OVERLAP)
         if early == 2:
             program.compute()  # meanwhile the background copies
-        assert early or not handle._save.is_staged
+        assert early or not handle._save._snapshot.is_complete
         program.train()
         opened.set()
         assert without_manifest(handle.result(PATIENCE)) == without_manifest(expected)
@@ -145,9 +145,9 @@ def test_the_step_waits_for_the_copy_and_helps(tmp_path: Path, gate: threading.E
     handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
     program.compute()
     assert program.values() != before  # buffers have changed, and were copied at once
-    assert not handle._save.is_staged
+    assert not handle._save._snapshot.is_complete
     program.optimizer.step()  # the background does nothing at all
-    assert handle._save.is_staged
+    assert handle._save._snapshot.is_complete
     gate.set()
     assert_holds(handle.result(PATIENCE), before)
 
@@ -157,7 +157,7 @@ def test_any_optimizer_waits(tmp_path: Path, gate: threading.Event) -> None:
     handle = program.checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     other.step()
-    assert handle._save.is_staged
+    assert handle._save._snapshot.is_complete
     gate.set()
     handle.result(PATIENCE)
 
@@ -232,7 +232,7 @@ def test_a_parameter_in_a_sharded_variable_waits_for_the_step(tmp_path: Path, ga
     optimizer = torch.optim.SGD([parameter], momentum=0.9)
     checkpoint = Checkpoint(rows=ShardedVariable(parameter, (4,), (0,)), optimizer=optimizer)
     handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
-    assert not handle._save.is_staged
+    assert not handle._save._snapshot.is_complete
     parameter.sum().backward()
     optimizer.step()
     gate.set()
@@ -254,10 +254,10 @@ def test_slots_of_a_zero_redundancy_optimizer_wait_for_the_step(tmp_path: Path, 
     (slots,) = optimizer.optim.state.values()
     before = [tensor.tolist() for tensor in (parameter, *slots.values())]
     handle = checkpoint.save_async(tmp_path / "ckpt", options=OVERLAP)
-    assert not handle._save.is_staged
+    assert not handle._save._snapshot.is_complete
     assert not optimizer.state  # as nothing but the inner optimizer has any
     optimizer.step()
-    assert handle._save.is_staged
+    assert handle._save._snapshot.is_complete
     gate.set()
     parameter, optimizer, checkpoint = make(2.0)
     (slots,) = optimizer.optim.state.values()
@@ -303,7 +303,7 @@ def test_ctrl_c_while_the_program_helps_to_copy_stops_the_program_not_the_save(
     monkeypatch.setattr(_SharedWork, "_take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (program.optimizer.step if wait == "step" else handle.wait_staged)()
-    assert handle._save.is_staged
+    assert handle._save._snapshot.is_complete
     gate.set()
     assert_holds(handle.result(PATIENCE), before)
 

@@ -95,13 +95,11 @@ def adapter_for(obj: object) -> Adapter | None:
     return _adapter_of_class[cls]
 
 
-def is_checkpointable(obj: object) -> bool:
-    """Whether an object can be saved: a python value, an object with an adapter, or a container with such parts."""
-    return refusal(obj) is None
-
-
 def refusal(obj: object) -> str | None:
-    """Why an object cannot be saved, and what to do; None when it can."""
+    """Why an object cannot be saved, and what to do.
+
+    None for what can be: python values, objects with an adapter, and containers with such parts.
+    """
     try:
         if is_python_value(obj) or _is_node(obj):
             return None
