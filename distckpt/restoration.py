@@ -23,7 +23,7 @@ from distckpt.graph.sharding import process_number
 from distckpt.graph.values import TensorValue
 from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
-from distckpt.layout.meshes import Spread, Spreads, disagreements
+from distckpt.layout.meshes import Sharding, Shardings, disagreements
 from distckpt.options import RestoreOptions
 from distckpt.source import Source
 from distckpt.status import Report, ValueMismatch
@@ -39,7 +39,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
         pending: Saved key to what it waits for.
         mismatched: (key, saved, live).
         ambiguous: One sentence each.
-        spreads: How it spreads the tensors of `Restoration.keys` that it is about to read.
+        shardings: How it shards the tensors of `Restoration.keys` that it is about to read.
     """
 
     taken: bytes
@@ -47,7 +47,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     pending: dict[str, str]
     mismatched: list[tuple[str, str, str]]
     ambiguous: list[str]
-    spreads: Spreads
+    shardings: Shardings
 
 
 #: Restores of this process that wait for something, whatever Checkpoint they are of.
@@ -207,7 +207,7 @@ class Restoration:
             pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
-            spreads=Spreads.of(process_number(), self.keys, _spreads(assignment)),
+            shardings=Shardings.of(process_number(), self.keys, _shardings(assignment)),
         )
 
     def _conflicts(self, binding: Binding) -> Iterator[str]:
@@ -225,8 +225,8 @@ class Restoration:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
 
 
-def _spreads(assignment: Assignment) -> dict[str, Spread]:
-    return {read.key: read.target.spread for read in assignment.reads if read.target.spread is not None}
+def _shardings(assignment: Assignment) -> dict[str, Sharding]:
+    return {read.key: read.target.sharding for read in assignment.reads if read.target.sharding is not None}
 
 
 def _still_waits(restoration: Restoration | None, key: str) -> bool:
@@ -269,7 +269,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         pending={key: waits[key] for key in unexpected if key in waits},
         mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
-        disputed=tuple(disagreements(restoration.keys, [report.spreads for report in reports])),
+        disputed=tuple(disagreements(restoration.keys, [report.shardings for report in reports])),
     )
 
 

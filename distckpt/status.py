@@ -52,7 +52,7 @@ class Report:
         mismatched: Values skipped by option.
         ambiguous: One saved node met by two live objects, or the reverse, or an object replaced after it was restored;
             one sentence each.
-        disputed: Tensors that ranks of one mesh spread differently; one sentence each.
+        disputed: Tensors that ranks of one mesh shard differently; one sentence each.
     """
 
     restored: int

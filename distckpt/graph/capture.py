@@ -59,7 +59,7 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
     encoded = {
         place: _encode(node, value, problems) for place, (node, value) in enumerate(held) if type(value) is PythonValue
     }
-    shardings = [value.sharding for value in tensors]
+    shardings = ["" if value.sharding is None else value.sharding.words for value in tensors]
     number_of = {words: number for number, words in enumerate(dict.fromkeys(shardings))}
     layout = LocalLayout(
         graph=msgspec.msgpack.encode([_record(node) for node in graph.nodes]),

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distckpt.graph.values import TensorValue, UnsaveableError, replicated
 from distckpt.layout.box import Box, Shape
-from distckpt.layout.meshes import Spread, strides
+from distckpt.layout.meshes import Sharding, strides
 from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
 from distckpt.words import rank_list
@@ -143,8 +143,8 @@ def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
     local = tensor._local_tensor  # to_local() would make a view of a parameter's, and an autograd node with gradients
     _require_plain(local)
     spec = tensor._spec  # the tensor takes several times longer to tell
-    shape, boxes, spread = _known_shards.find(spec.mesh, spec.placements, spec.shape, local.shape)
-    return TensorValue(name, local, shape, boxes, in_place, spread=spread)
+    shape, boxes, sharding = _known_shards.find(spec.mesh, spec.placements, spec.shape, local.shape)
+    return TensorValue(name, local, shape, boxes, in_place, sharding=sharding)
 
 
 class _Shard(NamedTuple):
@@ -152,7 +152,7 @@ class _Shard(NamedTuple):
 
     shape: Shape
     boxes: tuple[Box, ...]
-    spread: Spread
+    sharding: Sharding
 
 
 #: From the global and the local size of a DTensor to its shard; for DTensors of the same mesh and placements.
@@ -184,13 +184,13 @@ def _shard_of(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _ShardOf:
 def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size, local: torch.Size) -> _Shard:
     """The shard that this rank holds of a DTensor, given its global and its local size."""
     shape, held = tuple(size), tuple(local)
-    sharding = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
-    _require_shards(placements, sharding)
-    spread = Spread(sharding, strides(mesh.mesh.flatten().tolist()))
+    words = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
+    _require_shards(placements, words)
+    sharding = Sharding(words, strides(mesh.mesh.flatten().tolist()))
     coordinate = mesh.get_coordinate()
     if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
         origin = (0,) * len(shape)
-        return _Shard(shape, (Box(origin, held if len(held) == len(shape) else origin),), spread)
+        return _Shard(shape, (Box(origin, held if len(held) == len(shape) else origin),), sharding)
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
         if not placement.is_replicate():
@@ -199,9 +199,9 @@ def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size
     if len(held) == len(shape):
         intervals = [_intervals(size, own, along) for size, own, along in zip(shape, held, cuts, strict=True)]
         if local_shape(intervals) == held:
-            return _Shard(shape, boxes_of(intervals), spread)
+            return _Shard(shape, boxes_of(intervals), sharding)
     raise UnsaveableError(
-        f"a DTensor's local shape is {held}, which is not what {sharding} gives this rank of the global shape {shape}. "
+        f"a DTensor's local shape is {held}, which is not what {words} gives this rank of the global shape {shape}. "
         "Use ShardedVariable(local, global_shape, offset) to say where it lies."
     )
 
@@ -222,14 +222,14 @@ def _intervals(size: int, held: int, cuts: list[Cut]) -> list[Interval]:
     return left_over(size, cuts)
 
 
-def _require_shards(placements: tuple[Placement, ...], sharding: str) -> None:
+def _require_shards(placements: tuple[Placement, ...], words: str) -> None:
     for placement in placements:
         if placement.is_partial():
             raise UnsaveableError(
-                f"{placement!r} is a pending reduction, not a shard, in {sharding}. Call redistribute() first."
+                f"{placement!r} is a pending reduction, not a shard, in {words}. Call redistribute() first."
             )
         if not placement.is_replicate() and not hasattr(placement, "dim"):
             raise UnsaveableError(
-                f"{placement!r} is neither Shard nor Replicate, in {sharding}. Call redistribute() first, or use "
+                f"{placement!r} is neither Shard nor Replicate, in {words}. Call redistribute() first, or use "
                 "ShardedVariable(local, global_shape, offset)."
             )

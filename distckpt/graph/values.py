@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.parameter import UninitializedTensorMixin as _Uninitialised  # type: ignore[attr-defined]  # not in the stubs
 
 from distckpt.layout.box import Box, Shape
-from distckpt.layout.meshes import Spread
+from distckpt.layout.meshes import Sharding
 from distckpt.layout.placement import joined
 from distckpt.layout.records import OWN_VALUE
 
@@ -59,7 +59,7 @@ class TensorValue(msgspec.Struct, frozen=True):
         buffer: Replicas may differ.
         numpy: The live object is a NumPy array.
         holder: The DTensor that `tensor` is the local shard of, where restore has to make a new one like it.
-        spread: Placements and mesh; None where there are none.
+        sharding: Placements and mesh of a DTensor; None for other tensors.
     """
 
     name: str
@@ -70,12 +70,7 @@ class TensorValue(msgspec.Struct, frozen=True):
     buffer: bool = False
     numpy: bool = False
     holder: torch.Tensor | None = None
-    spread: Spread | None = None
-
-    @property
-    def sharding(self) -> str:
-        """Placements and mesh in words, for errors; "" where there are none."""
-        return self.spread.words if self.spread is not None else ""
+    sharding: Sharding | None = None
 
     def blocks(self) -> list[Block]:
         """The boxes that have elements, each with its part of `tensor`."""
