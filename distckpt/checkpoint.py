@@ -44,7 +44,7 @@ class _Session:
 
     @property
     def next_base(self) -> int:
-        """What the next save counts from: the save counter, or that of a save in save. The same on all ranks.
+        """What the next save counts from: the save counter, or that of a save in flight. The same on all ranks.
 
         The counter itself changes when a save is committed, which the ranks hear of at different moments.
         """

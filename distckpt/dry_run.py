@@ -44,7 +44,7 @@ class DryRun:
         Args:
             source: The file.
             live: A `Checkpoint`, or what would be its positional root.
-            options: Of the restore.
+            options: How to restore.
 
         Raises:
             TypeError: The object cannot be checkpointed.

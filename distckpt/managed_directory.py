@@ -48,8 +48,8 @@ class Decision(msgspec.Struct, frozen=True):
     Attributes:
         due: Whether to save.
         time: When it was decided, in seconds on rank 0's clock.
-        step: Of the step counter; None without one.
-        metrics: Those that are finite.
+        step: Value of the step counter; None without one.
+        metrics: The finite metrics.
     """
 
     due: bool
@@ -138,7 +138,7 @@ class ManagedDirectory:
         self._begun.append((LastSave(decision.step, decision.time), ended))
 
     def _newest(self) -> LastSave:
-        """Where intervals begin. Of a save that has ended, `record` knows if it was committed."""
+        """The save from which intervals count: the newest in the background, or else the last that was recorded."""
         self._begun = [(last, ended) for last, ended in self._begun if not ended()]
         return self._begun[-1][0] if self._begun else self._last
 

@@ -303,7 +303,7 @@ class CheckpointManager:
             self._learn(self._coordinator.on_root("look at the directory", self._managed.open, DirectoryView))
 
     def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
-        """As that of the Checkpoint."""
+        """As `Checkpoint._options`, for a call of the manager."""
         given = Attempt.of(lambda: given_or_default(options, kind))
         if given.error is not None and self._coordinator.size > 1:
             with self._coordinator.turn, self._coordinator.uninterrupted():

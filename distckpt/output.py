@@ -82,8 +82,8 @@ class _Template:
         """From the first file.
 
         Args:
-            skeleton: Of that file; has the positions of the variables.
-            manifest: Of any file of the layout.
+            skeleton: The skeleton of that file, with the positions of the variables.
+            manifest: The manifest of any file of the layout.
         """
         variables = [
             msgspec.structs.replace(variable, offset=offset)

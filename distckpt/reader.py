@@ -235,7 +235,7 @@ class CheckpointReader:
 
         Args:
             live: A `Checkpoint`, or what would be its positional root; a dict stands for `Checkpoint(**live)`.
-            options: Of the restore.
+            options: How to restore.
 
         Returns:
             Key of each saved value that fits, to the key of the live one.
@@ -250,7 +250,7 @@ class CheckpointReader:
 
         Args:
             live: As for `match`.
-            options: Of the restore.
+            options: How to restore.
 
         Returns:
             What the status of the restore would say.

@@ -149,7 +149,7 @@ def meet(coordinator: Coordinator, request: Request, error: BaseException | None
     """Wait for all ranks and see that they make the same call. Collective over the communicator.
 
     Args:
-        coordinator: Of the ranks that make the call.
+        coordinator: The coordinator of the ranks that make the call.
         request: This rank's call.
         error: What failed on this rank before it came; then all ranks raise.
         timeout: Seconds to wait.

@@ -1,4 +1,10 @@
-"""One restore on one rank: what its file holds, what was taken, what waits, and what this rank reports."""
+"""One restore on one rank: what its file holds, what was restored, what is pending, and what this rank reports.
+
+A restore calls `plan` once, and `settle` when the assignment was applied. Saved values without a live counterpart are
+then pending. Each later walk may find their counterparts, and `catch_up` restores them, until nothing is pending any
+more: a value is also given up if a newer restore takes or awaits the same one (`give_way`), or if a save stores another
+value in its place (`give_up_met`).
+"""
 
 from __future__ import annotations
 
@@ -63,8 +69,8 @@ class Restoration:
         options: How to restore.
         with_counter: The save counter is restored too.
         keys: The saved keys of what is to be restored, tensors first.
-        hollow: Those of containers without any value inside.
-        pending: Saved key to (key of the parent, what of it it waits for, in words).
+        hollow: The saved keys of containers without any value inside.
+        pending: Saved key to (key of the live parent, what the value waits for there, in words).
         unmatched: Warnings for the first save, of what did not match; cleared when the user expects or asks that.
     """
 
@@ -83,20 +89,21 @@ class Restoration:
         stored = (*(variable.key for variable in manifest.variables), *manifest.python_state)
         self.keys = [key for key in stored if key in self._selection.keys]
         self._uid = next(_uids)  # a newer restore has a higher one
-        self._outrun = Claims()
+        self._taken_by_newer = Claims()  # live values
+        #: Saved keys, and keys of slot pairs, with which this restore is done: restored, skipped or given up.
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
-        self._dropped: set[str] = set()
+        self._dropped: set[str] = set()  # keys given up because of a save
         self._superseded: dict[str, weakref.ref[Restoration]] = {}  # key to the newer restore that waits for it now
-        self._awaited: set[str] = set()
-        self._holders: dict[str, weakref.ref[object]] = {}
-        self._skipped: dict[str, Mismatch] = {}
+        self._awaited: set[str] = set()  # names of attributes that pending values wait for
+        self._holders: dict[str, weakref.ref[object]] = {}  # key to the object restored in place: it may be replaced
+        self._skipped: dict[str, Mismatch] = {}  # by key
 
     # ---- deciding and doing ----
 
     def plan(self, live: LiveGraph) -> tuple[Binding, Assignment]:
         """Match the live graph, a fresh walk, and decide what is still to restore. Local; changes nothing live."""
         binding = bind(self._selection, live, self.hollow)
-        self._leave_outrun(binding)
+        self._leave_to_newer(binding)
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
         manifest, cast = self.source.manifest, self.options.cast
         assignment = assign(binding, manifest, cast=cast, done=self._settled, skipped=self._skipped)
@@ -113,30 +120,30 @@ class Restoration:
             newer: The newer restore.
             live: Its walk.
         """
-        self._leave_outrun(bind(self._selection, live, self.hollow))
+        self._leave_to_newer(bind(self._selection, live, self.hollow))
         superseded = {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
         self._superseded.update(dict.fromkeys(superseded, weakref.ref(newer)))
         self._settled |= superseded
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
-    def _leave_outrun(self, binding: Binding) -> None:
-        """Take out of a binding, for good, what a newer restore has taken."""
-        if not self._outrun:
+    def _leave_to_newer(self, binding: Binding) -> None:
+        """Take what newer restores have taken out of a binding, for good."""
+        if not self._taken_by_newer:
             return
-        lost = {match.key for match in binding.matches if match.claim in self._outrun}
+        lost = {match.key for match in binding.matches if match.claim in self._taken_by_newer}
         self._settled |= lost
         binding.matches = [match for match in binding.matches if match.key not in lost]
         for new in binding.new_slots:
-            if new.claim in self._outrun:
+            if new.claim in self._taken_by_newer:
                 self._settled.update((new.pair, *new.keys))
-        binding.new_slots = [new for new in binding.new_slots if new.claim not in self._outrun]
+        binding.new_slots = [new for new in binding.new_slots if new.claim not in self._taken_by_newer]
 
-    def _outrun_older(self, binding: Binding) -> None:
-        """Tell all older restores that wait what this one has taken: newest call wins, per object."""
+    def _tell_older(self, binding: Binding) -> None:
+        """Tell all older restores that wait what this one has taken: the newest call wins, per object."""
         for older in _waiting:
             if older._uid < self._uid:
-                older._outrun.add(match.claim for match in binding.matches)
-                older._outrun.add(new.claim for new in binding.new_slots)
+                older._taken_by_newer.add(match.claim for match in binding.matches)
+                older._taken_by_newer.add(new.claim for new in binding.new_slots)
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
         """Remember what an assignment restored, after it did."""
@@ -151,7 +158,7 @@ class Restoration:
         for mismatch in assignment.mismatches:
             self._skipped[mismatch.key] = mismatch
             self._settled.add(mismatch.key)
-        self._outrun_older(binding)
+        self._tell_older(binding)
 
     def wait(self) -> None:
         """Hear from now on what newer restores take. Local."""
@@ -197,7 +204,7 @@ class Restoration:
     # ---- reporting ----
 
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
-        """What this rank has to say after `plan`. Local."""
+        """What this rank contributes to the report, after `plan`. Local."""
         taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
         taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
@@ -274,7 +281,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
 
 
 def _mismatches(reports: Sequence[LocalReport]) -> Iterator[ValueMismatch]:
-    """Those of all ranks; what not all ranks have says which do."""
+    """The mismatches of all ranks; one that not all ranks have names those that do."""
     ranks: dict[tuple[str, str, str], list[int]] = {}
     for rank, report in enumerate(reports):
         for mismatch in dict.fromkeys(report.mismatched):

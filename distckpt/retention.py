@@ -18,7 +18,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: File name within the manager's directory.
         time: When it was saved, in seconds since the epoch on rank 0's clock.
-        step: Of the step counter when it was saved; without a step counter the number in its name.
+        step: Value of the step counter when it was saved; without a step counter the number in its name.
         metrics: Passed to `save`; finite values only.
         durable: It was on disk, whatever happens to the machine, when `save` returned.
     """

@@ -48,7 +48,7 @@ class Saver:
         self._warned: set[str] = set()
 
     def save(self, operation: str, walk: Callable[[], LiveGraph], target: Target, options: SaveOptions) -> SaveResult:
-        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; none is in save."""
+        """See `Checkpoint.save` and `Checkpoint.write`. Collective over the communicator; no save is in flight."""
         with collector_off():  # around the locals of the call, too: what is freed before the end is never visited
             return self._save(SaveCall(operation, walk, target, options))
 

@@ -25,7 +25,7 @@ class LastSave:
     """The checkpoint from which intervals count: the last one saved or restored.
 
     Attributes:
-        step: Of the step counter then; None before there was one.
+        step: Value of the step counter then; None before there was one.
         time: When it was, in seconds on rank 0's clock; None before there was one.
     """
 
@@ -58,7 +58,7 @@ class Schedule:
         """Whether to save.
 
         Args:
-            step: Of the step counter; None without one.
+            step: Value of the step counter; None without one.
             now: In seconds.
             last: Where the intervals begin.
             check_interval: False saves at any time, but not twice at one step.

@@ -73,7 +73,7 @@ class Report:
         )
 
     def immediate_warnings(self, path: str) -> list[str]:
-        """What must not wait until the first save."""
+        """Warnings that must not wait until the first save."""
         messages = [f"{path}: {text}" for text in self.ambiguous]
         messages += [f"{path}: {key} skipped: saved {saved}, live {live}" for key, saved, live in self.mismatched]
         if self.unexpected and not self.restored:
@@ -87,7 +87,7 @@ class Report:
         return messages
 
     def partial_warnings(self, path: str) -> list[str]:
-        """What stayed unmatched, for the first save."""
+        """Warnings about what stayed unmatched, for the first save."""
         lost = [key for key in self.unexpected if key not in self.exempt]
         absent = [key for key in self.missing if key not in self.exempt]
         hint = "Call expect_partial() on the status of restore() if that is meant."

@@ -33,7 +33,7 @@ def merge_messages(messages: Sequence[Parts], *, trust_lowest: bool) -> Merged:
     """Merge the layouts of all ranks. Rank 0 only.
 
     Args:
-        messages: Of all ranks, by rank.
+        messages: The message of each rank, by rank.
         trust_lowest: See `merge`.
 
     Raises:

@@ -59,7 +59,7 @@ def write_shards(
     """Write this rank's shards and checksums, and make them durable. Collective over the communicator.
 
     Args:
-        coordinator: Of the ranks that save.
+        coordinator: The coordinator of the ranks that save.
         destination: The file.
         plan_jobs: Gives what this rank writes; called within the first step.
         seal: Writes what belongs into the file when all data are in it and before they are made durable.

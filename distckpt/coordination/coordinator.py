@@ -302,7 +302,7 @@ class Coordinator:
         """Concatenate the bytes of all ranks in the memory of one. One gather; nothing foreseeable fails.
 
         Args:
-            root: That rank.
+            root: The rank that receives.
             data: This rank's bytes.
             lengths: On the root: the number of bytes of each rank. Together at most `collectives.CALL_LIMIT`.
             memory: On the root: for as many bytes.

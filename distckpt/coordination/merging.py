@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """As `Parts`, on the rank that gets it."""
+    """A reply in two parts, on the rank that receives it; see `Parts`."""
 
     common: Buffer
     own: Buffer

@@ -237,7 +237,7 @@ class ShardedVariable:
 
     @property
     def boxes(self) -> tuple[Box, ...]:
-        """What it covers: one box, or the few that a flat range consists of, and empty ones."""
+        """The boxes that it covers: one, or those of a flat range, filled up with empty ones."""
         if self.start is None:
             return (Box(self.offset, tuple(self.tensor.shape)),)
         return _flat_boxes(self.global_shape, self.start, self.start + self.tensor.numel())

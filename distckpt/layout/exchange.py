@@ -73,7 +73,7 @@ class PieceSpan(NamedTuple):
     """A piece as written, from its first to its last element in row-major order; other pieces may lie in between.
 
     Attributes:
-        span: From its first element to behind its last.
+        span: From its first element to just past its last.
         box: The piece.
         checksum: Index of its checksum.
     """

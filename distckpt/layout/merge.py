@@ -56,7 +56,7 @@ def merge(layouts: Sequence[LocalLayout], *, trust_lowest: bool = False) -> Merg
     """Merge the layouts of all ranks. Rank 0 only.
 
     Args:
-        layouts: By rank.
+        layouts: The layout of each rank, by rank.
         trust_lowest: Compare no replicas; the lowest rank that holds a value writes it.
 
     Raises:

@@ -58,7 +58,7 @@ def compare_python_values(
     Args:
         values: All values; tensors are skipped.
         holdings: What each group of ranks holds.
-        layouts: By rank.
+        layouts: The layout of each rank, by rank.
         comparison: Receives the values that differ.
     """
     state: dict[str, bytes] = {}

@@ -40,6 +40,7 @@ def require_checksum(key: str, box: Box, nbytes: int, expected: int, got: int) -
         )
 
 
+#: The checksum of bytes; and what computes it of bytes that come in parts.
 digest = xxhash.xxh3_64_intdigest
 Hasher = xxhash.xxh3_64
 

@@ -101,7 +101,7 @@ class Arrivals:
         self.finish()
 
     def finish(self) -> None:
-        """See that all that was put is in the tensors, whatever happened; what the end of the context does."""
+        """Complete the copies of all that was put, whatever happened. Called at the end of the context."""
         try:
             self._start()
         finally:

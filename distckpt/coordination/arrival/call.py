@@ -30,7 +30,7 @@ def absent_error(call: Call, absent: tuple[int, ...], size: int) -> RankTimeoutE
     """The error of a rank that came in time.
 
     Args:
-        call: Its call.
+        call: The call of this rank.
         absent: Ranks that did not come.
         size: Number of ranks.
     """

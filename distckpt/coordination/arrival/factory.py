@@ -15,7 +15,7 @@ def arrival_over(channel: Channel, teams: Teams | None = None) -> Arrival:
     """This rank's part of the protocol. Local.
 
     Args:
-        channel: Its end of the messages.
+        channel: This rank's channel.
         teams: The same on all ranks; None for those that suit the number of ranks.
     """
     teams = teams or Teams.of(channel.size)

@@ -66,22 +66,22 @@ class RootAdapter(Adapter):
         return Problem(part.name, "the root and the Checkpoint both have something of this name. Rename one of them.")
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
-        """What the root takes."""
+        """See `Adapter.takes`: the root's own adapter knows."""
         return self.inner.takes(name, live)
 
     def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
-        """What the root refuses."""
+        """See `Adapter.refusal`: nothing attached, else the root's own adapter knows."""
         return None if self._is_attached(name) else self.inner.refusal(obj, name, encoded)
 
     def _is_attached(self, name: str) -> bool:
         return name == COUNTER_KEY or any(escape(other) == name for other in self.attached)
 
     def claim(self, obj: object, name: str) -> Claim:
-        """What is attached belongs to the Checkpoint: others may have the same root."""
+        """See `Adapter.claim`. What is attached belongs to the Checkpoint: others may have the same root."""
         return (self.owner, name) if self._is_attached(name) else self.inner.claim(obj, name)
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Hand every value to whom it belongs."""
+        """Hand each value to the root, the attached attribute or the counter."""
         names = {escape(name): name for name in self.attached}
         own = {}
         for escaped, value in saved.items():
