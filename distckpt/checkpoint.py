@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from distckpt.background_save import BackgroundSave, Epilogue
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import NewFile
 from distckpt.graph.adapters.base import Adapter
 from distckpt.graph.adapters.registry import adapter_for, refusal, unwrap
 from distckpt.graph.adapters.root import RootAdapter
@@ -19,10 +17,12 @@ from distckpt.graph.trackable import Trackable, WeakRoot, tracked_attributes
 from distckpt.graph.view import LiveGraph, walk
 from distckpt.handle import SaveHandle
 from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
-from distckpt.output import Target
 from distckpt.request import Attempt, Request, meet
 from distckpt.restorer import Restorer
-from distckpt.saver import Saver
+from distckpt.saving.background_save import BackgroundSave, Epilogue
+from distckpt.saving.draft import NewFile
+from distckpt.saving.output import Target
+from distckpt.saving.saver import Saver
 from distckpt.status import RestoreStatus
 from distckpt.timing import Timing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distckpt.background_save import BackgroundSave
+from distckpt.saving.background_save import BackgroundSave
 from distckpt.timing import Timing
 
 

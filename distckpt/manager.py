@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import NewFile
 from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.handle import SaveHandle
 from distckpt.managed_directory import Choice, Decision, DirectoryView, ManagedDirectory
 from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
+from distckpt.saving.draft import NewFile
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
 from distckpt.status import RestoreStatus
 from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX, as_text

@@ -25,18 +25,18 @@ import mpi4py
 mpi4py.rc.thread_level = sys.argv[2]
 from mpi4py import MPI
 import torch
-import distckpt.background_save, distckpt.writer
+import distckpt.saving.background_save, distckpt.saving.writer
 from distckpt import Checkpoint, SaveOptions, ShardedVariable
 
 comm, directory, slow = MPI.COMM_WORLD, Path(sys.argv[1]), 0.0
 assert (MPI.Query_thread() == MPI.THREAD_MULTIPLE) == (sys.argv[2] == "multiple")
-fsync = distckpt.writer.fsync
+fsync = distckpt.saving.writer.fsync
 
 def slow_fsync(fd):
     time.sleep(slow)
     fsync(fd)
 
-distckpt.writer.fsync = slow_fsync
+distckpt.saving.writer.fsync = slow_fsync
 rows = torch.zeros(1 << 16)
 checkpoint = Checkpoint(rows=ShardedVariable(rows, (comm.size << 16,), (comm.rank << 16,)), step=0)
 
@@ -79,14 +79,14 @@ CASES = [(ending, level) for ending in ENDINGS for level in ("multiple", "serial
 #: Without THREAD_MULTIPLE it is made in the call.
 CASES.append(("exit before there is a file", "multiple"))
 ENDINGS["exit before there is a file"] = """
-import distckpt.draft
-make = distckpt.draft.create_like
+import distckpt.saving.draft
+make = distckpt.saving.draft.create_like
 
 def slow_make(*args):
     time.sleep(0.3)
     make(*args)
 
-distckpt.draft.create_like = slow_make
+distckpt.saving.draft.create_like = slow_make
 save(overlap=True)
 """
 
@@ -114,7 +114,7 @@ def test_a_failure_that_nobody_asked_for_is_logged_at_exit(mpirun: Any, tmp_path
     ending = """
     def broken(fd):
         raise OSError(28, "no quota")
-    distckpt.writer.fsync = broken if comm.rank == 1 else fsync
+    distckpt.saving.writer.fsync = broken if comm.rank == 1 else fsync
     save()
     """
     directory = tmp_path / "run"

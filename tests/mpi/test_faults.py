@@ -20,22 +20,22 @@ import pytest
 import torch
 
 import distckpt.checkpoint
-import distckpt.draft
 import distckpt.exchange.reading
 import distckpt.exchange.writing
-import distckpt.output
 import distckpt.restoration
 import distckpt.restorer
-import distckpt.saver
+import distckpt.saving.draft
+import distckpt.saving.output
+import distckpt.saving.saver
+import distckpt.saving.writer
 import distckpt.source
 import distckpt.storage.rawio
 import distckpt.wire
-import distckpt.writer
 from distckpt import Checkpoint, RestoreOptions, SaveOptions, ShardedVariable, latest_checkpoint
-from distckpt.agreed_layout import AgreedLayout
 from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import aggregation, taking
+from distckpt.saving.agreed_layout import AgreedLayout
 from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
@@ -229,14 +229,14 @@ MANY = 90  # small variables, whose shards the ranks write for one another
 SAVE_FAULTS = [
     Fault("capture", distckpt.checkpoint, "walk", EVERY),
     Fault("capture", Meter, "state_dict", EVERY),
-    Fault("capture", distckpt.saver, "capture", EVERY),
+    Fault("capture", distckpt.saving.saver, "capture", EVERY),
     Fault("layout", distckpt.wire, "merge", ROOT, layouts=NEW),
-    Fault("layout", distckpt.output.Output, "adopt", ROOT, layouts=NEW),
-    Fault("plan", distckpt.saver, "AgreedLayout", EVERY, layouts=NEW),
-    Fault("create", distckpt.output.Output, "update_values", ROOT),
-    Fault("create", distckpt.output, "next_number", ROOT),
-    Fault("create", distckpt.output, "sweep", ROOT, layouts=NEW),
-    Fault("create", distckpt.output, "_choose_transport", ROOT),
+    Fault("layout", distckpt.saving.output.Output, "adopt", ROOT, layouts=NEW),
+    Fault("plan", distckpt.saving.saver, "AgreedLayout", EVERY, layouts=NEW),
+    Fault("create", distckpt.saving.output.Output, "update_values", ROOT),
+    Fault("create", distckpt.saving.output, "next_number", ROOT),
+    Fault("create", distckpt.saving.output, "sweep", ROOT, layouts=NEW),
+    Fault("create", distckpt.saving.output, "_choose_transport", ROOT),
     Fault("create", rawio, "reserve", ROOT),
     Fault("create", creation, "_create_datasets", ROOT, layouts=NEW),
     Fault("create", creation, "_read_runs", ROOT, layouts=NEW),
@@ -244,7 +244,7 @@ SAVE_FAULTS = [
     Fault("create", manifest, "encode_layout", ROOT, layouts=NEW),
     Fault("create", manifest, "encode", ROOT),
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
-    Fault("open", distckpt.writer, "open_shared", EVERY),
+    Fault("open", distckpt.saving.writer, "open_shared", EVERY),
     Fault("open", AgreedLayout, "jobs", EVERY, transports=BOTH),
     Fault("aggregate", aggregation, "_small_parts", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "aggregators", EVERY, layouts=NEW),
@@ -270,12 +270,12 @@ SAVE_FAULTS = [
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",), collective=True),
     Fault("write", mpio, "_finish", EVERY, transports=("mpio",), collective=True),
     Fault("write", ChecksumLog, "write", EVERY, transports=BOTH),
-    Fault("fsync", distckpt.draft, "with_timing", ROOT),
-    Fault("fsync", distckpt.draft, "write_manifest", ROOT),
-    Fault("fsync", distckpt.writer, "fsync", EVERY, transports=BOTH),
-    Fault("commit", distckpt.draft, "commit", ROOT, transports=BOTH),
+    Fault("fsync", distckpt.saving.draft, "with_timing", ROOT),
+    Fault("fsync", distckpt.saving.draft, "write_manifest", ROOT),
+    Fault("fsync", distckpt.saving.writer, "fsync", EVERY, transports=BOTH),
+    Fault("commit", distckpt.saving.draft, "commit", ROOT, transports=BOTH),
     Fault("commit", distckpt.storage.rawio, "sync_directory", ROOT),
-    Fault("commit", distckpt.draft, "record_save", ROOT),
+    Fault("commit", distckpt.saving.draft, "record_save", ROOT),
     Fault("commit", state, "write_state", ROOT),
 ]
 INTERRUPTED = {
@@ -343,7 +343,7 @@ def test_a_failing_write_leaves_the_file_that_was_there(
         return
     program = Program(comm, 1)
     path = program.checkpoint.write(mpi_dir / "model")
-    for owner, name in ((distckpt.writer, "fsync"), (rawio, "write_vector"), (distckpt.draft, "commit")):
+    for owner, name in ((distckpt.saving.writer, "fsync"), (rawio, "write_vector"), (distckpt.saving.draft, "commit")):
         program.train()
         with monkeypatch.context() as patch:
             if comm.rank == 0:
@@ -367,7 +367,7 @@ def test_all_failing_ranks_are_named(subcomm: Any, mpi_dir: Path, monkeypatch: p
     program = Program(comm, 1)
     with monkeypatch.context() as patch:
         if comm.rank > 0:
-            patch.setattr(distckpt.writer, "fsync", Raise(ValueError(f"from {comm.rank}")))
+            patch.setattr(distckpt.saving.writer, "fsync", Raise(ValueError(f"from {comm.rank}")))
         with pytest.raises(CollectiveError) as error:
             program.checkpoint.save(mpi_dir / "ckpt")
     assert error.value.failures == {1: "ValueError: from 1", 2: "ValueError: from 2"}

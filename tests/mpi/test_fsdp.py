@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import distckpt
-from distckpt.background_save import BackgroundSave
+from distckpt.saving.background_save import BackgroundSave
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 

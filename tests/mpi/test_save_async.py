@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-import distckpt.background_save
 import distckpt.checkpoint
-import distckpt.draft
 import distckpt.managed_directory
-import distckpt.output
-import distckpt.saver
+import distckpt.saving.background_save
+import distckpt.saving.draft
+import distckpt.saving.output
+import distckpt.saving.saver
+import distckpt.saving.writer
 import distckpt.storage.rawio
-import distckpt.writer
 from distckpt import Checkpoint, CheckpointManager, RankTimeoutError, SaveOptions, ShardedVariable, latest_checkpoint
-from distckpt.agreed_layout import AgreedLayout
-from distckpt.background_save import BackgroundSave
 from distckpt.coordination import background
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CollectiveError, LayoutError
 from distckpt.exchange import aggregation
+from distckpt.saving.agreed_layout import AgreedLayout
+from distckpt.saving.background_save import BackgroundSave
 from distckpt.storage import creation, rawio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.hdf5 import open_checkpoint
@@ -179,10 +179,12 @@ def test_the_file_is_made_in_the_background_where_the_thread_may_say_so(
     program, opened = Program(comm, 1), threading.Event()
     program.checkpoint.save_async(mpi_dir / "ckpt").result()
     known = names_in(comm, mpi_dir)
-    make = distckpt.draft.create_like
+    make = distckpt.saving.draft.create_like
     if level == "serialized":
         opened.set()
-    monkeypatch.setattr(distckpt.draft, "create_like", lambda *args: make(*args) if opened.wait(PATIENCE) else None)
+    monkeypatch.setattr(
+        distckpt.saving.draft, "create_like", lambda *args: make(*args) if opened.wait(PATIENCE) else None
+    )
     before = program.values()
     handle = program.checkpoint.save_async(mpi_dir / "ckpt", options=SaveOptions(overlap=overlap))
     program.train()
@@ -275,26 +277,26 @@ FAULTS = [
     Fault("capture", distckpt.checkpoint, "walk", EVERY),
     Fault("start a thread", background.Background, "start", EVERY),
     Fault("duplicate the communicator", background, "PolledCollectives", EVERY),
-    Fault("create", distckpt.output, "next_number", ROOT),
+    Fault("create", distckpt.saving.output, "next_number", ROOT),
     Fault("create", creation, "rebuild", ROOT),
     Fault("create", creation, "_new_file", ROOT),
     Fault("stage", AgreedLayout, "jobs", EVERY),
-    Fault("stage", distckpt.background_save.Snapshot, "_copy_now", EVERY),
-    Fault("stage", distckpt.saver.HostBuffers, "take", EVERY),
-    Fault("write", distckpt.background_save.Snapshot, "jobs", EVERY),
-    Fault("write", distckpt.writer, "open_shared", EVERY),
+    Fault("stage", distckpt.saving.background_save.Snapshot, "_copy_now", EVERY),
+    Fault("stage", distckpt.saving.saver.HostBuffers, "take", EVERY),
+    Fault("write", distckpt.saving.background_save.Snapshot, "jobs", EVERY),
+    Fault("write", distckpt.saving.writer, "open_shared", EVERY),
     Fault("write", rawio, "write_vector", EVERY),
     Fault("write", ChecksumLog, "write", EVERY),
-    Fault("write", distckpt.writer, "fsync", EVERY),
-    Fault("write", distckpt.writer, "open_shared", EVERY, MANY),
+    Fault("write", distckpt.saving.writer, "fsync", EVERY),
+    Fault("write", distckpt.saving.writer, "open_shared", EVERY, MANY),
     Fault("aggregate", aggregation, "_Writing", EVERY, MANY),
     Fault("aggregate", aggregation, "digest", EVERY, MANY),
     Fault("aggregate", aggregation.Assembly, "put_together", ROOT, MANY),
-    Fault("commit", distckpt.draft, "write_manifest", ROOT),
-    Fault("commit", distckpt.draft, "fsync", ROOT),
-    Fault("commit", distckpt.draft, "commit", ROOT),
+    Fault("commit", distckpt.saving.draft, "write_manifest", ROOT),
+    Fault("commit", distckpt.saving.draft, "fsync", ROOT),
+    Fault("commit", distckpt.saving.draft, "commit", ROOT),
     Fault("commit", distckpt.storage.rawio, "sync_directory", ROOT),
-    Fault("commit", distckpt.draft, "record_save", ROOT),
+    Fault("commit", distckpt.saving.draft, "record_save", ROOT),
 ]
 ONCE = {"start a thread", "duplicate the communicator"}
 
@@ -366,7 +368,7 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_the_next_call_on_all_ranks
 
     asked_by = {"nobody": [], "one": [1], "all": [0, 1, 2]} if level == "multiple" else {"nobody": [], "all": [0, 1, 2]}
     for who, ranks in asked_by.items():
-        fault = Fault("write", distckpt.writer, "fsync", [2])
+        fault = Fault("write", distckpt.saving.writer, "fsync", [2])
         with monkeypatch.context() as patch:
             if comm.rank == 2:
                 patch.setattr(fault.owner, fault.name, Raise(OSError(28, "injected on rank 2")))
@@ -388,7 +390,7 @@ def test_all_failing_ranks_are_named(subcomm: Any, mpi_dir: Path, monkeypatch: p
         return
     program = Program(comm, 1)
     if comm.rank > 0:
-        monkeypatch.setattr(distckpt.writer, "fsync", Raise(ValueError(f"from {comm.rank}")))
+        monkeypatch.setattr(distckpt.saving.writer, "fsync", Raise(ValueError(f"from {comm.rank}")))
     with pytest.raises(CollectiveError) as error:
         program.checkpoint.save_async(mpi_dir / "ckpt").result()
     assert error.value.failures == {1: "ValueError: from 1", 2: "ValueError: from 2"}
@@ -444,8 +446,8 @@ def test_a_slow_rank(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatc
     opened = threading.Event()
     program = Program(comm, 1)
     if comm.rank == 1:
-        fsync = distckpt.writer.fsync
-        monkeypatch.setattr(distckpt.writer, "fsync", lambda fd: fsync(fd) if opened.wait(PATIENCE) else None)
+        fsync = distckpt.saving.writer.fsync
+        monkeypatch.setattr(distckpt.saving.writer, "fsync", lambda fd: fsync(fd) if opened.wait(PATIENCE) else None)
     handle = program.checkpoint.save_async(mpi_dir / "ckpt")
     program.train()
     assert not handle.done()

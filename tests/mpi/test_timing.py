@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import distckpt.background_save
 import distckpt.restoration
 import distckpt.restorer
-import distckpt.saver
-import distckpt.writer
+import distckpt.saving.background_save
+import distckpt.saving.saver
+import distckpt.saving.writer
 from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
 from distckpt.coordination import background
 from distckpt.source import Source
@@ -76,11 +76,11 @@ def assert_slow(comm: Any, timing: Timing | None, step: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "step", "transport"),
     [
-        (distckpt.saver, "capture", "digest", "posix"),
-        (distckpt.saver, "decode_reply", "plan", "posix"),
-        (distckpt.writer, "write_posix", "write", "posix"),
+        (distckpt.saving.saver, "capture", "digest", "posix"),
+        (distckpt.saving.saver, "decode_reply", "plan", "posix"),
+        (distckpt.saving.writer, "write_posix", "write", "posix"),
         (mpio, "write_mpio", "write", "mpio"),
-        (distckpt.writer, "fsync", "fsync", "posix"),
+        (distckpt.saving.writer, "fsync", "fsync", "posix"),
     ],
 )
 def test_the_slow_rank_of_a_save_is_named(
@@ -129,8 +129,8 @@ def test_an_unchanged_save_still_compares_digests_only(
     saved = checkpoint(comm)
     saved.save(mpi_dir / "ckpt")
     with monkeypatch.context() as patch:
-        slow_down(patch, comm, distckpt.saver, "capture")
-        patch.setattr(distckpt.saver, "encode_message", _fail)
+        slow_down(patch, comm, distckpt.saving.saver, "capture")
+        patch.setattr(distckpt.saving.saver, "encode_message", _fail)
         saved.save(mpi_dir / "ckpt")
     assert saved.save_timing is not None
     assert not {"merge", "plan"} & saved.save_timing.steps.keys()
@@ -144,7 +144,7 @@ def test_the_slow_rank_of_a_save_in_the_background_is_named(
     if level == "serialized":
         monkeypatch.setattr(background, "threads_may_speak", lambda: False)
     saved = checkpoint(comm)
-    slow_down(monkeypatch, comm, distckpt.writer, name)
+    slow_down(monkeypatch, comm, distckpt.saving.writer, name)
     handle = saved.save_async(mpi_dir / "ckpt")
     assert handle.timing is None
     path = handle.result()
@@ -165,7 +165,7 @@ def test_a_rank_that_fails_in_a_step_fails_the_save_as_ever(
     before = saved.save_timing
     with monkeypatch.context() as patch:
         if comm.rank == failing:
-            patch.setattr(distckpt.writer, name, _fail)
+            patch.setattr(distckpt.saving.writer, name, _fail)
         with pytest.raises(CollectiveError) as error:
             saved.save_async(mpi_dir / "ckpt").result() if background else saved.save(mpi_dir / "ckpt", options=POSIX)
     agree(list(error.value.failures) == [failing])

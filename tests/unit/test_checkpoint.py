@@ -28,8 +28,8 @@ from distckpt import (
     Trackable,
     latest_checkpoint,
 )
-from distckpt import draft as drafts
-from distckpt import output as outputs
+from distckpt.saving import draft as drafts
+from distckpt.saving import output as outputs
 
 
 def full(value: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import distckpt.draft
+import distckpt.saving.draft
 from distckpt import Checkpoint
 from distckpt.cli import main
 from distckpt.layout.records import Manifest
@@ -52,7 +52,7 @@ def test_show_of_a_file_without_a_timing_says_so(
     path: str, monkeypatch: pytest.MonkeyPatch, manifest_of: ManifestOf
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.draft, "with_timing", lambda encoded, _: encoded)
+        patch.setattr(distckpt.saving.draft, "with_timing", lambda encoded, _: encoded)
         file = checkpoint().save(path)
     assert manifest_of(file).timing is None
     assert shown("--timing", file)[-1] == "the file does not say how long its save took"

@@ -402,7 +402,7 @@ def test_a_save_that_failed_leaves_the_interval_open(tmp_path: Path, monkeypatch
     checkpoint = make()
     manager = CheckpointManager(checkpoint, tmp_path, checkpoint_interval=2, step_counter="step")
     with monkeypatch.context() as patch:
-        patch.setattr("distckpt.draft.commit", raising(OSError("no quota")))
+        patch.setattr("distckpt.saving.draft.commit", raising(OSError("no quota")))
         with pytest.raises(CollectiveError, match="no quota"):
             manager.save()
     assert manager.checkpoints == []

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import distckpt.writer
+import distckpt.saving.writer
 from distckpt import Checkpoint, CheckpointManager, CheckpointRecord, CollectiveError, SaveOptions, latest_checkpoint
-from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.saving.background_save import BackgroundSave
 
 PATIENCE = 30.0
 
@@ -96,7 +96,7 @@ def test_a_failed_save_deletes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no quota")
 
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.writer, "fsync", broken)
+        patch.setattr(distckpt.saving.writer, "fsync", broken)
         handle = manager.save_async()
         assert handle is not None
         with pytest.raises(CollectiveError, match="no quota"):
@@ -138,7 +138,7 @@ def test_intervals_do_not_count_from_a_save_that_failed(tmp_path: Path, monkeypa
 
     checkpoint.step = 10
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.writer, "fsync", broken)
+        patch.setattr(distckpt.saving.writer, "fsync", broken)
         handle = manager.save_async()
         assert handle is not None
         while not handle.done():

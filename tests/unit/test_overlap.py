@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distckpt import Checkpoint, CollectiveError, SaveOptions, ShardedVariable
-from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.layout.box import Box
+from distckpt.saving.background_save import BackgroundSave
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.snapshot import Snapshot, Watch, _SharedWork
 from distckpt.storage.staging import HostBuffers

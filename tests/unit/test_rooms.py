@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "coordination": FOUNDATION | {"layout"},
     "storage": FOUNDATION | {"layout"},
     "exchange": FOUNDATION | ROOMS | {"log", "request", "source"},
+    "saving": FOUNDATION | ROOMS | {"exchange", "progress", "request", "wire"},
     "cluster": FOUNDATION | {"layout", "coordination", "storage"},
 }
 #: The command line and the benchmark use the package as its users do.

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-import distckpt.background_save
-import distckpt.draft
-import distckpt.writer
+import distckpt.saving.background_save
+import distckpt.saving.draft
+import distckpt.saving.writer
 from distckpt import Checkpoint, CheckpointError, CollectiveError, LayoutError, SaveOptions, latest_checkpoint
-from distckpt.background_save import BackgroundSave
 from distckpt.coordination import background
+from distckpt.saving.background_save import BackgroundSave
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
 
@@ -76,7 +76,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, text: str = "no quota") -> None:
     def broken(*_: object) -> None:
         raise OSError(28, text)
 
-    monkeypatch.setattr(distckpt.writer, "fsync", broken)
+    monkeypatch.setattr(distckpt.saving.writer, "fsync", broken)
 
 
 def names(directory: Path) -> list[str]:
@@ -171,7 +171,7 @@ def test_the_thread_takes_what_the_program_leaves(tmp_path: Path, monkeypatch: p
     def look(*_: object) -> None:
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
-    monkeypatch.setattr(distckpt.writer, "fsync", look)
+    monkeypatch.setattr(distckpt.saving.writer, "fsync", look)
     checkpoint_of(1).save_async(tmp_path / "ckpt").result(PATIENCE)
     assert found == [19]
 
@@ -203,7 +203,7 @@ def test_mpio_is_refused(tmp_path: Path) -> None:
 def test_the_call_does_not_wait_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
     checkpoint, gate = checkpoint_of(1), Gate()
     checkpoint.save_async(tmp_path / "ckpt").result(PATIENCE)
-    monkeypatch.setattr("distckpt.draft.create_like", gate.before(distckpt.draft.create_like))
+    monkeypatch.setattr("distckpt.saving.draft.create_like", gate.before(distckpt.saving.draft.create_like))
     handle = checkpoint.save_async(tmp_path / "ckpt", options=SaveOptions(overlap=overlap))
     handle.wait_staged()  # the copy does not wait for it either
     fill(checkpoint, 2)
@@ -304,7 +304,7 @@ def test_several_in_flight_end_in_order(tmp_path: Path, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(distckpt.draft, "create_like"), (distckpt.background_save, "write_alone")]
+    ("owner", "name"), [(distckpt.saving.draft, "create_like"), (distckpt.saving.background_save, "write_alone")]
 )
 def test_a_save_that_fails_takes_no_other_with_it(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
@@ -377,7 +377,7 @@ def test_a_failed_commit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("no state")
 
     with monkeypatch.context() as patch:
-        patch.setattr("distckpt.draft.record_save", broken)  # after the rename
+        patch.setattr("distckpt.saving.draft.record_save", broken)  # after the rename
         handle = checkpoint.save_async(tmp_path / "ckpt")
         with pytest.raises(CollectiveError, match="step 'commit' failed"):
             handle.result(PATIENCE)

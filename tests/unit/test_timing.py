@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-import distckpt.background_save
 import distckpt.checkpoint
-import distckpt.draft
-import distckpt.output
 import distckpt.restoration
 import distckpt.restorer
-import distckpt.saver
+import distckpt.saving.background_save
+import distckpt.saving.draft
+import distckpt.saving.output
+import distckpt.saving.saver
+import distckpt.saving.writer
 import distckpt.source
 import distckpt.timing
 import distckpt.wire
-import distckpt.writer
 from distckpt import Checkpoint, CollectiveError, SaveOptions
 from distckpt.layout.records import Manifest
 from distckpt.source import Source
@@ -200,15 +200,15 @@ def test_room_is_set_aside_for_the_longest_timing() -> None:
 #: Function to be slowed, and the step that it is part of.
 PARTS = [
     (distckpt.checkpoint, "walk", "walk"),
-    (distckpt.saver, "capture", "digest"),
+    (distckpt.saving.saver, "capture", "digest"),
     (distckpt.wire, "merge", "merge"),
-    (distckpt.saver, "decode_reply", "plan"),
-    (distckpt.output, "next_number", "create"),
-    (distckpt.writer, "open_shared", "open"),
-    (distckpt.writer, "write_together", "exchange"),
-    (distckpt.writer, "write_posix", "write"),
-    (distckpt.writer, "fsync", "fsync"),
-    (distckpt.draft, "record_save", "commit"),
+    (distckpt.saving.saver, "decode_reply", "plan"),
+    (distckpt.saving.output, "next_number", "create"),
+    (distckpt.saving.writer, "open_shared", "open"),
+    (distckpt.saving.writer, "write_together", "exchange"),
+    (distckpt.saving.writer, "write_posix", "write"),
+    (distckpt.saving.writer, "fsync", "fsync"),
+    (distckpt.saving.draft, "record_save", "commit"),
 ]
 
 
@@ -257,7 +257,7 @@ def test_a_save_that_fails_leaves_the_timing_of_the_last_one(path: str, monkeypa
     saved.save(path)
     before = saved.save_timing
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.draft, "record_save", _broken)
+        patch.setattr(distckpt.saving.draft, "record_save", _broken)
         with pytest.raises(CollectiveError):
             saved.save(path)
     assert saved.save_timing is before
@@ -280,10 +280,10 @@ def test_a_clock_that_stands_still_fails_nothing(path: str, clock: Clock) -> Non
 # ---- in the background -------------------------------------------------------------------------------------------
 
 BACKGROUND_PARTS = [
-    (distckpt.background_save.Snapshot, "__init__", "stage"),
-    (distckpt.writer, "write_posix", "write"),
-    (distckpt.writer, "fsync", "fsync"),
-    (distckpt.draft, "commit", "commit"),
+    (distckpt.saving.background_save.Snapshot, "__init__", "stage"),
+    (distckpt.saving.writer, "write_posix", "write"),
+    (distckpt.saving.writer, "fsync", "fsync"),
+    (distckpt.saving.draft, "commit", "commit"),
 ]
 
 
@@ -324,7 +324,9 @@ def test_the_copy_that_an_overlapped_save_makes_later_is_staging(
     model = torch.nn.Linear(30, 40, bias=False)
     saved = Checkpoint(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     monkeypatch.setattr(
-        distckpt.background_save.Snapshot, "_copy_part", clock.slow(distckpt.background_save.Snapshot._copy_part)
+        distckpt.saving.background_save.Snapshot,
+        "_copy_part",
+        clock.slow(distckpt.saving.background_save.Snapshot._copy_part),
     )
     handle = saved.save_async(path, options=SaveOptions(overlap=True))
     handle.result()
@@ -334,7 +336,7 @@ def test_the_copy_that_an_overlapped_save_makes_later_is_staging(
 def test_a_save_in_the_background_that_fails_has_no_timing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = checkpoint()
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.draft, "commit", _broken)
+        patch.setattr(distckpt.saving.draft, "commit", _broken)
         handle = saved.save_async(path)
         with pytest.raises(CollectiveError):
             handle.result()

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distckpt.draft import NewFile
 from distckpt.exchange.aggregation import Aggregation
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.capture import Capture
@@ -16,6 +15,7 @@ from distckpt.graph.values import TensorValue
 from distckpt.layout.box import Box
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.options import SaveOptions
+from distckpt.saving.draft import NewFile
 from distckpt.storage.transfer import WriteJob, sub_tensor
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from distckpt.draft import Draft, NewFile
 from distckpt.layout.merge import Merged
 from distckpt.layout.records import (
     CHECKSUM_ALGORITHM,
@@ -26,6 +25,7 @@ from distckpt.layout.records import (
 )
 from distckpt.options import SaveOptions
 from distckpt.request import encode_metadata
+from distckpt.saving.draft import Draft, NewFile
 from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
 from distckpt.storage.commit import sweep, temp_path

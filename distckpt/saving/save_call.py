@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from distckpt.graph.view import LiveGraph
 from distckpt.options import SaveOptions
-from distckpt.output import Target
 from distckpt.request import Request
+from distckpt.saving.output import Target
 from distckpt.timing import Timer, Timing
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from distckpt.background_save import BackgroundSave
 from distckpt.coordination.coordinator import Coordinator
+from distckpt.saving.background_save import BackgroundSave
 
 
 class InFlight:

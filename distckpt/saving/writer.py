@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import NewFile
 from distckpt.exchange.aggregation import Aggregation
 from distckpt.exchange.writing import write_together
 from distckpt.options import SaveOptions
 from distckpt.progress import progress_bar
 from distckpt.request import Attempt
+from distckpt.saving.draft import NewFile
 from distckpt.storage import mpio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import fsync, open_shared

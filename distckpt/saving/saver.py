@@ -7,29 +7,29 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from distckpt.agreed_layout import AgreedLayout
-from distckpt.background_save import BackgroundSave, Epilogue, OnCommit
 from distckpt.coordination.background import Background, background_of
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
-from distckpt.draft import NewFile, log_saved
 from distckpt.errors import LayoutError
 from distckpt.graph.capture import Capture, capture
 from distckpt.graph.memory import shared_memory_warnings
 from distckpt.graph.view import LiveGraph
-from distckpt.in_flight import InFlight
 from distckpt.layout.collector import collector_off
 from distckpt.log import warn
 from distckpt.options import SaveOptions
-from distckpt.output import Output, Target
-from distckpt.overlap import deferral_of, protect
 from distckpt.request import Attempt, digest_of, encode_metadata
-from distckpt.save_call import SaveCall, SaveResult
+from distckpt.saving.agreed_layout import AgreedLayout
+from distckpt.saving.background_save import BackgroundSave, Epilogue, OnCommit
+from distckpt.saving.draft import NewFile, log_saved
+from distckpt.saving.in_flight import InFlight
+from distckpt.saving.output import Output, Target
+from distckpt.saving.overlap import deferral_of, protect
+from distckpt.saving.save_call import SaveCall, SaveResult
+from distckpt.saving.writer import Destination, write_shards
 from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.timing import AGREE, Timing
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
-from distckpt.writer import Destination, write_shards
 
 
 class Saver:

@@ -24,14 +24,14 @@ import xxhash
 from distckpt.coordination.agreement import clear_frames
 from distckpt.coordination.background import Background
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.draft import Draft, NewFile, log_saved
 from distckpt.errors import LayoutError
 from distckpt.log import log
 from distckpt.request import Attempt
+from distckpt.saving.draft import Draft, NewFile, log_saved
+from distckpt.saving.writer import Destination, Rest, write_aggregated, write_alone
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.snapshot import Snapshot
 from distckpt.timing import DURABLE_SAVE_STEPS, Timing
-from distckpt.writer import Destination, Rest, write_aggregated, write_alone
 
 #: Called on every rank when the checkpoint is committed.
 OnCommit = Callable[[NewFile, Timing], None]
