@@ -129,84 +129,84 @@ class _Builder:
     """One assignment under construction."""
 
     def __init__(self, manifest: Manifest, cast: bool, done: frozenset[str], skipped: frozenset[str]) -> None:
-        self.variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
-        self.manifest = manifest
-        self.cast = cast
-        self.done = done
-        self.skipped = skipped
-        self.unfit: set[int] = set()  # ids of live objects whose stored value is skipped
-        self.on_device: dict[int, frozenset[int]] = {}
+        self._variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
+        self._manifest = manifest
+        self._cast = cast
+        self._done = done
+        self._skipped = skipped
+        self._unfit: set[int] = set()  # ids of live objects whose stored value is skipped
+        self._on_device: dict[int, frozenset[int]] = {}
         self.result = Assignment()
-        self.restores: dict[int, NodeRestore] = {}
+        self._restores: dict[int, NodeRestore] = {}
 
     def add(self, match: Match) -> None:
         """One stored value with a live counterpart."""
-        if match.key in self.skipped:
-            self.unfit.add(_identity(match.node.obj))
-        if match.key in self.done or self.follows_unfit(match.node.obj):
+        if match.key in self._skipped:
+            self._unfit.add(_identity(match.node.obj))
+        if match.key in self._done or self._follows_unfit(match.node.obj):
             return
-        index = self.variables.get(match.key)
-        refusal = match.node.adapter.refusal(match.node.obj, match.name, self.manifest.python_state.get(match.key))
+        index = self._variables.get(match.key)
+        refusal = match.node.adapter.refusal(match.node.obj, match.name, self._manifest.python_state.get(match.key))
         if refusal is not None:
-            self.mismatch(match, self.describe(match.key), refusal)
+            self._add_mismatch(match, refusal)
         elif index is None:
-            self.add_python(match)
+            self._add_python(match)
         elif isinstance(match.value, PythonValue):
-            self.mismatch(match, self.describe(match.key), describe(match.value))
+            self._add_mismatch(match, describe(match.value))
         elif match.value is not None and match.value.in_place:
-            self.add_tensor(match, index, match.value)
+            self._add_tensor(match, index, match.value)
         elif is_uninitialised(match.node.obj):
-            self.add_lazy(match, index, dtype_name(match.node.obj.dtype))
+            self._add_lazy(match, index, dtype_name(match.node.obj.dtype))
         else:
-            self.handed(match)[match.name] = self.fresh(match.key, index, match.value)
+            self._values_to_hand(match)[match.name] = self._new_tensor(match.key, index, match.value)
 
-    def add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
+    def _add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
         """A stored tensor that initialises a parameter, of whatever shape."""
-        saved = self.manifest.variables[index].dtype
-        if saved == live_dtype or (self.cast and is_castable(saved, live_dtype)):
-            self.handed(match)[match.name] = self.fresh(match.key, index, None)
+        saved = self._manifest.variables[index].dtype
+        if saved == live_dtype or (self._cast and is_castable(saved, live_dtype)):
+            self._values_to_hand(match)[match.name] = self._new_tensor(match.key, index, None)
         else:
-            self.mismatch(match, self.describe(match.key), f"an uninitialised tensor of dtype {live_dtype}")
+            self._add_mismatch(match, f"an uninitialised tensor of dtype {live_dtype}")
 
-    def follows_unfit(self, obj: object) -> bool:
+    def _follows_unfit(self, obj: object) -> bool:
         """Whether this is a slot of a parameter that is skipped: then the slot is, too."""
-        return isinstance(obj, Slot) and id(obj.parameter) in self.unfit
+        return isinstance(obj, Slot) and id(obj.parameter) in self._unfit
 
-    def add_python(self, match: Match) -> None:
+    def _add_python(self, match: Match) -> None:
         """A stored python value."""
         if isinstance(match.value, TensorValue) and match.value.in_place:
-            self.mismatch(match, self.describe(match.key), describe(match.value))
+            self._add_mismatch(match, describe(match.value))
             return
-        self.handed(match)[match.name] = decode(bytes(self.manifest.python_state[match.key]))
+        self._values_to_hand(match)[match.name] = decode(bytes(self._manifest.python_state[match.key]))
         self.result.consumed.add(match.key)
 
-    def add_tensor(self, match: Match, index: int, value: TensorValue) -> None:
+    def _add_tensor(self, match: Match, index: int, value: TensorValue) -> None:
         """A stored tensor for a live one."""
-        variable, key = self.manifest.variables[index], match.key
+        variable, key = self._manifest.variables[index], match.key
         live_dtype = dtype_name(value.tensor.dtype)
         is_step = isinstance(match.node.obj, Slot) and match.node.obj.name == "step"
-        castable = self.cast and is_castable(variable.dtype, live_dtype) and not is_step
+        castable = self._cast and is_castable(variable.dtype, live_dtype) and not is_step
         if variable.shape != value.global_shape or (variable.dtype != live_dtype and not castable):
-            self.mismatch(match, self.describe(key), describe(value))
+            self._add_mismatch(match, describe(value))
             return
         if overlaps_itself(value.tensor):
-            self.mismatch(match, self.describe(key), f"{describe(value)} whose elements share memory, such as expand()")
+            self._add_mismatch(match, f"{describe(value)} whose elements share memory, such as expand()")
             return
         stored = None if variable.dtype == live_dtype else torch_dtype(variable.dtype)
         self.result.reads.append(TensorRead(key, index, value, stored))
         self.result.consumed.add(key)
 
-    def handed(self, match: Match) -> dict[str, Any]:
+    def _values_to_hand(self, match: Match) -> dict[str, Any]:
         """The values to hand to the node's adapter."""
-        restore = self.restores.get(id(match.node))
+        restore = self._restores.get(id(match.node))
         if restore is None:
-            restore = self.restores[id(match.node)] = NodeRestore(match.node)
+            restore = self._restores[id(match.node)] = NodeRestore(match.node)
             self.result.nodes.append(restore)
         return restore.values
 
-    def fresh(self, key: str, index: int, value: TensorValue | None) -> Any:
+    def _new_tensor(self, key: str, index: int, value: TensorValue | None) -> Any:
         """A new tensor of the stored shape and dtype, which will be read; sharded as the live one where it is."""
-        variable = self.manifest.variables[index]
+        variable = self._manifest.variables[index]
         dtype = torch_dtype(variable.dtype)
         if value is None or value.holder is None:
             tensor, target = new_plain(variable.shape, dtype)
@@ -219,45 +219,46 @@ class _Builder:
     def add_slots(self, new: NewSlots) -> None:
         """Optimizer state that is to become exactly the stored one."""
         keys, pair = new.keys, new.pair
-        if pair in self.done or (keys and self.done.issuperset(keys)):
+        if pair in self._done or (keys and self._done.issuperset(keys)):
             return  # training has gone on since: the state is live
-        if id(parameter_of(new.parameter)) in self.unfit:
+        if id(parameter_of(new.parameter)) in self._unfit:
             return
-        if self.is_resharded(new):
+        resharded = self._resharded(new)
+        if resharded is not None:
+            self.result.mismatches.append(resharded)
             return
-        values = {name: self.slot(name, attributes, new) for name, attributes in new.slots.items()}
+        values = {name: self._new_slot(name, attributes, new) for name, attributes in new.slots.items()}
         self.result.slots.append(SlotsRestore(new, values))
         self.result.consumed.update(keys)
         self.result.pairs.add(pair)
 
-    def is_resharded(self, new: NewSlots) -> bool:
-        """Whether the stored state is opaque and goes over other parameters than the live ones: then a mismatch."""
+    def _resharded(self, new: NewSlots) -> Mismatch | None:
+        """The mismatch of opaque state that was stored for other parameters than the live ones; else None."""
         size = flat_size(new.optimizer.obj)
         stored = [new.slots[name].get(OWN_VALUE, "") for name in FLAT_SLOTS if name in new.slots]
-        shapes = {self.manifest.variables[self.variables[key]].shape for key in stored if key in self.variables}
+        shapes = {self._manifest.variables[self._variables[key]].shape for key in stored if key in self._variables}
         if size is None or shapes <= {(size,)}:
-            return False
+            return None
         shown = ", ".join(map(str, sorted(shapes)))
         saved = f"LBFGS vectors of shape {shown} over all parameters, which cannot be resharded"
-        self.result.mismatches.append(Mismatch(new.pair, saved, f"parameters of {size} elements on this rank"))
-        return True
+        return Mismatch(new.pair, saved, f"parameters of {size} elements on this rank")
 
-    def slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
+    def _new_slot(self, name: str, attributes: Mapping[str, str], new: NewSlots) -> Any:
         """The value of one new slot."""
-        values = {attribute: self.slot_value(name, key, new) for attribute, key in attributes.items()}
+        values = {attribute: self._new_slot_value(name, key, new) for attribute, key in attributes.items()}
         return values[OWN_VALUE] if OWN_VALUE in values else unflatten(values, STATE)
 
-    def slot_value(self, name: str, key: str, new: NewSlots) -> Any:
+    def _new_slot_value(self, name: str, key: str, new: NewSlots) -> Any:
         """A python value, or a new tensor that will be read."""
-        index = self.variables.get(key)
+        index = self._variables.get(key)
         if index is None:
-            return decode(bytes(self.manifest.python_state[key]))
-        variable = self.manifest.variables[index]
+            return decode(bytes(self._manifest.python_state[key]))
+        variable = self._manifest.variables[index]
         stored = torch_dtype(variable.dtype)
-        parameter, like = parameter_of(new.parameter), self.own_value(new.parameter)
-        follows = self.cast and variable.shape == like.global_shape and name != "step"
+        parameter, like = parameter_of(new.parameter), self._own_value(new.parameter)
+        follows = self._cast and variable.shape == like.global_shape and name != "step"
         dtype = parameter.dtype if follows and is_castable(variable.dtype, dtype_name(parameter.dtype)) else stored
-        on_cpu = name == "step" and variable.shape == () and id(parameter) not in self.steps_on_device(new.optimizer)
+        on_cpu = name == "step" and variable.shape == () and id(parameter) not in self._steps_on_device(new.optimizer)
         if on_cpu or variable.numpy:
             tensor, target = new_plain(variable.shape, stored)
         else:
@@ -265,32 +266,32 @@ class _Builder:
         self.result.reads.append(TensorRead(key, index, target, None if target.tensor.dtype == stored else stored))
         return tensor.numpy() if variable.numpy else tensor
 
-    def steps_on_device(self, optimizer: LiveNode) -> frozenset[int]:
+    def _steps_on_device(self, optimizer: LiveNode) -> frozenset[int]:
         """See `adapters.optimizer.steps_on_device`; asked once per optimizer."""
-        known = self.on_device.get(id(optimizer))
+        known = self._on_device.get(id(optimizer))
         if known is None:
-            known = self.on_device[id(optimizer)] = steps_on_device(optimizer.obj)
+            known = self._on_device[id(optimizer)] = steps_on_device(optimizer.obj)
         return known
 
-    def own_value(self, parameter: LiveNode) -> TensorValue:
+    def _own_value(self, parameter: LiveNode) -> TensorValue:
         """The live value of a parameter, or the one that will initialise it."""
         own = parameter.values.get(OWN_VALUE)
         if own is None:
-            own = replicated(self.restores[id(parameter)].values[OWN_VALUE])
+            own = replicated(self._restores[id(parameter)].values[OWN_VALUE])
         assert isinstance(own, TensorValue)
         return own
 
-    def mismatch(self, match: Match, saved: str, live: str) -> None:
+    def _add_mismatch(self, match: Match, live: str) -> None:
         """Remember a value that does not fit."""
-        self.result.mismatches.append(Mismatch(match.key, saved, live))
-        self.unfit.add(_identity(match.node.obj))
+        self.result.mismatches.append(Mismatch(match.key, self._describe(match.key), live))
+        self._unfit.add(_identity(match.node.obj))
 
-    def describe(self, key: str) -> str:
+    def _describe(self, key: str) -> str:
         """A stored value in words, for messages."""
-        index = self.variables.get(key)
+        index = self._variables.get(key)
         if index is None:
-            return describe(PythonValue("", decode(bytes(self.manifest.python_state[key]))))
-        variable = self.manifest.variables[index]
+            return describe(PythonValue("", decode(bytes(self._manifest.python_state[key]))))
+        variable = self._manifest.variables[index]
         return f"a tensor of shape {variable.shape} and dtype {variable.dtype}"
 
 

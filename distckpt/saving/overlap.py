@@ -31,7 +31,7 @@ class Deferral:
     watch: Watch = field(default_factory=Watch)
 
 
-def deferral_of(graph: LiveGraph, keys: Sequence[str]) -> Deferral:
+def deferral_of(graph: LiveGraph, keys: Sequence[str], *, overlap: bool) -> Deferral:
     """Parameters of the tracked optimizers, and their slots, may be copied later: nothing but a step changes them.
 
     Parameters that no optimizer knows may be anything, such as averages that the program updates when it likes.
@@ -39,7 +39,10 @@ def deferral_of(graph: LiveGraph, keys: Sequence[str]) -> Deferral:
     Args:
         graph: What is saved.
         keys: Checkpoint key of each tensor in order.
+        overlap: As `SaveOptions.overlap`; without it nothing may be copied later.
     """
+    if not overlap:
+        return Deferral([False] * len(keys))
     deferral = Deferral()
     later, watch = deferral.later, deferral.watch
     owned = {member for node in graph.nodes for member in node.parameters or ()}

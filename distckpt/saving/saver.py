@@ -26,7 +26,7 @@ from distckpt.saving.output import Output, Target
 from distckpt.saving.overlap import deferral_of, protect
 from distckpt.saving.save_call import SaveCall, SaveResult
 from distckpt.saving.writer import Destination, write_shards
-from distckpt.storage.snapshot import Snapshot, Watch
+from distckpt.storage.snapshot import Snapshot
 from distckpt.storage.staging import HostBuffers
 from distckpt.timing import AGREE, Timing
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
@@ -113,16 +113,14 @@ class Saver:
     ) -> Snapshot:
         """Copy what this rank writes. Collective."""
         options = call.options
-        made: list[Snapshot] = []
+        made: list[Snapshot] = []  # here, even where the step fails on another rank
         try:
             with self._coordinator.step("stage"), call.timer.step("stage"):
                 background.require_running()
                 jobs = agreed.jobs(file, captured)
-                deferral = deferral_of(captured.graph, agreed.keys) if options.overlap else None
-                items = agreed.plan.items
-                later = [deferral is not None and deferral.later[item.tensor] for item in items]
-                watch = Watch() if deferral is None else deferral.watch
-                made.append(Snapshot(jobs, later, watch, self._buffers, options.host_memory))
+                deferral = deferral_of(captured.graph, agreed.keys, overlap=options.overlap)
+                later = [deferral.later[item.tensor] for item in agreed.plan.items]
+                made.append(Snapshot(jobs, later, deferral.watch, self._buffers, options.host_memory))
         except BaseException:
             for snapshot in made:
                 snapshot.release()
