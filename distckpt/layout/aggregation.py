@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-#: Variables below this size are small: they lie side by side in the file. In bytes.
+#: Variables below this size are small: they are neighbours in the file, while larger ones are aligned. In bytes.
 SMALL_NBYTES = 64 << 10
 
 #: Length of a bin. An aggregator has the bytes of one bin in memory, twice. In bytes.

@@ -223,8 +223,8 @@ class Variable(msgspec.Struct, frozen=True):
     numpy: bool = False
 
 
-class Described(msgspec.Struct, frozen=True):
-    """What a manifest says of the checkpoint as a whole.
+class ManifestHeader(msgspec.Struct, frozen=True):
+    """The part of a manifest about the checkpoint as a whole; its variables and the timing are not in it.
 
     Attributes:
         format: Always `FORMAT`.
@@ -259,7 +259,7 @@ class Described(msgspec.Struct, frozen=True):
     file_nbytes: int
 
 
-class Manifest(Described, frozen=True):
+class Manifest(ManifestHeader, frozen=True):
     """The whole checkpoint without its data; stored in the file as JSON (`storage.manifest`).
 
     Attributes:

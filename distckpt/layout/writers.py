@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distckpt.layout.aggregation import SMALL_NBYTES
 from distckpt.layout.box import Box, flat_boxes
 from distckpt.layout.cover import Cover
 from distckpt.layout.dtypes import dtype_info
@@ -21,10 +22,6 @@ from distckpt.layout.records import Shard
 
 #: Each writer of a box that is split gets at least about this many bytes.
 MIN_PART_NBYTES = 256 << 10
-
-# Datasets from this size on are aligned in the file; smaller ones lie side by side, so that neighbours with the same
-# writer go into one write.
-_SMALL_NBYTES = 64 << 10
 
 # Parts that are whole multiples of a row are longer runs in the file; with this many rows for each writer the largest
 # part is at most 1/16 above the mean.
@@ -97,13 +94,13 @@ class _Replica:
 def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: list[list[Shard]]) -> None:
     """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size.
 
-    Small ones come last, in stretches of neighbours, first those that the fewest ranks hold.
+    Small ones come last, in stretches of neighbours, so that these go into one write; first those that the fewest hold.
     """
     dealer = _Dealer(loads)
     small: dict[tuple[int, ...], list[_Replica]] = {}
     others: list[_Replica] = []
     for replica in replicas:
-        if replica.nbytes < _SMALL_NBYTES and len(replica.holders) > 1:
+        if replica.nbytes < SMALL_NBYTES and len(replica.holders) > 1:
             small.setdefault(tuple(replica.holders), []).append(replica)
         else:
             others.append(replica)

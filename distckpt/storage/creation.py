@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from distckpt.layout.aggregation import SMALL_NBYTES
 from distckpt.layout.box import Shape
 from distckpt.storage import manifest as manifests
 from distckpt.storage import rawio
@@ -25,8 +26,7 @@ from distckpt.storage.commit import temp_path
 from distckpt.storage.hdf5 import CHECKSUMS, MANIFEST, file_access
 from distckpt.storage.hdf5_types import hdf5_type, itemsize
 
-#: Datasets from this size on start at a multiple of `_ALIGNMENT`; smaller ones stay neighbours. In bytes.
-_ALIGNMENT_THRESHOLD = 64 << 10
+#: Datasets from `SMALL_NBYTES` on start at a multiple of this; smaller ones are neighbours. In bytes.
 _ALIGNMENT = 4096
 
 #: HDF5 takes room for its metadata in blocks of at most this size: few and long runs of bytes. In bytes.
@@ -170,8 +170,8 @@ def max_file_nbytes(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_
     """Upper bound for the length of the file, in bytes."""
     sizes = [spec.nbytes for spec in datasets]
     sizes += [n_checksums * CHECKSUM_NBYTES, manifests.capacity_for(manifest_nbytes)]
-    data = sum(nbytes + _ALIGNMENT for nbytes in sizes if nbytes >= _ALIGNMENT_THRESHOLD)
-    data += sum(nbytes + 8 for nbytes in sizes if nbytes < _ALIGNMENT_THRESHOLD)
+    data = sum(nbytes + _ALIGNMENT for nbytes in sizes if nbytes >= SMALL_NBYTES)
+    data += sum(nbytes + 8 for nbytes in sizes if nbytes < SMALL_NBYTES)
     return data + _max_metadata_nbytes(datasets)
 
 
@@ -186,7 +186,7 @@ def make_skeleton(datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nb
     checksums = DatasetSpec(CHECKSUMS, "uint64", (n_checksums,))
     specs = [*datasets, checksums, DatasetSpec(MANIFEST, "uint8", (capacity,))]
     access = file_access()
-    access.set_alignment(_ALIGNMENT_THRESHOLD, _ALIGNMENT)
+    access.set_alignment(SMALL_NBYTES, _ALIGNMENT)
     access.set_meta_block_size(_metadata_block(datasets))
     needed = 2 * _max_metadata_nbytes(datasets)
     path = temp_path((_MEMORY if _has_room(_MEMORY, needed) else directory) / "skeleton")

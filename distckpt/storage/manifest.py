@@ -19,7 +19,7 @@ import xxhash
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Shape
 from distckpt.layout.collector import collector_off
-from distckpt.layout.records import FORMAT, FORMAT_VERSION, Described, Manifest, Shard, Variable
+from distckpt.layout.records import FORMAT, FORMAT_VERSION, Manifest, ManifestHeader, Shard, Variable
 from distckpt.layout.tiling import tilings_of
 from distckpt.layout.validation import validate
 from distckpt.storage.hdf5_types import itemsize
@@ -46,13 +46,15 @@ _encoder = msgspec.json.Encoder()
 EncodedLayout = Mapping[str, msgspec.Raw]
 
 
-class _Header(msgspec.Struct):
+class _Version(msgspec.Struct):
+    """The fields that say whether the others can be understood."""
+
     format: str
     format_version: int
 
 
 class _StoredVariable(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A variable in the file: as `Variable`, with the index of its shards in `_Stored.tilings`."""
+    """A variable in the file: as `Variable`, with the index of its shards in `_StoredManifest.tilings`."""
 
     key: str
     dtype: str
@@ -62,7 +64,7 @@ class _StoredVariable(msgspec.Struct, frozen=True, omit_defaults=True):
     numpy: bool = False
 
 
-class _Stored(Described, frozen=True):
+class _StoredManifest(ManifestHeader, frozen=True):
     """A manifest in the file. Each way of cutting variables is there once.
 
     A file of thousands of ranks has millions of shards, and every rank that restores decodes all of this.
@@ -81,11 +83,11 @@ def encode(manifest: Manifest, layout: EncodedLayout | None = None) -> bytes:
         layout: `encode_layout` of another manifest with the same object graph and variables, if there is one.
     """
     layout = encode_layout(manifest) if layout is None else layout
-    return _sealed(_encoder.encode({**_description(manifest), **layout, "timing": manifest.timing})[1:])
+    return _sealed(_encoder.encode({**_header_fields(manifest), **layout, "timing": manifest.timing})[1:])
 
 
 def encode_layout(manifest: Manifest) -> EncodedLayout:
-    """The fields of `_Stored` that say what is stored where."""
+    """The fields of `_StoredManifest` that say what is stored where."""
     tilings = tilings_of(manifest.variables)
     variables = [
         _StoredVariable(variable.key, variable.dtype, variable.shape, variable.offset, tiling, variable.numpy)
@@ -137,7 +139,7 @@ def decode(data: bytes) -> Manifest:
         raise CorruptCheckpointError("the manifest is damaged: it does not begin with its checksum")
     with collector_off():
         try:
-            stored = msgspec.json.decode(data, type=_Stored)
+            stored = msgspec.json.decode(data, type=_StoredManifest)
             _check_version(stored)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             _check_version_of(data)
@@ -147,7 +149,7 @@ def decode(data: bytes) -> Manifest:
         return _loaded(stored)
 
 
-def _loaded(stored: _Stored) -> Manifest:
+def _loaded(stored: _StoredManifest) -> Manifest:
     tilings = stored.tilings
     try:
         variables = [
@@ -158,20 +160,20 @@ def _loaded(stored: _Stored) -> Manifest:
         raise CorruptCheckpointError(
             "the manifest is not what distckpt writes: a variable's shards are missing"
         ) from error
-    return Manifest(**_description(stored), variables=variables, timing=stored.timing)
+    return Manifest(**_header_fields(stored), variables=variables, timing=stored.timing)
 
 
-def _description(described: Described) -> dict[str, Any]:
-    return {name: getattr(described, name) for name in Described.__struct_fields__}
+def _header_fields(header: ManifestHeader) -> dict[str, Any]:
+    return {name: getattr(header, name) for name in ManifestHeader.__struct_fields__}
 
 
 def _check_version_of(data: bytes) -> None:
     """The manifest of another version may be of another form."""
     with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        _check_version(msgspec.json.decode(data, type=_Header))
+        _check_version(msgspec.json.decode(data, type=_Version))
 
 
-def _check_version(header: _Header | Described) -> None:
+def _check_version(header: _Version | ManifestHeader) -> None:
     if header.format != FORMAT:
         raise CorruptCheckpointError(f"the manifest's format is unknown. Expected {FORMAT!r}. Got {header.format!r}.")
     if header.format_version != FORMAT_VERSION:
