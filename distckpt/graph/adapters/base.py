@@ -1,4 +1,4 @@
-"""What an adapter is: the knowledge of how one kind of object is saved and restored."""
+"""What an adapter is, and the parts that it gives of an object."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ Part = Edge | Value | Problem | Omission
 
 
 class Adapter:
-    """Base of all adapters; one instance serves all objects of its kind."""
+    """How objects of one kind are saved and restored; one instance serves all of them.
+
+    A walk asks for their `parts`, to save or to match them. A restore asks `takes` about stored values without a live
+    one and `refusal` about the others; it reads tensors in place where it can, and hands all else to `restore`. `claim`
+    identifies a value where several restores want it.
+    """
 
     #: Edges and values are named by rank (see `layout.records.Node.per_rank`).
     per_rank = False
