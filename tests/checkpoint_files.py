@@ -27,6 +27,7 @@ from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import ChecksumReader
 from distckpt.storage.reading import ReadReport, read, read_through_hdf5
+from distckpt.storage.skeleton import DatasetSpec, Skeleton
 from distckpt.storage.transfer import ReadJob, WriteJob
 from distckpt.storage.writing import write_posix
 
@@ -37,8 +38,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def specs_of(tensors: Tensors) -> list[creation.DatasetSpec]:
-    return [creation.DatasetSpec(key, dtype_name(tensor), tuple(tensor.shape)) for key, tensor in tensors.items()]
+def specs_of(tensors: Tensors) -> list[DatasetSpec]:
+    return [DatasetSpec(key, dtype_name(tensor), tuple(tensor.shape)) for key, tensor in tensors.items()]
 
 
 def shards_of(shape: tuple[int, ...], n_ranks: int) -> list[Shard]:
@@ -75,7 +76,7 @@ def make_manifest(variables: Sequence[Variable], **changes: Any) -> Manifest:
     return msgspec.structs.replace(manifest, **changes)
 
 
-def placed(manifest: Manifest, skeleton: creation.Skeleton) -> Manifest:
+def placed(manifest: Manifest, skeleton: Skeleton) -> Manifest:
     """The manifest with the positions of the skeleton."""
     variables = [
         msgspec.structs.replace(variable, offset=offset)
@@ -89,7 +90,7 @@ def part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def write_jobs(
-    tensors: Tensors, variables: Sequence[Variable], skeleton: creation.Skeleton, rank: int | None = None
+    tensors: Tensors, variables: Sequence[Variable], skeleton: Skeleton, rank: int | None = None
 ) -> list[WriteJob]:
     """What `rank` writes; None: what all ranks write."""
     jobs = []
@@ -103,7 +104,7 @@ def write_jobs(
     return jobs
 
 
-def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True, **changes: Any) -> creation.Skeleton:
+def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True, **changes: Any) -> Skeleton:
     """Write a complete checkpoint; `changes` go into the manifest."""
     if not hashed:
         changes["checksums"] = None

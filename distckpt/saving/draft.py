@@ -14,10 +14,11 @@ import msgspec
 
 from distckpt.log import log
 from distckpt.storage.commit import commit, discard
-from distckpt.storage.creation import Skeleton, create_like, write_manifest
+from distckpt.storage.creation import create_like, write_manifest
 from distckpt.storage.manifest import with_timing
 from distckpt.storage.paths import Prefix, parse_numbered
 from distckpt.storage.rawio import fsync
+from distckpt.storage.skeleton import Skeleton
 from distckpt.storage.state import record_save
 from distckpt.timing import Timing
 

@@ -29,7 +29,7 @@ from distckpt.saving.draft import Draft, NewFile
 from distckpt.storage import manifest as manifests
 from distckpt.storage import mpio
 from distckpt.storage.commit import sweep, temp_path
-from distckpt.storage.creation import DatasetSpec, Skeleton, create_file
+from distckpt.storage.creation import create_file
 from distckpt.storage.paths import (
     make_directory,
     next_number,
@@ -37,6 +37,7 @@ from distckpt.storage.paths import (
     single_path,
     split_prefix,
 )
+from distckpt.storage.skeleton import DatasetSpec, Skeleton
 from distckpt.timing import Timing
 
 _LIBRARIES = ("distckpt", "torch", "numpy", "h5py", "mpi4py")

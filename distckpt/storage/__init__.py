@@ -4,7 +4,7 @@ Names, the file, and what writing and reading share:
 
     paths, latest, state           names of files, the newest one, the state file
     commit                         temporary names, the commit, removal
-    creation                       makes the file
+    creation, skeleton             make the file
     hdf5, manifest                 open it, and check it
     hdf5_types, hdf5_build         HDF5's types, and what HDF5 this is
     checksum                       checksums of pieces

@@ -36,7 +36,7 @@ from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import aggregation, taking
 from distckpt.saving.agreed_layout import AgreedLayout
-from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, state, units
+from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, skeleton, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
 
@@ -238,8 +238,8 @@ SAVE_FAULTS = [
     Fault("create", distckpt.saving.output, "sweep", ROOT, layouts=NEW),
     Fault("create", distckpt.saving.output, "_choose_transport", ROOT),
     Fault("create", rawio, "reserve", ROOT),
-    Fault("create", creation, "_create_datasets", ROOT, layouts=NEW),
-    Fault("create", creation, "_read_runs", ROOT, layouts=NEW),
+    Fault("create", skeleton, "_create_datasets", ROOT, layouts=NEW),
+    Fault("create", skeleton, "_read_runs", ROOT, layouts=NEW),
     Fault("create", creation, "rebuild", ROOT),
     Fault("create", manifest, "encode_layout", ROOT, layouts=NEW),
     Fault("create", manifest, "encode", ROOT),

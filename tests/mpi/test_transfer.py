@@ -18,6 +18,7 @@ from distckpt.storage import creation, hdf5, mpio, rawio
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.reading import read
+from distckpt.storage.skeleton import Skeleton
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.verify import verify_file
 from distckpt.storage.writing import write_posix
@@ -86,7 +87,7 @@ class Save:
         self.fd = rawio.open_shared(self.path, self.skeleton.file_nbytes, writable=True)
         self.jobs = write_jobs(self.values, self.variables, self.skeleton, comm.rank)
 
-    def _create(self) -> creation.Skeleton:
+    def _create(self) -> Skeleton:
         manifest = make_manifest(self.variables, world_size=self.comm.size)
         n_checksums = index_checksums(self.variables).total
         specs = specs_of(self.values)

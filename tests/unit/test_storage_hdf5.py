@@ -22,9 +22,10 @@ from distckpt.layout.dtypes import dtype_info, is_known
 from distckpt.layout.records import Shard
 from distckpt.storage import creation, hdf5
 from distckpt.storage import manifest as manifests
+from distckpt.storage import skeleton as skeletons
 from distckpt.storage.checksum import StoredChecksums
-from distckpt.storage.creation import DatasetSpec
 from distckpt.storage.hdf5_types import hdf5_type
+from distckpt.storage.skeleton import DatasetSpec, Skeleton
 from distckpt.storage.verify import verify_file
 from tests.bare import bare
 from tests.checkpoint_files import (
@@ -218,7 +219,7 @@ def test_the_length_of_the_manifest_moves_no_dataset(tmp_path: Path) -> None:
 def test_skeleton_gives_the_same_file(tmp_path: Path, specs: list[DatasetSpec]) -> None:
     first, second = tmp_path / "a.h5", tmp_path / "b.h5"
     skeleton = creation.create_file(str(first), specs, 7, 500)
-    assert first.stat().st_size == skeleton.file_nbytes <= creation.max_file_nbytes(specs, 7, 500)
+    assert first.stat().st_size == skeleton.file_nbytes <= skeletons.max_file_nbytes(specs, 7, 500)
     creation.create_like(str(second), skeleton)
     assert first.read_bytes() == second.read_bytes()
     with h5py.File(second) as file:
@@ -266,10 +267,10 @@ def test_a_file_that_cannot_be_made(tmp_path: Path, name: str) -> None:
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     memory = tmp_path / "memory"
     memory.mkdir()
-    monkeypatch.setattr(creation, "_MEMORY", memory if room else tmp_path / "nowhere")
+    monkeypatch.setattr(skeletons, "_MEMORY", memory if room else tmp_path / "nowhere")
     used: list[str] = []
-    create = creation._create_datasets
-    monkeypatch.setattr(creation, "_create_datasets", lambda path, *rest: (used.append(path), create(path, *rest))[1])
+    create = skeletons._create_datasets
+    monkeypatch.setattr(skeletons, "_create_datasets", lambda path, *rest: (used.append(path), create(path, *rest))[1])
     (tmp_path / "run").mkdir()
     creation.create_file(str(tmp_path / "run" / "a.h5"), specs_of(tensors()), 7, 500)
     assert Path(used[0]).parent == (memory if room else tmp_path / "run")
@@ -304,13 +305,14 @@ def test_a_real_file_size_limit_does_not_kill_the_interpreter(tmp_path: Path) ->
     code = f"""{bare()}
 import resource
 from distckpt.storage import creation, hdf5
+from distckpt.storage.skeleton import DatasetSpec
 resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))
 try:
-    specs = [creation.DatasetSpec("w", "float32", (16 << 20,))]
+    specs = [DatasetSpec("w", "float32", (16 << 20,))]
     creation.create_file({str(tmp_path / "file.h5")!r}, specs, 1, 500)
 except OSError as error:
     print(error.errno)
-creation.create_file({str(tmp_path / "small.h5")!r}, [creation.DatasetSpec("w", "float32", (4,))], 1, 500)
+creation.create_file({str(tmp_path / "small.h5")!r}, [DatasetSpec("w", "float32", (4,))], 1, 500)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG}\n"), done.stderr
@@ -350,7 +352,7 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-def rewrite_manifest(path: Path, skeleton: creation.Skeleton, change: Any) -> None:
+def rewrite_manifest(path: Path, skeleton: Skeleton, change: Any) -> None:
     """Replace the manifest by a changed one with a right checksum."""
     opened = hdf5.open_checkpoint(str(path))
     fd = os.open(path, os.O_RDWR)
