@@ -408,7 +408,7 @@ RESTORE_FAULTS = [
     Fault("read", distckpt.source.Source, "unit_reader", EVERY),
     Fault("read", units.UnitReader, "read", EVERY),
     Fault("read", taking, "shared_parts", EVERY),
-    Fault("read", distckpt.source, "read_jobs", EVERY),
+    Fault("read", distckpt.source, "read_in_threads", EVERY),
     Fault("read", rawio, "read_vector", EVERY),
     Fault("read", checksum.ChecksumReader, "_read", EVERY),
     Fault("assign", Meter, "load_state_dict", EVERY),
@@ -421,7 +421,7 @@ RESTORE_CASES = [
     pytest.param(fault, kind, id=f"{fault}-{kind.__name__}")
     for fault in RESTORE_FAULTS
     for kind in (OSError, KeyboardInterrupt)
-    if kind is OSError or fault.name in {"walk", "open_checkpoint", "open_shared", "bind", "read_jobs", "settle"}
+    if kind is OSError or fault.name in {"walk", "open_checkpoint", "open_shared", "bind", "read_in_threads", "settle"}
 ]
 
 
