@@ -13,12 +13,13 @@ import xxhash
 
 from distckpt.coordination import agreement, job_end, merging, outcome
 from distckpt.coordination.arrival import Call
+from distckpt.coordination.checks import require_intracomm
 from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.merging import Parts, Reply
 from distckpt.coordination.message import Buffer
 from distckpt.coordination.nodes import Message, Nodes, swap
-from distckpt.coordination.session import Alone, Session, Spoken, open_session, require_intracomm
+from distckpt.coordination.session import Alone, Session, Spoken, open_session
 from distckpt.coordination.shared_memory import SharedMemory, allocate
 from distckpt.errors import LayoutError
 

@@ -1,12 +1,10 @@
-"""What all coordinators over one user communicator share, and the checks that it can be used at all."""
+"""What all coordinators over one user communicator share."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,9 +12,9 @@ import numpy as np
 from distckpt.coordination.arrival import Call, arrival_over
 from distckpt.coordination.arrival.teams import timing_of
 from distckpt.coordination.channel import Channel
+from distckpt.coordination.checks import require_handle, require_running, require_single
 from distckpt.coordination.collectives import Collectives, MpiCollectives, SingleRank
 from distckpt.coordination.job_end import end_job_on_uncaught_timeout
-from distckpt.coordination.launcher import expected_size, singleton_message
 from distckpt.coordination.nodes import Nodes
 from distckpt.errors import CheckpointError, RankTimeoutError
 
@@ -27,10 +25,6 @@ if TYPE_CHECKING:
 
 #: On the duplicate, where nobody else sends messages.
 _ARRIVAL_TAG = 0
-_FREED = (
-    "the communicator is null or has been freed: keep it until the last save or restore, and pass a communicator "
-    "that this rank belongs to."
-)
 
 
 class Session:
@@ -72,9 +66,7 @@ class Session:
             CheckpointError: MPI is finalised or the communicator freed.
         """
         require_running()
-        if self._freed:
-            raise CheckpointError(_FREED)
-        _require_handle(self._comm)
+        require_handle(self._comm, freed=self._freed)
 
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`. Collective over the communicator."""
@@ -206,72 +198,15 @@ def open_session(comm: MPI.Intracomm | None) -> Session | Alone:
             COMM_WORLD has.
     """
     if comm is None and find_spec("mpi4py") is None:
-        _require_single("mpi4py is not installed (`pip install mpi4py`)")
+        require_single("mpi4py is not installed (`pip install mpi4py`)")
         return _alone()
     mpi = require_running()
     comm = mpi.COMM_WORLD if comm is None else comm
-    _require_handle(comm)
+    require_handle(comm)
     if comm == mpi.COMM_WORLD and comm.size == 1:
         library = mpi.Get_library_version().strip().splitlines()[0].split(",")[0]
-        _require_single(f"in this one MPI_COMM_WORLD has a single rank (mpi4py uses {library})")
+        require_single(f"in this one MPI_COMM_WORLD has a single rank (mpi4py uses {library})")
     return _session_of(comm)
-
-
-def require_intracomm(comm: object) -> None:
-    """Check what a user passes as communicator, without importing MPI for something that cannot be one.
-
-    Raises:
-        TypeError: It is no mpi4py intracommunicator.
-    """
-    mpi = sys.modules.get("mpi4py.MPI")
-    # A null communicator has no group, so any kind of it passes here; the first collective call refuses it.
-    if mpi is None or not isinstance(comm, mpi.Comm) or (comm and not isinstance(comm, mpi.Intracomm)):
-        raise TypeError(
-            f"comm: expected an mpi4py intracommunicator such as MPI.COMM_WORLD, or None for COMM_WORLD. "
-            f"Got {comm!r} of type {type(comm).__module__}.{type(comm).__qualname__}."
-        )
-
-
-def require_running() -> ModuleType:
-    """Import MPI and check that it runs.
-
-    Returns:
-        The module mpi4py.MPI.
-
-    Raises:
-        CheckpointError: mpi4py cannot be loaded, or MPI is not initialised or already finalised.
-    """
-    mpi = _load_mpi()
-    if not mpi.Is_initialized():
-        raise CheckpointError(
-            "MPI is not initialised: call MPI.Init_thread() first, or leave mpi4py.rc.initialize at True."
-        )
-    if mpi.Is_finalized():
-        raise CheckpointError("MPI is already finalised: save and restore before MPI.Finalize().")
-    return mpi
-
-
-@cache
-def _load_mpi() -> ModuleType:
-    try:
-        from mpi4py import MPI
-    except Exception as error:  # a missing library is an ImportError or, in the wheels of mpi4py 4.1, a RuntimeError
-        raise CheckpointError(
-            f"mpi4py is installed but does not load: {error}. Load the MPI it was built with (`module load openmpi`), "
-            f"or build it anew (`pip install --force-reinstall --no-binary=mpi4py mpi4py`)."
-        ) from error
-    return MPI
-
-
-def _require_handle(comm: MPI.Intracomm) -> None:
-    if not comm:
-        raise CheckpointError(_FREED)
-
-
-def _require_single(cause: str) -> None:
-    expected = expected_size()
-    if expected is not None and expected.size > 1:
-        raise CheckpointError(singleton_message(expected, cause))
 
 
 def _session_of(comm: MPI.Intracomm) -> Session:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from distckpt.coordination import session
+from distckpt.coordination import checks, session
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
 from distckpt.errors import CheckpointError, CollectiveError, LayoutError
@@ -35,7 +35,7 @@ class Held:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     monkeypatch.setattr(session, "find_spec", lambda _name: None)
-    monkeypatch.setattr(session, "expected_size", lambda: None)
+    monkeypatch.setattr(checks, "expected_size", lambda: None)
     return Coordinator()
 
 
