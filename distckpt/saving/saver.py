@@ -1,4 +1,4 @@
-"""The steps of a save: capture, agree, create, write, commit. In the background, a thread does those after a copy."""
+"""The steps of a save: capture, agree, create, write, commit. In the background, a thread goes on from a copy."""
 
 from __future__ import annotations
 
