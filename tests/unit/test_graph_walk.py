@@ -396,7 +396,7 @@ def test_an_attribute_nested_too_deeply_is_left_out_with_a_warning(path: str, ke
     checkpoint = Checkpoint(root, x=1)
     checkpoint.part = Trackable()
     checkpoint.deep = checkpoint.part.deep = nested(800)
-    checkpoint.other, checkpoint.later = object(), [object()]
+    checkpoint.other, checkpoint.later = object(), [object()]  # nothing in them could be saved
     with pytest.warns(CheckpointWarning) as warned:
         assert keys_of(checkpoint.write(path)) == {"x"}
     texts = sorted(str(warning.message) for warning in warned)
@@ -505,6 +505,43 @@ def test_a_later_attribute_that_cannot_be_saved_is_left_out_with_a_debug_message
 def test_a_keyword_that_cannot_be_saved_is_refused(value: Any, kind: str) -> None:
     with pytest.raises(ValueError, match=rf"^x: a {kind} cannot be checkpointed.*state_dict"):
         Checkpoint(x=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ({"lr": 0.1, "seen": {1}}, r"\['seen'\] in it is a builtins\.set"),
+        ([1, ("a", {2: print})], r"\[1\]\[1\]\[2\] in it is a builtins\.builtin_function_or_method"),
+        (collections.deque([NoDependency(1), object()]), r"\[1\] in it is a builtins\.object"),
+    ],
+    ids=["dict", "nested", "deque"],
+)
+def test_what_is_in_the_way_inside_a_container_is_named(value: Any, part: str) -> None:
+    kind = type(value).__name__
+    with pytest.raises(ValueError, match=rf"^x: a \w+\.{kind} cannot be checkpointed, for {part}\. Pass.*NoDependency"):
+        Checkpoint(x=value)
+
+
+@pytest.mark.parametrize("root", [None, Trackable()], ids=["own root", "other root"])
+def test_a_container_that_gets_what_cannot_be_saved_is_left_out_with_a_warning(
+    path: str, keys_of: Keys, root: Any
+) -> None:
+    checkpoint = Checkpoint(root, history={"loss": 0.5}, a=1)
+    checkpoint.part = Trackable()
+    checkpoint.part.config = {"sizes": (1, 2), "name": "a"}
+    assert keys_of(checkpoint.write(path)) == {"history", "a", "part/config"}
+    checkpoint.history["best"] = checkpoint.part.config["sizes"] = {1, 2}
+    with pytest.warns(CheckpointWarning) as warned:
+        assert keys_of(checkpoint.write(path)) == {"a"}
+    texts = sorted(str(warning.message) for warning in warned)
+    for start, text in zip(["history: left out", "part/config: left out"], texts, strict=True):
+        assert text.startswith(f"{start}: a builtins.dict cannot be checkpointed, for [")
+        assert "in it is a builtins.set. Pass" in text
+        assert text.endswith("or keep it out with NoDependency.")
+    checkpoint.write(path)  # once: a warning would be an error here
+    checkpoint.history["best"] = NoDependency(checkpoint.history["best"])
+    checkpoint.part.config["sizes"] = 3
+    assert keys_of(checkpoint.write(path)) == {"history/loss", "a", "part/config"}
 
 
 def test_what_sits_beside_something_trackable_must_be_saveable(path: str) -> None:

@@ -69,8 +69,11 @@ class Adapter:
         """Whether objects of this class are of this kind."""
         raise NotImplementedError
 
-    def elements(self, obj: object) -> Iterable[object]:
-        """What a container holds. A container without anything trackable inside is a python value, and no node."""
+    def elements(self, obj: object) -> Iterable[tuple[object, object]]:
+        """What a container holds, each with its key or index before it.
+
+        A container without anything trackable inside is a python value, and no node.
+        """
         raise NotImplementedError
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:

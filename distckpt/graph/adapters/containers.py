@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Omission, Part, Problem
-from distckpt.graph.adapters.registry import adapter_for, is_too_deep, refusal, unwrap
+from distckpt.graph.adapters.registry import adapter_for, is_missed, refusal, unwrap
 from distckpt.graph.python_value import decode, encode, is_python_value
 from distckpt.graph.trackable import NoDependency
 from distckpt.graph.values import Edge, PythonValue
@@ -34,11 +34,11 @@ def part_of(name: str, value: object) -> Part:
 
 
 def attribute(name: str, value: object) -> Part | None:
-    """What an attribute is to its owner; None for an object that cannot be saved, which is left out silently."""
+    """What an attribute is to its owner; None where nothing of it could be saved: such are left out silently."""
     problem = refusal(value)
     if problem is None:
         return part_of(name, value)
-    return Omission(escape(name), f"left out: {problem}") if is_too_deep(value) else None
+    return Omission(escape(name), f"left out: {problem}") if is_missed(value) else None
 
 
 def assign_python_value(live: object, saved: object) -> bool:
@@ -62,9 +62,9 @@ class SequenceAdapter(Adapter):
         """Exact lists and deques, and tuples with their subclasses."""
         return cls in (list, collections.deque) or issubclass(cls, tuple)
 
-    def elements(self, obj: Any) -> Iterable[object]:
-        """See `Adapter.elements`."""
-        return tuple(obj)
+    def elements(self, obj: Any) -> Iterable[tuple[object, object]]:
+        """See `Adapter.elements`: index and element."""
+        return tuple(enumerate(obj))
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """Elements that are python values are values of the container, all others are edges."""
@@ -103,9 +103,9 @@ class MappingAdapter(Adapter):
         """Dicts of every class."""
         return issubclass(cls, dict)
 
-    def elements(self, obj: Any) -> Iterable[object]:
-        """See `Adapter.elements`."""
-        return tuple(obj.values())
+    def elements(self, obj: Any) -> Iterable[tuple[object, object]]:
+        """See `Adapter.elements`: key and element."""
+        return tuple(obj.items())
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
         """Elements that are python values are values of the container, all others are edges."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 from distckpt.graph.adapters.base import Adapter
@@ -103,21 +102,38 @@ def refusal(obj: object) -> str | None:
     try:
         if is_python_value(obj) or _is_node(obj):
             return None
+        part = _culprit(obj)
         remedy = (
-            ". Pass a tensor, module, optimizer, an object with state_dict() and load_state_dict(), or python values."
+            f"{part}. Pass a tensor, module, optimizer, an object with state_dict() and load_state_dict(), or python "
+            f"values{', or keep it out with NoDependency' if part else ''}."
         )
     except RecursionError:
         remedy = f": {too_deep()}, or keep it out with NoDependency."
-    return f"a {type(obj).__module__}.{type(obj).__qualname__} cannot be checkpointed{remedy}"
+    return f"a {_kind(obj)} cannot be checkpointed{remedy}"
 
 
-def is_too_deep(obj: object) -> bool:
-    """Whether Python's stack is too short to look into a container."""
+def _culprit(obj: object) -> str:
+    """Which part of a container that cannot be saved is in the way; empty where it is the object itself."""
+    path, part = "", obj
+    while True:
+        found = next((item for item in _items(part) if not is_python_value(item[1])), None)
+        if found is None:
+            return f", for {path} in it is a {_kind(part)}" if path else ""
+        path, part = f"{path}[{found[0]!r:.60}]", found[1]
+
+
+def _kind(obj: object) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+def is_missed(obj: object) -> bool:
+    """Whether the user should hear that an object which cannot be saved is left out: it is a container that also has
+    python values, or too many levels to look into.
+    """
     try:
-        is_python_value(obj) or _is_node(obj)
+        return any(is_python_value(element) or is_missed(element) for _, element in _items(obj))
     except RecursionError:
         return True
-    return False
 
 
 def _is_node(obj: object) -> bool:
@@ -125,10 +141,16 @@ def _is_node(obj: object) -> bool:
     adapter = adapter_for(obj)
     if adapter is None:
         return False
-    return not adapter.is_container or _any_checkpointable(adapter.elements(obj))
-
-
-def _any_checkpointable(elements: Iterable[object]) -> bool:
-    items = [element for element in elements if not isinstance(element, NoDependency)]
+    if not adapter.is_container:
+        return True
+    elements = [element for _, element in _items(obj)]
     # One trackable part makes the whole a node: its other parts are then reported instead of silently left out.
-    return all(is_python_value(item) for item in items) or any(_is_node(item) for item in items)
+    return all(map(is_python_value, elements)) or any(map(_is_node, elements))
+
+
+def _items(obj: object) -> list[tuple[object, object]]:
+    """What a container holds, by key or index, but for what opts out; nothing for other objects."""
+    adapter = adapter_for(obj)
+    if adapter is None or not adapter.is_container:
+        return []
+    return [item for item in adapter.elements(obj) if not isinstance(item[1], NoDependency)]
