@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from distckpt.cli.terminal import printable
+
 
 def doctor(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the checkpoints are to go.")] = Path(),
@@ -26,6 +28,6 @@ def doctor(
     for check in report.checks:
         mark = Text("ok  ", "green") if check.ok else Text("FAIL", "bold red")
         cure = f". Cure: {check.cure}" if check.cure else ""
-        console.print(Text.assemble(mark, f"  {check.subject:11}  {check.found}{cure}"))
+        console.print(Text.assemble(mark, f"  {check.subject:11}  {printable(check.found + cure)}"))
     if not report.ok:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import typer
 
-from distckpt.cli.terminal import print_any_text
+from distckpt.cli.terminal import print_any_text, print_error
 from distckpt.errors import CheckpointError
 
 #: Each is the function, or the commands, of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
@@ -46,5 +46,5 @@ def main() -> None:
     try:
         build(asked or COMMANDS)()
     except (CheckpointError, OSError) as error:
-        print(f"distckpt: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(1)

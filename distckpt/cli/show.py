@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
-from rich.markup import escape as markup
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from distckpt.cli.terminal import console
+from distckpt.cli.terminal import console, printable
 from distckpt.graph.python_value import decode
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import PER_RANK, dict_key
@@ -57,14 +58,14 @@ def _header(path: str, manifest: Manifest) -> list[str]:
     total = sum(_nbytes(variable) for variable in manifest.variables)
     counter = "no counter" if manifest.save_counter is None else f"save {manifest.save_counter}"
     made = (
-        f"format {manifest.format_version}, {counter}, {manifest.world_size} rank(s) on {markup(manifest.host)}, "
+        f"format {manifest.format_version}, {counter}, {manifest.world_size} rank(s) on {_markup(manifest.host)}, "
         f"{time_in_words(manifest.time)}, transport {manifest.transport}, checksums {manifest.checksums or 'none'}"
     )
     size = (
         f"{len(manifest.variables)} tensors of {nbytes_in_words(total)}, {len(manifest.python_state)} python values, "
         f"file of {nbytes_in_words(manifest.file_nbytes)}"
     )
-    return [f"[bold]{markup(path)}[/]", made, size]
+    return [f"[bold]{_markup(path)}[/]", made, size]
 
 
 def _nbytes(variable: Variable) -> int:
@@ -103,7 +104,7 @@ class _Drawing:
                 name = str(dict_key(child.local_name))
                 child_path = f"{path}/{name}" if path else name
                 if child.node_id in self.first_path:
-                    branch.add(f"{markup(name)} [dim]= {markup(self.first_path[child.node_id])}[/]")
+                    branch.add(f"{_markup(name)} [dim]= {_markup(self.first_path[child.node_id])}[/]")
                     continue
                 self.first_path[child.node_id] = child_path
                 queue.append((child.node_id, self.add_node(branch, name, child.node_id), child_path))
@@ -115,7 +116,7 @@ class _Drawing:
         for attribute in self.manifest.object_graph.nodes[node_id].attributes:
             if attribute.name == OWN_VALUE:
                 return branch.add(self.describe(name, attribute.checkpoint_key))
-        return branch.add(f"[bold]{markup(name)}[/]")
+        return branch.add(f"[bold]{_markup(name)}[/]")
 
     def add_value(self, branch: Tree, name: str, key: str) -> None:
         """One value of a node."""
@@ -132,7 +133,7 @@ class _Drawing:
                 values.append(self.describe_briefly(slot.slot_name, attribute.checkpoint_key))
         below = branch.add(f"[bold].slots[/] [dim]({len(slots)})[/]") if slots else branch
         for variable, values in by_variable.items():
-            below.add(f"{markup(self.key_of(variable))}: {', '.join(values)}")
+            below.add(f"{_markup(self.key_of(variable))}: {', '.join(values)}")
 
     def add_ranks(self, branch: Tree, attributes: list[Attribute]) -> None:
         """The values that ranks have for themselves, one line per rank."""
@@ -147,8 +148,8 @@ class _Drawing:
         """A value in a few words."""
         variable = self.variables.get(key)
         if variable is None:
-            return f"{markup(name)} {markup(_shortened(decode(bytes(self.manifest.python_state[key]))))}".strip()
-        return f"{markup(name)} [dim]{variable.dtype} {_shape(variable)}[/]"
+            return f"{_markup(name)} {_markup(_shown(self.manifest.python_state[key]))}".strip()
+        return f"{_markup(name)} [dim]{variable.dtype} {_shape(variable)}[/]"
 
     def key_of(self, node_id: int) -> str:
         """Key of a variable."""
@@ -159,19 +160,27 @@ class _Drawing:
         """A value in one line."""
         variable = self.variables.get(key)
         if variable is None:
-            return f"{markup(name)} = [cyan]{markup(_shortened(decode(bytes(self.manifest.python_state[key]))))}[/]"
+            return f"{_markup(name)} = [cyan]{_markup(_shown(self.manifest.python_state[key]))}[/]"
         return (
-            f"{markup(name)} [green]{variable.dtype}[/] {_shape(variable)} [dim]{_sharding(variable)}"
+            f"{_markup(name)} [green]{variable.dtype}[/] {_shape(variable)} [dim]{_sharding(variable)}"
             f"{nbytes_in_words(_nbytes(variable))}[/]"
         )
+
+
+def _markup(text: str) -> str:
+    """A name or value as it is, in what rich prints."""
+    return escape(printable(text))
 
 
 def _shape(variable: Variable) -> str:
     return "x".join(map(str, variable.shape)) or "scalar"
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
+def _shown(encoded: bytes | msgspec.Raw) -> str:
+    try:
+        text = repr(decode(bytes(encoded)))
+    except ValueError as error:  # a damaged one, or an int of more digits than Python prints
+        text = f"({error})"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

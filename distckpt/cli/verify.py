@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from distckpt.cli.terminal import print_error, printable
+from distckpt.errors import CheckpointError
 from distckpt.storage.paths import resolve
 from distckpt.storage.verify import verify_file
 
@@ -16,13 +18,20 @@ def verify(
     files: Annotated[list[Path], typer.Argument(help="Checkpoint files, with or without .h5.")],
 ) -> None:
     """Compares the manifest with the file and every checksum with the data; status 1 on damage."""
-    damaged = False
-    for file in files:
+    sound = [_verify(file) for file in files]
+    if not all(sound):
+        raise typer.Exit(1)
+
+
+def _verify(file: Path) -> bool:
+    """Verify one file and tell of it; whatever is wrong, the next one is to be verified, too."""
+    try:
         path = resolve(file)
         problems = verify_file(path)
-        print(f"{path}: {'damaged' if problems else 'ok'}")
-        for problem in problems:
-            print(f"  {problem}", file=sys.stderr)
-        damaged = damaged or bool(problems)
-    if damaged:
-        raise typer.Exit(1)
+    except (CheckpointError, OSError) as error:
+        print_error(error)
+        return False
+    print(f"{printable(path)}: {'damaged' if problems else 'ok'}", flush=True)
+    for problem in problems:
+        print(f"  {printable(problem)}", file=sys.stderr)
+    return not problems

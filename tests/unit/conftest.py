@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from distckpt import Checkpoint, SaveOptions
 from distckpt.layout.records import Manifest
 from distckpt.storage.hdf5 import open_checkpoint
 
@@ -73,3 +74,23 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory with one checkpoint, on a path that every user may walk."""
+    modes = {parent: parent.stat().st_mode for parent in tmp_path.parents}
+    own = [
+        parent
+        for parent in [tmp_path, *tmp_path.parents]
+        if parent.stat().st_uid == os.geteuid() and parent != Path("/")
+    ]
+    for parent in own:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    made = tmp_path / "run"
+    made.mkdir()
+    Checkpoint(x=torch.ones(3)).save(made / "ckpt", options=SaveOptions(durable=False))
+    yield made
+    made.chmod(0o755)
+    for parent in own[1:]:
+        parent.chmod(modes[parent])

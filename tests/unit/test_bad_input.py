@@ -5,50 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from distckpt import Checkpoint, CheckpointError, CollectiveError, SaveOptions, latest_checkpoint
+from tests.unit.unprivileged import unprivileged
 
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 FAST = SaveOptions(durable=False)
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user whom the modes of files concern, which is not root."""
-    user = os.getuid()
-    if user == 0:
-        os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(user, user, user)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """A directory with one checkpoint, on a path that every user may walk."""
-    modes = {parent: parent.stat().st_mode for parent in tmp_path.parents}
-    own = [
-        parent
-        for parent in [tmp_path, *tmp_path.parents]
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/")
-    ]
-    for parent in own:
-        parent.chmod(parent.stat().st_mode | 0o055)
-    made = tmp_path / "run"
-    made.mkdir()
-    Checkpoint(x=torch.ones(3)).save(made / "ckpt", options=FAST)
-    yield made
-    made.chmod(0o755)
-    for parent in own[1:]:
-        parent.chmod(modes[parent])
 
 
 def error_of(call: object) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from rich.text import Text
 
 from distckpt import Checkpoint
+from distckpt.cli.ls import ls
+from distckpt.cli.terminal import table_lines
+from distckpt.graph import python_value
+from tests.unit.unprivileged import unprivileged
 
 
 def listed(directory: Path) -> list[str]:
@@ -44,3 +55,62 @@ def test_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "loop-1.h5").symlink_to("loop-1.h5")
     _, *rows = listed(tmp_path)
     assert [row.split()[0] for row in rows] == ["ckpt-1.h5"]
+
+
+def test_no_name_acts_on_the_terminal(tmp_path: Path) -> None:
+    saved = Checkpoint(x=torch.ones(2), step="\x1b[2J").save(tmp_path / "a\nb")
+    shutil.copy(saved, tmp_path / "bell\x07\x1b[31m\x9b-2.h5")
+    _, *rows = listed(tmp_path)
+    assert [row.split()[0] for row in rows] == [r"a\nb-1.h5", r"bell\x07\x1b[31m\x9b-2.h5"]
+    assert [row.split()[2] for row in rows] == [r"\x1b[2J"] * 2
+
+
+def test_a_narrow_terminal_wraps_lines_and_cuts_none(tmp_path: Path) -> None:
+    name = "a_name_that_is_longer_than_the_terminal_is_wide-1.h5"
+    shutil.copy(Checkpoint(x=torch.ones(2)).save(tmp_path / "ckpt"), tmp_path / name)
+    master, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    command = [sys.executable, "-m", "distckpt", "ls", str(tmp_path)]
+    subprocess.run(command, stdout=terminal, timeout=60, check=True, env={**os.environ, "TERM": "dumb"})
+    os.close(terminal)
+    lines = os.read(master, 10_000).decode().split("\r\n")
+    os.close(master)
+    assert [line.split()[0] for line in lines if line] == ["file", "ckpt-1.h5", name]
+    assert [line.split()[-1] for line in lines if line] == ["complete", "yes", "yes"]
+
+
+def test_columns_are_aligned_whatever_is_in_them() -> None:
+    rows = [[Text("file"), Text("n")], [Text("日本"), Text("10")], [Text("a"), Text("")]]
+    assert [line.plain for line in table_lines(rows, {1})] == ["file   n", "日本  10", "a"]
+
+
+def test_what_may_not_be_read_is_said(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = directory / "ckpt-1.h5"
+    path.chmod(0o200)
+    assert rows_as_nobody(directory, capsys) == ["ckpt-1.h5: unknown: permission denied"]
+    path.chmod(0o644)
+    assert rows_as_nobody(directory, capsys) == ["ckpt-1.h5: yes"]
+    directory.chmod(0o744)
+    assert rows_as_nobody(directory, capsys) == ["ckpt-1.h5: unknown: permission denied"]
+    directory.chmod(0o700)
+    with pytest.raises(PermissionError, match="run"):
+        rows_as_nobody(directory, capsys)
+
+
+def rows_as_nobody(directory: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Name and last column of each row."""
+    ls(directory)  # loads all modules that it needs, which the other user may not
+    capsys.readouterr()
+    with unprivileged():
+        ls(directory)
+    _, *rows = capsys.readouterr().out.splitlines()
+    return [re.sub(r"^(\S+) .*?((unknown|no|yes).*)$", r"\1: \2", row) for row in rows]
+
+
+@pytest.mark.parametrize("step", [10**5000, b"no JSON"], ids=["huge", "damaged"])
+def test_a_step_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Any) -> None:
+    if isinstance(step, bytes):
+        monkeypatch.setattr(python_value, "_to_json", lambda _: {"type": "no such"})
+    Checkpoint(x=torch.ones(2), step=step).save(tmp_path / "ckpt")
+    _, row = listed(tmp_path)
+    assert row.split()[:3] == ["ckpt-1.h5", "1", "?"]

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from distckpt import Checkpoint
 from distckpt.cli import main
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError
 
 
 def test_help_lists_every_command() -> None:
@@ -74,3 +76,21 @@ def test_show_of_a_missing_file_is_such_a_message(
         main.main()
     assert end.value.code == 1
     assert re.fullmatch(r"distckpt: .*ckpt-1\.h5.*\n", capsys.readouterr().err)
+
+
+def test_an_error_does_not_act_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["distckpt"])
+    monkeypatch.setattr(main, "build", lambda _: _raiser(CheckpointError("a\x1b[2Jb:\n  reason")))
+    with pytest.raises(SystemExit):
+        main.main()
+    assert capsys.readouterr().err == "distckpt: a\\x1b[2Jb:\n  reason\n"
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify"])
+def test_stdout_may_be_closed(command: str, tmp_path: Path) -> None:
+    saved = Checkpoint(x=torch.ones(2)).save(tmp_path / "ckpt")
+    program = f"{sys.executable} -m distckpt {command} {tmp_path if command == 'ls' else saved} >&-"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -57,3 +57,18 @@ def test_show_of_a_file_without_a_timing_says_so(
     assert manifest_of(file).timing is None
     assert shown("--timing", file)[-1] == "the file does not say how long its save took"
     checkpoint().restore(file).assert_consumed()
+
+
+def test_no_name_acts_on_the_terminal(path: str) -> None:
+    state = {"a\nb": torch.ones(1), "\x1b[31m[red]": "\x1b[2J", "\u202ec": 1}
+    lines = shown(Checkpoint(d=state).save(f"{path}\x07"))
+    assert lines[0] == rf"{path}\x07-1.h5"
+    assert any(line.endswith(r"a\nb float32 1 4 B") for line in lines)
+    assert any(line.endswith(r"\x1b[31m[red] = '\x1b[2J'") for line in lines)
+    assert any(line.endswith(r"\u202ec = 1") for line in lines)
+
+
+def test_a_value_that_cannot_be_shown(path: str) -> None:
+    lines = shown(Checkpoint(large=10**5000, small=3).save(path))
+    assert any("large = (Exceeds the limit" in line for line in lines)
+    assert any(line.endswith("small = 3") for line in lines)

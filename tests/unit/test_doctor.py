@@ -287,6 +287,12 @@ def test_one_line_each_and_status_1_where_something_is_wrong(monkeypatch: pytest
     assert result.exit_code == 1
 
 
+def test_no_name_acts_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_report(monkeypatch, 0, Check("space", ok=True, found="1 GiB free in a\x1b[2J\nb"))
+    result = CliRunner().invoke(main.build(["doctor"]), ["doctor"])
+    assert result.output == "ok    space        1 GiB free in a\\x1b[2J\\nb\n"
+
+
 def test_status_0_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_report(monkeypatch, 0, GOOD)
     assert CliRunner().invoke(main.build(["doctor"]), ["doctor"]).exit_code == 0
