@@ -26,12 +26,14 @@ class _Scheduler:
     Attributes:
         name: For messages.
         job: Variable that is set within a job.
-        command: Prints it; "{job}" stands for the variable's value.
+        element: Says, from the environment, which job of an array this is; None where the variable alone does.
+        command: Prints it; "{job}" stands for the name of the job.
         parse: What was printed and the present time to the deadline, in seconds since the epoch; None without one.
     """
 
     name: str
     job: str
+    element: Callable[[Mapping[str, str]], str | None]
     command: tuple[str, ...]
     parse: Callable[[str, float], float | None]
 
@@ -67,11 +69,12 @@ def _explicit(text: str) -> float:
 
 
 def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:
-    command = [part.format(job=environ[scheduler.job]) for part in scheduler.command]
+    job = scheduler.element(environ) or environ[scheduler.job]
+    command = [part.format(job=job) for part in scheduler.command]
     try:
         done = subprocess.run(
             command,
-            env={**environ, "LC_ALL": "C"},
+            env=_without_preferences(environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -85,6 +88,31 @@ def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:
         return None
     log.info("%s ends the job at %s", scheduler.name, deadline)
     return deadline
+
+
+def _without_preferences(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the forms and filters that users have set for what they read themselves."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("SQUEUE_")}
+    return {**kept, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+
+
+# ---- arrays of jobs ----------------------------------------------------------------------------------------------
+
+
+def _no_element(_environ: Mapping[str, str]) -> str | None:
+    return None
+
+
+def _slurm_element(environ: Mapping[str, str]) -> str | None:
+    """One job of an array has the number of the whole array, too."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if task and array == environ["SLURM_JOB_ID"] else None
+
+
+def _lsf_element(environ: Mapping[str, str]) -> str | None:
+    """All jobs of an array have one number; the index is 0 for those of none."""
+    index = environ.get("LSB_JOBINDEX") or "0"
+    return None if index == "0" else f"{environ['LSB_JOBID']}[{index}]"
 
 
 # ---- what the schedulers print -----------------------------------------------------------------------------------
@@ -144,8 +172,8 @@ def _clock_seconds(text: str) -> float:
 
 
 _SCHEDULERS = (
-    _Scheduler("Slurm", "SLURM_JOB_ID", ("squeue", "-h", "-j", "{job}", "-o", "%e"), parse_slurm),
-    _Scheduler("PBS", "PBS_JOBID", ("qstat", "-f", "{job}"), parse_pbs),
-    _Scheduler("LSF", "LSB_JOBID", ("bjobs", "-noheader", "-o", "time_left", "{job}"), parse_lsf),
-    _Scheduler("Flux", "FLUX_JOB_ID", ("flux", "job", "timeleft"), parse_flux),
+    _Scheduler("Slurm", "SLURM_JOB_ID", _slurm_element, ("squeue", "-h", "-j", "{job}", "-o", "%e"), parse_slurm),
+    _Scheduler("PBS", "PBS_JOBID", _no_element, ("qstat", "-f", "{job}"), parse_pbs),
+    _Scheduler("LSF", "LSB_JOBID", _lsf_element, ("bjobs", "-noheader", "-o", "time_left", "{job}"), parse_lsf),
+    _Scheduler("Flux", "FLUX_JOB_ID", _no_element, ("flux", "job", "timeleft"), parse_flux),
 )

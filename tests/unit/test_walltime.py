@@ -75,6 +75,37 @@ def test_the_scheduler_is_asked(command: str, variable: str, script: str, left: 
     assert deadline - time.time() == pytest.approx(left, abs=5)
 
 
+def test_the_forms_and_filters_of_the_user_do_not_count(tmp_path: Path) -> None:
+    stub = tmp_path / "squeue"
+    stub.write_text(
+        '#!/bin/sh\n[ "$SLURM_TIME_FORMAT" = standard ] || { echo Tomorr 08:55; exit; }\n'
+        '[ -n "$SQUEUE_STATES" ] || echo 2026-11-22T08:55:45\n'
+    )
+    stub.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    preferences = {"SLURM_TIME_FORMAT": "relative", "SQUEUE_STATES": "PENDING"}
+    assert find_deadline({**job, **preferences}) == local("2026-11-22T08:55:45")
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "job"),
+    [
+        ("squeue", {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "0"}, "9_0"),
+        ("squeue", {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "0"}, "8"),
+        ("bjobs", {"LSB_JOBID": "9", "LSB_JOBINDEX": "3"}, "9[3]"),
+        ("bjobs", {"LSB_JOBID": "9", "LSB_JOBINDEX": "0"}, "9"),
+    ],
+)
+def test_only_this_job_of_an_array_is_asked_for(
+    command: str, environ: dict[str, str], job: str, tmp_path: Path
+) -> None:
+    stub = tmp_path / command
+    stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    stub.chmod(0o755)
+    assert find_deadline({**environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}) is None
+    assert job in (tmp_path / "asked").read_text().split()
+
+
 @pytest.mark.parametrize("script", ["exit 1", "echo nonsense", "exec /nonexistent"])
 def test_a_scheduler_that_does_not_answer_stops_nobody(
     script: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
