@@ -14,7 +14,7 @@ from datetime import datetime
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-from distckpt.cluster.walltime import find_deadline
+from distckpt.cluster.walltime import find_deadline, is_long_ago
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.interval import require_seconds
 
@@ -251,9 +251,13 @@ def _as_seconds(deadline: object) -> float:
     """
     if isinstance(deadline, datetime):
         return deadline.timestamp()
-    if isinstance(deadline, int | float) and not isinstance(deadline, bool) and not math.isnan(deadline):
-        return float(deadline)
-    raise ValueError(f"deadline: expected seconds since the epoch, a datetime, or None. Got {deadline!r}.")
+    number = isinstance(deadline, int | float) and not isinstance(deadline, bool) and not math.isnan(deadline)
+    if number and not is_long_ago(deadline):  # type: ignore[arg-type]  # a number
+        return float(deadline)  # type: ignore[arg-type]  # a number
+    raise ValueError(
+        "deadline: expected seconds since the epoch, a datetime, or None, such as time.time() + 3600 for an hour from "
+        f"now. Got {deadline!r}."
+    )
 
 
 def _together(reasons: list[str]) -> str:

@@ -17,6 +17,8 @@ from distckpt.log import log
 DEADLINE = "DISTCKPT_DEADLINE"
 #: Seconds that a scheduler's command may take: the controller of a large cluster can be busy.
 _PATIENCE = 30.0
+#: Seconds since the epoch before which no job runs: what is less is a duration, or nothing.
+_LONG_AGO = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,13 @@ def find_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
             of Slurm, PBS, LSF and Flux that name the job.
 
     Raises:
-        ValueError: DISTCKPT_DEADLINE is no number of seconds.
+        ValueError: DISTCKPT_DEADLINE is no point in time.
     """
     if environ.get(DEADLINE):
         return _explicit(environ[DEADLINE])
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(environ["SLURM_JOB_END_TIME"])
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdecimal() and not is_long_ago(float(end)):
+        return float(end)
     for scheduler in _SCHEDULERS:
         if environ.get(scheduler.job):
             return _ask(scheduler, environ)
@@ -63,9 +66,14 @@ def _explicit(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not math.isfinite(value) or is_long_ago(value):
         raise ValueError(f"{DEADLINE}: expected seconds since the epoch, as `date +%s` prints them. Got {text!r}.")
     return value
+
+
+def is_long_ago(seconds: float) -> bool:
+    """Whether a number of seconds cannot be meant as a point in time since the epoch: a duration is given instead."""
+    return seconds < _LONG_AGO
 
 
 def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:

@@ -125,7 +125,7 @@ def test_bad_options(option: str) -> None:
         PreemptionGuard(**{option: -1})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("deadline", ["12:00", float("nan"), True])
+@pytest.mark.parametrize("deadline", ["12:00", float("nan"), True, 3600, -math.inf])
 def test_a_deadline_that_is_no_time(deadline: Any) -> None:
     before = signal.getsignal(signal.SIGUSR2)
     with pytest.raises(ValueError, match="deadline: expected seconds since the epoch, a datetime, or None"):

@@ -55,6 +55,8 @@ def test_variables_come_before_commands() -> None:
         find_deadline({**job, "SLURM_JOB_END_TIME": "1700000000", "DISTCKPT_DEADLINE": "1600000000.5"}) == 1.6e9 + 0.5
     )
     assert find_deadline({}) is None
+    for nothing in ("0", "soon", "\N{SUPERSCRIPT TWO}"):
+        assert find_deadline({**job, "SLURM_JOB_END_TIME": nothing}) is None
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_scheduler_that_does_not_answer_stops_nobody(
     assert "Set DISTCKPT_DEADLINE" in caplog.text
 
 
-@pytest.mark.parametrize("bad", ["soon", "nan", "inf"])
+@pytest.mark.parametrize("bad", ["soon", "nan", "inf", "3600", "-5"])
 def test_a_bad_deadline(bad: str) -> None:
     with pytest.raises(ValueError, match=f"DISTCKPT_DEADLINE: expected seconds since the epoch.*{bad}"):
         find_deadline({"DISTCKPT_DEADLINE": bad})
