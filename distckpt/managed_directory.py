@@ -20,7 +20,7 @@ from distckpt.retention import CheckpointRecord, History, Policy
 from distckpt.schedule import AutoSchedule, LastSave, Schedule
 from distckpt.storage.commit import remove_checkpoints
 from distckpt.storage.commit import sweep as sweep_temporary_files
-from distckpt.storage.latest import complete_checkpoints, is_complete, latest_checkpoint, saved_files
+from distckpt.storage.latest import complete_checkpoints, is_complete, saved_files
 from distckpt.storage.paths import SUFFIX, numbered_files, parse_numbered, resolve
 from distckpt.storage.state import DamagedStateError, read_entry, write_entry
 
@@ -112,7 +112,7 @@ class ManagedDirectory:
         if now < self._history.last_preserved_time:
             warn([f"{self._directory}: the clock was set back. All checkpoints made so far are kept for good."])
             self._history = retention.after_clock_reset(self._history, now)
-        self._latest = latest_checkpoint(self._directory)
+        self._latest = next(complete_checkpoints(self._directory), None)
         return self._view()
 
     # ---- save ----

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import heapq
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from distckpt.errors import CheckpointError, CheckpointWarning
+from distckpt.errors import CheckpointError
+from distckpt.log import warn
 from distckpt.storage.hdf5 import open_checkpoint
-from distckpt.storage.paths import NumberedFile, as_text, numbered_files
+from distckpt.storage.paths import SUFFIX, NumberedFile, as_text, numbered_files
 from distckpt.storage.state import DamagedStateError, known_prefixes, read_state
 from distckpt.storage.verify import verify_file
 
@@ -30,7 +30,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
     """The newest complete checkpoint that `save` has made in a directory; None when there is none.
 
     What the state file says is only a hint: a checkpoint that was committed just before a crash is found, and a damaged
-    one is passed over with a warning.
+    one is passed over with a warning. There is also a warning where a file or file prefix is given for the directory.
 
     Args:
         directory: The directory.
@@ -42,7 +42,21 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
     Raises:
         TypeError: `directory` is no path.
     """
-    return next(complete_checkpoints(as_text("directory", directory), verify=verify), None)
+    text = as_text("directory", directory)
+    _warn_of_a_prefix(Path(text))
+    return next(complete_checkpoints(text, verify=verify), None)
+
+
+def _warn_of_a_prefix(path: Path) -> None:
+    """None means a fresh start, which is not what is wanted where checkpoints are beside."""
+    if path.is_dir():
+        return
+    name = path.name.removesuffix(SUFFIX)
+    if path.exists() or any(file.prefix == name for file in numbered_files(path.parent)):
+        _warn(
+            f"{path} is no directory, so no checkpoint is found in it. Expected a directory, such as "
+            f"{str(path.parent)!r} for what was saved as {str(path.with_name(name))!r}."
+        )
 
 
 def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:
@@ -102,4 +116,4 @@ def _newest_first(directory: str | os.PathLike[str], files: list[NumberedFile], 
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, CheckpointWarning, stacklevel=2)
+    warn([message])

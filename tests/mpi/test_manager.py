@@ -241,7 +241,7 @@ def failing_on_root(comm: Any, error: Exception) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("name", ["sweep_temporary_files", "latest_checkpoint", "read_entry"])
+@pytest.mark.parametrize("name", ["sweep_temporary_files", "complete_checkpoints", "read_entry"])
 def test_a_directory_that_cannot_be_read(
     comm: Any, mpi_dir: Path, agree: Agree, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

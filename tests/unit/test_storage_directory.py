@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from distckpt import Checkpoint, CheckpointManager
 from distckpt.errors import CheckpointNotFoundError, CheckpointWarning
 from distckpt.storage import paths, state
 from distckpt.storage.latest import is_complete, latest_checkpoint
@@ -181,6 +182,17 @@ def test_an_empty_directory_has_none(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
     (tmp_path / "notes.txt").touch()
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["ckpt", "ckpt.h5", "ckpt-1.h5", "checkpoint"])
+def test_a_file_or_a_prefix_is_no_directory(tmp_path: Path, name: str) -> None:
+    make(tmp_path, "ckpt-1.h5")
+    expected = rf"/{name} is no directory.*Expected a directory, such as '{tmp_path}'"
+    with pytest.warns(CheckpointWarning, match=expected) as warned:
+        assert latest_checkpoint(tmp_path / name) is None
+    assert warned[0].filename == __file__
+    assert latest_checkpoint(tmp_path / "other") is None  # a fresh start: a warning would be an error here
+    assert CheckpointManager(Checkpoint(x=1), tmp_path / "ckpt").latest_checkpoint is None
 
 
 def test_the_highest_number_is_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
