@@ -24,6 +24,7 @@ from distckpt.saving.draft import NewFile
 from distckpt.saving.output import Target
 from distckpt.saving.saver import Saver
 from distckpt.status import RestoreStatus
+from distckpt.tensor_bytes import require_memory
 from distckpt.timing import Timing
 
 T = TypeVar("T", bound=object)
@@ -324,6 +325,7 @@ class Checkpoint(Trackable):
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:
         """Walk the live graph. Local."""
+        require_memory()
         session = self._session
         root = unwrap(self._root())
         inner = adapter_for(root)

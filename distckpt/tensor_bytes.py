@@ -29,6 +29,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def require_memory() -> None:
+    """Check that new tensors have memory of their own: to read or write what has none would end the process.
+
+    Raises:
+        RuntimeError: They have not, within a `FakeTensorMode` for instance.
+    """
+    kind = type(torch.empty(0, device="cpu"))
+    if kind is not torch.Tensor:
+        raise RuntimeError(
+            f"a mode of torch is active that makes each new tensor a {kind.__qualname__}, without memory of its own. "
+            "Save and restore outside of it."
+        )
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A writeable view of a contiguous CPU tensor's memory, which keeps the tensor.
 

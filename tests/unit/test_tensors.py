@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distckpt import Checkpoint, CheckpointWarning, LayoutError, RestoreMismatchError, RestoreOptions
+from distckpt import Checkpoint, CheckpointWarning, CollectiveError, LayoutError, RestoreMismatchError, RestoreOptions
 from distckpt.graph.memory import overlaps_itself
 from distckpt.layout.dtypes import _DTYPES
 from distckpt.layout.records import Manifest
@@ -454,6 +454,23 @@ def test_a_tensor_without_memory_of_its_own_is_refused(path: str) -> None:
         for live in ({"w": tensor}, {"w": {"a": [tensor]}}, {"w": _Stateful(tensor)}):
             with pytest.raises(LayoutError, match=f"w.*: a .*{name} has no memory of its own"):
                 Checkpoint(**live).write(path)
+
+
+def test_new_tensors_without_memory_are_refused(path: str) -> None:
+    """As above: the tensors are real, but what a save or restore makes beside them would not be."""
+    live = Checkpoint(w=torch.ones(3, 4).t())
+    file = live.save(path)
+    live.w.zero_()
+    calls = (live.save, live.write, live.save_async, lambda _: live.restore(file), lambda _: live.read(file))
+    for call in calls:
+        with (
+            FakeTensorMode(),
+            pytest.raises(CollectiveError, match=r"makes each new tensor a FakeTensor.*outside of it"),
+        ):
+            call(path)
+    assert not live.w.any()
+    live.restore(file).assert_consumed()
+    assert live.w.all()
 
 
 class _Stateful:
