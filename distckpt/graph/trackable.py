@@ -70,7 +70,8 @@ class Trackable:
     """An object whose checkpointable attributes are saved with it.
 
     Assigning an attribute tracks it, deleting it untracks it, and whatever it holds when `save` or `restore` runs is
-    what counts. Values that cannot be checkpointed are left out. Subclasses need not call `__init__`.
+    what counts. Values that cannot be checkpointed are left out. Subclasses need not call `__init__`. One that is a
+    module, too, is saved as any module: its other attributes are not.
     """
 
     if TYPE_CHECKING:  # any attribute may be assigned; at run time a missing one is an AttributeError as usual
@@ -87,7 +88,7 @@ class Trackable:
             value = value.value
         else:
             tracking.opted_out.discard(name)
-        object.__setattr__(self, name, value)
+        super().__setattr__(name, value)  # a module, which may be the next class, keeps its parameters there
         tracking.explicit.pop(name, None)
         tracking.tell(name)
 
@@ -95,7 +96,7 @@ class Trackable:
         tracking = tracking_of(self)
         tracking.opted_out.discard(name)
         if tracking.explicit.pop(name, None) is None or name in vars(self):
-            object.__delattr__(self, name)
+            super().__delattr__(name)
 
     def track(self, value: T, name: str, *, overwrite: bool = False) -> T:
         """Track an object under a name without an attribute.

@@ -544,6 +544,32 @@ def test_a_container_that_gets_what_cannot_be_saved_is_left_out_with_a_warning(
     assert keys_of(checkpoint.write(path)) == {"history/loss", "a", "part/config"}
 
 
+def _two_children(module: Any, value: float) -> None:
+    nn.Module.__init__(module)
+    module.linear = nn.Linear(2, 2)
+    module.scale = nn.Parameter(torch.full((2,), value))
+
+
+class _TrackableFirst(Trackable, nn.Module):
+    __init__ = _two_children
+
+
+class _ModuleFirst(nn.Module, Trackable):
+    __init__ = _two_children
+
+
+@pytest.mark.parametrize("cls", [_TrackableFirst, _ModuleFirst])
+def test_a_trackable_that_is_a_module_is_saved_as_one(cls: Any, path: str, keys_of: Keys) -> None:
+    saved, live = cls(1.0), cls(2.0)
+    assert len([*live.parameters()]) == 3
+    file = Checkpoint(m=saved).write(path)
+    assert keys_of(file) == {"m/linear/weight", "m/linear/bias", "m/scale"}
+    Checkpoint(m=live).read(file).assert_consumed()
+    assert all(map(torch.equal, live.parameters(), saved.parameters()))
+    del live.scale
+    assert len([*live.parameters()]) == 2
+
+
 def test_what_sits_beside_something_trackable_must_be_saveable(path: str) -> None:
     with pytest.raises(LayoutError, match=r"x/1: a builtins\.object cannot be checkpointed.*NoDependency") as caught:
         Checkpoint(x=[one(), object()]).write(path)
