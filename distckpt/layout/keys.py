@@ -8,6 +8,7 @@ A user's name never gives a component with one leading dot that this package use
     NUL           ".0"
     ""            ".E"
     int key k     ".i<k>"
+    other key k   ".k<repr(k)>", in what `state_dict()` returns only
 
 Edges are named by strings everywhere. An int dict key k has the name "\0i<k>"; the rare string key that looks like one
 ("\0i5") gets one more leading NUL as its name. `edge_name` and `dict_key` convert; only `escape` and `unescape` know.

@@ -346,6 +346,7 @@ _STATES: list[Any] = [
     [torch.ones(1), 2],
     torch.arange(3.0),
     np.arange(4),
+    {key: torch.full((2,), float(n)) for n, key in enumerate([(1,), "(1,)", None, "None", 2.5, "2.5", 3, "3", ".k3"])},
 ]
 
 

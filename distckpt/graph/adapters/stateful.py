@@ -68,7 +68,8 @@ class _Flattening:
 
 
 def _component(key: Any) -> str:
-    return escape(edge_name(key) if type(key) in (str, int) else repr(key))
+    # No str looks like the name of another key, for its own dots are doubled.
+    return escape(edge_name(key)) if type(key) in (str, int) else f".k{escape(repr(key))}"
 
 
 def flatten(state: object, prefix: str, rest_name: str) -> Iterable[Part]:
