@@ -6,12 +6,13 @@ Matching walks edges breadth-first from the root, by parent and local name; it n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import MutableMapping, MutableSequence
 
 from distckpt.graph.adapters.optimizer import Groups
 from distckpt.graph.match import WHOLE, Binding, Mismatch, describe, is_hollow, refused
 from distckpt.graph.selection import Selection
 from distckpt.graph.view import LiveNode
-from distckpt.layout.keys import escape
+from distckpt.layout.keys import escape, unescape
 from distckpt.layout.records import OWN_VALUE, Node
 
 
@@ -82,7 +83,7 @@ class NodeMatcher:
         """Warn of a list, tuple or dict that has another number of elements than saved."""
         before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
         of_a_container = WHOLE.keys().isdisjoint(attribute.name for attribute in saved.attributes)
-        if before != now and of_a_container:
+        if before != now and of_a_container and not (before > now and can_grow(saved, node)):
             kind = type(node.obj).__qualname__
             self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 
@@ -115,3 +116,28 @@ class NodeMatcher:
     def any_key(self, node_id: int) -> str:
         """A name for a stored node in messages."""
         return next(iter(self.keys_below(node_id)), f"node {node_id}")
+
+
+def can_grow(saved: Node, node: LiveNode) -> bool:
+    """Whether a live container gets the stored elements that it lacks, as a list or dict of python values does.
+
+    It does where it and the stored one have python values only. It is a node because of its class: a deque, or a
+    subclass of dict such as defaultdict.
+    """
+    if saved.children or node.children or not node.adapter.is_container:
+        return False
+    if not isinstance(node.obj, MutableMapping | MutableSequence) or len(node.values) != len(node.obj):
+        return False  # an element that is no value opts out
+    names = [attribute.name for attribute in saved.attributes]
+    if isinstance(node.obj, MutableSequence):
+        return names == [str(index) for index in range(len(names))]
+    return all(map(_is_key, names))
+
+
+def _is_key(component: str) -> bool:
+    """Whether an attribute's name may be an element's of a dict: it is none of this package's own."""
+    try:
+        unescape(component)
+    except ValueError:
+        return False
+    return True

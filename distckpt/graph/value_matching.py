@@ -11,7 +11,7 @@ from collections.abc import Container
 import torch
 
 from distckpt.graph.match import WHOLE, Match, Mismatch, refused
-from distckpt.graph.node_matching import NodeMatcher
+from distckpt.graph.node_matching import NodeMatcher, can_grow
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import PER_RANK, escape
@@ -62,13 +62,16 @@ class ValueMatcher:
             found = Mismatch(node.key, "an object of another kind", f"a {type(node.obj).__qualname__}")
             self._result.mismatches.append(found)
             return
+        grows = can_grow(saved, node)
         for attribute in saved.attributes:
             value = node.values.get(attribute.name)
             key = attribute.checkpoint_key
             first = self._key_of.get((live_id, attribute.name))
             if first is not None:
                 self._result.combined.append((first, key, node.attribute_key(attribute.name)))
-            elif value is None and live_id not in self.ready and not node.adapter.takes(attribute.name, node.values):
+            elif value is None and not (
+                grows or live_id in self.ready or node.adapter.takes(attribute.name, node.values)
+            ):
                 self._defer(key, attribute.name, node)
             else:
                 self._key_of[live_id, attribute.name] = key

@@ -16,8 +16,10 @@ from torch.optim import lr_scheduler
 
 from distckpt import (
     Checkpoint,
+    CheckpointWarning,
     CollectiveError,
     LayoutError,
+    NoDependency,
     PerRank,
     PythonState,
     RestoreMismatchError,
@@ -291,6 +293,49 @@ def test_what_a_container_holds_beside_the_saved(path: str) -> None:
     assert live.d["b"] == 1
     assert live.d["n"] == 1
     assert live.l[2] == 3
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize(
+    ("saved", "live", "expected"),
+    [
+        (collections.deque([1, 2, 3]), collections.deque([9]), collections.deque([1, 2, 3])),
+        (collections.deque([1, 2, 3]), collections.deque([9], maxlen=2), collections.deque([2, 3], maxlen=2)),
+        (
+            collections.defaultdict(list, {"a": [1.5], 3: [2], ".x/": []}),
+            collections.defaultdict(list, a=[7]),
+            collections.defaultdict(list, {"a": [1.5], 3: [2], ".x/": []}),
+        ),
+    ],
+    ids=["deque", "maxlen", "defaultdict"],
+)
+def test_a_container_of_a_class_of_its_own_gets_the_elements_that_it_lacks(
+    saved: Any, live: Any, expected: Any, late: bool, path: str
+) -> None:
+    live = copy.copy(live)
+    file = Checkpoint(x=1, h=saved).write(path)
+    checkpoint = Checkpoint(x=0) if late else Checkpoint(x=0, h=live)
+    status = checkpoint.read(file)
+    if late:
+        checkpoint.h = live
+    assert checkpoint.h is live
+    assert repr(live) == repr(expected)
+    status.assert_consumed()
+    live.clear()  # training goes on: what was restored does not come back
+    checkpoint.retry_pending()
+    assert len(live) == 0
+
+
+def test_what_a_container_of_a_class_of_its_own_does_not_get(path: str) -> None:
+    opted_out = collections.defaultdict(int, n=NoDependency(5))
+    with pytest.warns(CheckpointWarning, match="d: a defaultdict of 0 element"):
+        Checkpoint(d=opted_out, x=0).read(Checkpoint(d=collections.defaultdict(int, n=1, m=2), x=1).write(path))
+    assert list(opted_out) == ["n"]
+    assert isinstance(opted_out["n"], NoDependency)
+    empty = collections.defaultdict(int)
+    with pytest.raises(RestoreMismatchError, match=r"d/\.state: saved the state of an object"):
+        Checkpoint(d=empty, x=0).read(Checkpoint(d=_Stateful({"n": 1}), x=1).write(path))
+    assert empty == {}
 
 
 def test_empty_containers_count_as_nothing(path: str) -> None:

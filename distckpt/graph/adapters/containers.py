@@ -84,9 +84,11 @@ class SequenceAdapter(Adapter):
         return f"{live!r:.60} in a tuple, which cannot change (use a list)"
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Set the elements; a list or dict is changed in place."""
+        """Set the elements, and append those beyond the end; a list or dict is changed in place."""
         for name, value in saved.items():
-            if not assign_python_value(_element(obj, name), value) and isinstance(obj, MutableSequence):
+            if isinstance(obj, MutableSequence) and int(name) >= len(obj):
+                obj.append(value)  # of a deque the last ones stay, as many as it holds
+            elif not assign_python_value(_element(obj, name), value) and isinstance(obj, MutableSequence):
                 obj[int(name)] = value
 
 
