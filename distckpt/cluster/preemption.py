@@ -190,7 +190,7 @@ class PreemptionGuard:
         try:
             for number in signals:
                 self._previous[number] = signal.signal(number, self._on_signal)
-        except (ValueError, OSError) as error:  # not the main thread, or SIGKILL and its like
+        except (ValueError, OSError, TypeError) as error:  # not the main thread, SIGKILL and its like, or no signals
             self.close()
             raise ValueError(
                 f"signals: expected signals that can be handled, in the main thread. Got {error} "

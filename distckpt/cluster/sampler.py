@@ -154,9 +154,8 @@ class ElasticSampler(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         if not self._shuffle:
             return torch.arange(self._samples, device="cpu")
-        return torch.randperm(
-            self._samples, generator=torch.Generator().manual_seed(self._seed + self.epoch), device="cpu"
-        )
+        seed = (self._seed + self.epoch) % 2**64  # as torch takes negative ones; larger ones it refuses
+        return torch.randperm(self._samples, generator=torch.Generator().manual_seed(seed), device="cpu")
 
     def _end(self) -> int:
         """Where this epoch ends, counted in samples."""

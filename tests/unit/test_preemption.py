@@ -139,10 +139,11 @@ def test_a_deadline_that_is_far_away(make_guard: MakeGuard, deadline: float) -> 
     assert [guard.should_stop(), guard.should_stop()] == [False, False]
 
 
-def test_a_signal_that_cannot_be_handled_changes_no_handler() -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGUSR2, signal.SIGKILL], [signal.SIGUSR2, "SIGTERM"], 15])
+def test_a_signal_that_cannot_be_handled_changes_no_handler(signals: Any) -> None:
     before = signal.getsignal(signal.SIGUSR2)
     with pytest.raises(ValueError, match="signals: expected signals that can be handled"):
-        PreemptionGuard(signals=[signal.SIGUSR2, signal.SIGKILL])
+        PreemptionGuard(signals=signals)
     assert signal.getsignal(signal.SIGUSR2) == before
 
 

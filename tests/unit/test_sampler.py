@@ -83,6 +83,17 @@ def test_epochs_differ_and_follow_from_the_seed() -> None:
     assert take(samplers(6, 4, 1, shuffle=False), 9) == [[0, 1, 2, 3], [4, 5]]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**80])
+def test_seeds_of_any_size(seed: int) -> None:
+    (sampler,) = samplers(32, 8, 1, seed=seed)
+    epochs = [take([sampler], 9) for _ in range(3)]
+    assert all(sorted(flat(epoch)) == list(range(32)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    if seed < 0:
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
+        assert flat(epochs[0]) == order.tolist(), "as torch takes it"
+
+
 def test_parts_differ_by_one_sample_at_most() -> None:
     assert [len(next(iter(sampler))) for sampler in samplers(100, 8, 3)] == [2, 3, 3]
 
