@@ -59,9 +59,15 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The checkpoint to restore; None when the directory has none."""
+    """The checkpoint to restore.
+
+    Attributes:
+        path: The checkpoint; None when the directory has none.
+        view: What the directory has in that case.
+    """
 
     path: str | None
+    view: DirectoryView | None = None
 
 
 class ManagedDirectory:
@@ -198,9 +204,12 @@ class ManagedDirectory:
             self._rejected.append(problem)
             warn([f"falling back to an older checkpoint: {problem}"])
         path = next(self._candidates, None)
-        if path is None:
-            self._require_nothing_lost()
-        return Choice(path)
+        if path is not None:
+            return Choice(path)
+        self._require_nothing_lost()
+        with self._lock:  # what was known of the directory may have been removed since
+            self._latest, self._history = None, retention.present(self._history, self._own_files())
+            return Choice(None, self._view())
 
     def restored(self, path: str) -> DirectoryView:
         """Take in that a checkpoint was restored: intervals count from here.

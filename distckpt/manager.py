@@ -366,8 +366,11 @@ class CheckpointManager:
         problem = ""
         while True:
             choose = functools.partial(self._managed.choose, problem)
-            path = self._coordinator.on_root("choose a checkpoint", choose, Choice).path
+            choice = self._coordinator.on_root("choose a checkpoint", choose, Choice)
+            path = choice.path
             if path is None:
+                assert choice.view is not None, "it comes without a path"
+                self._learn(choice.view)
                 return None
             try:
                 self._status = self._checkpoint.restore(path, options=options)

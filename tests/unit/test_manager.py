@@ -499,6 +499,16 @@ def test_when_all_are_damaged_nothing_starts_anew(tmp_path: Path) -> None:
     assert calls == []
 
 
+def test_what_was_removed_by_hand_is_gone_after_a_restore_that_found_nothing(tmp_path: Path) -> None:
+    manager = CheckpointManager(Checkpoint(x=1), tmp_path / "run")
+    path = manager.save()
+    assert (manager.latest_checkpoint, manager.checkpoints) == (path, [path])
+    shutil.rmtree(tmp_path / "run")
+    assert manager.restore_or_initialize() is None
+    assert (manager.latest_checkpoint, manager.checkpoints) == (None, [])
+    assert manager.save() == str(tmp_path / "run" / "ckpt-2.h5")
+
+
 def test_files_of_write_are_no_checkpoints(tmp_path: Path) -> None:
     make().write(tmp_path / "export-3")
     manager = CheckpointManager(make(), tmp_path)
