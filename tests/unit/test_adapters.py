@@ -86,6 +86,35 @@ class _Buffers(nn.Module):
         self.register_buffer("scratch", torch.full((2,), value), persistent=False)
 
 
+class _Packed(nn.Module):
+    """Keeps a part of its state where only its own state_dict() finds it, as quantized modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.inner = nn.Linear(2, 2)
+        self.scale: torch.Tensor | None = torch.ones(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination[f"{prefix}inner.bias"] = self.inner.bias
+        if self.scale is not None:
+            destination[f"{prefix}weight.scale"] = destination[f"{prefix}weight.format"] = self.scale
+
+
+def test_what_only_the_modules_own_state_dict_has_is_refused(path: str, keys_of: Keys) -> None:
+    module = _Packed()
+    with pytest.raises(
+        LayoutError, match=r"m/0: the state_dict\(\) of this _Packed also has 'weight\.scale' and 1 more"
+    ):
+        Checkpoint(m=nn.Sequential(module)).write(path)
+    module.scale = None
+    file = Checkpoint(m=nn.Sequential(module)).write(path)
+    assert keys_of(file) == {"m/0/weight", "m/0/inner/weight", "m/0/inner/bias"}
+    fake = torch.ao.quantization.FakeQuantize()  # has a state_dict() of its own, too, and no more in it
+    Checkpoint(m=fake).read(Checkpoint(m=fake).write(path)).assert_consumed()
+
+
 def test_only_persistent_buffers(path: str, keys_of: Keys) -> None:
     file = Checkpoint(m=_Buffers(5)).write(path)
     assert keys_of(file) == {"m/kept"}

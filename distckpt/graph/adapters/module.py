@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part
+from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.adapters.stateful import flatten, unflatten
 from distckpt.graph.values import Edge, UnsaveableError, Value
@@ -45,6 +47,8 @@ class ModuleAdapter(Adapter):
         for name, buffer in obj._buffers.items():
             if buffer is not None and name not in transient:
                 yield Edge(name, buffer, buffer=True)
+        if type(obj)._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
+            yield from _beyond(obj)
         if type(obj).get_extra_state is not torch.nn.Module.get_extra_state:
             yield from flatten(obj.get_extra_state(), _EXTRA_STATE, _EXTRA_STATE)
 
@@ -56,6 +60,23 @@ class ModuleAdapter(Adapter):
         """Hand the extra state back."""
         assert isinstance(obj, torch.nn.Module)
         obj.set_extra_state(unflatten(saved, _EXTRA_STATE))
+
+
+def _beyond(module: torch.nn.Module) -> Iterable[Problem]:
+    """What a module with a `state_dict()` of its own making has in it beside the parts above, as quantized ones do."""
+    own: Any = OrderedDict()
+    own._metadata = OrderedDict()
+    module._save_to_state_dict(own, "", True)
+    known = {*module._parameters, *module._buffers, "_extra_state"} - module._non_persistent_buffers_set
+    lost = [name for name in own if name not in known and name.partition(".")[0] not in module._modules]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        yield Problem(
+            "",
+            f"the state_dict() of this {type(module).__qualname__} also has {lost[0]!r}{more}, which is neither a "
+            "parameter nor a persistent buffer and would be lost. Give the class get_extra_state() and "
+            "set_extra_state(), or leave the module out and track those beside it one by one.",
+        )
 
 
 def _reshard(module: torch.nn.Module) -> None:
