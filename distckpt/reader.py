@@ -7,7 +7,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from distckpt.dry_run import CheckpointDiff, DryRun
-from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from distckpt.errors import CorruptCheckpointError
 from distckpt.graph.assignment import TensorRead
 from distckpt.graph.python_value import decode, resolve
 from distckpt.graph.values import TensorValue
@@ -25,8 +24,7 @@ from distckpt.layout.records import OWN_VALUE, Node, ObjectGraph, Shard
 from distckpt.layout.slicing import Index, Part, parts_of, select
 from distckpt.options import RestoreOptions, given_or_default
 from distckpt.source import Source, open_local
-from distckpt.storage.latest import latest_checkpoint
-from distckpt.storage.paths import as_text
+from distckpt.storage.latest import file_of
 from distckpt.storage.threads import threads_of_rank
 from distckpt.storage.transfer import sub_tensor
 from distckpt.tensor_bytes import copy_bits, torch_dtype
@@ -126,7 +124,7 @@ class CheckpointReader:
             CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
             CorruptCheckpointError: The file is no complete checkpoint.
         """
-        self._source = open_local(_file_of(path))
+        self._source = open_local(file_of(path))
         self._manifest = self._source.manifest
         self._variables = {variable.key: index for index, variable in enumerate(self._manifest.variables)}
 
@@ -279,17 +277,6 @@ class _Tensors(dict[str, Any]):
         if name not in self._keys:
             raise CorruptCheckpointError(f"a python value refers to {name!r}, which is not in the file.")
         return self._read(self._keys[name])
-
-
-def _file_of(path: str | os.PathLike[str]) -> str:
-    """The file that a path means."""
-    text = as_text("path", path)
-    if not Path(text).is_dir():
-        return text
-    latest = latest_checkpoint(text)
-    if latest is None:
-        raise CheckpointNotFoundError(f"{text}: no complete checkpoint of `save` in this directory.")
-    return latest
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:

@@ -19,18 +19,19 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.keys import PER_RANK, dict_key
 from distckpt.layout.records import OWN_VALUE, Attribute, Manifest, Variable
 from distckpt.storage.hdf5 import open_checkpoint
+from distckpt.storage.latest import file_of
 from distckpt.storage.paths import resolve
 from distckpt.timing import Timing
 from distckpt.words import nbytes_in_words, time_in_words
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="Checkpoint file, with or without .h5.")],
+    file: Annotated[Path, typer.Argument(help="Checkpoint file, with or without .h5; a directory means its latest.")],
     python: Annotated[bool, typer.Option("--python/--no-python", help="Show python values.")] = True,
     timing: Annotated[bool, typer.Option("--timing", help="Show how long the save took, step by step.")] = False,
 ) -> None:
     """Prints the object graph of a checkpoint: shapes, dtypes, sharding, sizes."""
-    opened = open_checkpoint(resolve(file))
+    opened = open_checkpoint(resolve(file_of(file)))
     output = console()
     for line in _header(opened.path, opened.manifest):
         output.print(line)

@@ -10,12 +10,15 @@ import typer
 
 from distckpt.cli.terminal import print_error, printable
 from distckpt.errors import CheckpointError
+from distckpt.storage.latest import file_of
 from distckpt.storage.paths import resolve
 from distckpt.storage.verify import verify_file
 
 
 def verify(
-    files: Annotated[list[Path], typer.Argument(help="Checkpoint files, with or without .h5.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Checkpoint files, with or without .h5; a directory means its latest.")
+    ],
 ) -> None:
     """Compares the manifest with the file and every checksum with the data; status 1 on damage."""
     sound = [_verify(file) for file in files]
@@ -26,7 +29,7 @@ def verify(
 def _verify(file: Path) -> bool:
     """Verify one file and tell of it; whatever is wrong, the next one is to be verified, too."""
     try:
-        path = resolve(file)
+        path = resolve(file_of(file))
         problems = verify_file(path)
     except (CheckpointError, OSError) as error:
         print_error(error)

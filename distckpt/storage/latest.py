@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.log import warn
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import SUFFIX, NumberedFile, as_text, numbered_files
@@ -57,6 +57,22 @@ def _warn_of_a_prefix(path: Path) -> None:
             f"{path} is no directory, so no checkpoint is found in it. Expected a directory, such as "
             f"{str(path.parent)!r} for what was saved as {str(path.with_name(name))!r}."
         )
+
+
+def file_of(path: str | os.PathLike[str]) -> str:
+    """The file that a path to read means; a directory means its latest checkpoint.
+
+    Raises:
+        TypeError: `path` is no path.
+        CheckpointNotFoundError: There is no complete checkpoint in the directory.
+    """
+    text = as_text("path", path)
+    if not Path(text).is_dir():
+        return text
+    latest = latest_checkpoint(text)
+    if latest is None:
+        raise CheckpointNotFoundError(f"{text}: no complete checkpoint of `save` in this directory.")
+    return latest
 
 
 def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import distckpt.saving.draft
 from distckpt import Checkpoint
 from distckpt.cli import main
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.layout.records import Manifest
 
 ManifestOf = Callable[[str], Manifest]
@@ -72,3 +74,12 @@ def test_a_value_that_cannot_be_shown(path: str) -> None:
     lines = shown(Checkpoint(large=10**5000, small=3).save(path))
     assert any("large = (Exceeds the limit" in line for line in lines)
     assert any(line.endswith("small = 3") for line in lines)
+
+
+def test_a_directory_means_its_latest_checkpoint(tmp_path: Path) -> None:
+    live = checkpoint()
+    files = [live.save(tmp_path / "run" / "ckpt") for _ in range(2)]
+    assert shown(str(tmp_path / "run"))[0] == files[-1]
+    result = CliRunner().invoke(main.build(["show"]), ["show", str(tmp_path)])
+    assert isinstance(result.exception, CheckpointNotFoundError)
+    assert str(result.exception) == f"{tmp_path}: no complete checkpoint of `save` in this directory."

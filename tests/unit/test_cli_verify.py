@@ -41,3 +41,10 @@ def test_no_name_acts_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixt
     saved = Checkpoint(x=torch.ones(2)).save(tmp_path / "a\x1b[2J\nb")
     verify([Path(saved)])
     assert capsys.readouterr().out == f"{tmp_path}/a\\x1b[2J\\nb-1.h5: ok\n"
+
+
+def test_a_directory_means_its_latest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint(x=torch.ones(2))
+    files = [checkpoint.save(tmp_path / "ckpt") for _ in range(2)]
+    verify([tmp_path])
+    assert capsys.readouterr().out == f"{files[-1]}: ok\n"
