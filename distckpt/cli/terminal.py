@@ -21,7 +21,7 @@ def console() -> Console:
 
 def print_any_text() -> None:
     """Let stdout print, escaped, what its encoding lacks: names of files may be any bytes."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in {"strict", "surrogateescape"}:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

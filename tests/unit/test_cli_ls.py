@@ -24,8 +24,8 @@ from distckpt.graph import python_value
 from tests.unit.unprivileged import unprivileged
 
 
-def listed(directory: Path) -> list[str]:
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+def listed(directory: Path, encoding: str = "utf-8:strict") -> list[str]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "distckpt", "ls", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
     return [line.rstrip() for line in done.stdout.splitlines()]
@@ -63,6 +63,13 @@ def test_no_name_acts_on_the_terminal(tmp_path: Path) -> None:
     _, *rows = listed(tmp_path)
     assert [row.split()[0] for row in rows] == [r"a\nb-1.h5", r"bell\x07\x1b[31m\x9b-2.h5"]
     assert [row.split()[2] for row in rows] == [r"\x1b[2J"] * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "ascii:surrogateescape"])
+def test_any_encoding_of_the_output(tmp_path: Path, encoding: str) -> None:
+    Checkpoint(x=torch.ones(2), step="é").save(tmp_path / "ckpt")
+    _, row = listed(tmp_path, encoding)
+    assert row.split()[:3] == ["ckpt-1.h5", "1", r"\xe9"]
 
 
 def test_a_narrow_terminal_wraps_lines_and_cuts_none(tmp_path: Path) -> None:
