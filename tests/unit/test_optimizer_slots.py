@@ -716,3 +716,44 @@ def test_two_optimizers_of_one_parameter(path: str) -> None:
     Checkpoint(m=twin, one=twins[0], two=twins[1]).read(file).assert_consumed()
     assert equal(slots(twin, twins[0]), slots(model, first))
     assert equal(slots(twin, twins[1]), slots(model, second))
+
+
+class _Ahead(Optimizer):
+    """As SAM and Lookahead do: steps another optimizer, and has a state of its own."""
+
+    def __init__(self, base: Optimizer, *, shares_state: bool) -> None:
+        super().__init__(base.param_groups, {})
+        self.base = base
+        self.param_groups = base.param_groups
+        if shares_state:
+            self.state = base.state
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            slow = self.state[parameter].setdefault("slow", torch.zeros_like(parameter))
+            slow.lerp_(parameter.detach(), 0.5)
+
+
+@pytest.mark.parametrize(("shares_state", "also_tracked"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizer_inside_another(
+    shares_state: bool, also_tracked: bool, stepped: bool, path: str, keys_of: Keys
+) -> None:
+    def make(seed: int) -> tuple[_Model, _Ahead, Checkpoint]:
+        model = _Model(seed)
+        optimizer = _Ahead(torch.optim.Adam(model.parameters(), lr=0.1 * seed), shares_state=shares_state)
+        others = {"base": optimizer.base} if also_tracked else {}
+        return model, optimizer, Checkpoint(m=model, o=optimizer, **others)
+
+    model, optimizer, checkpoint = make(1)
+    train(model, optimizer, range(2))
+    twin, other, live = make(2)
+    if stepped:
+        train(twin, other, range(1))
+    file = checkpoint.write(path)
+    live.read(file).assert_consumed()
+    for saved, restored in ((optimizer, other), (optimizer.base, other.base)):
+        assert equal(slots(twin, restored), slots(model, saved))
+    assert other.base.param_groups[0]["lr"] == 0.1
+    assert sum(key.endswith("/exp_avg") for key in keys_of(file)) == len([*model.parameters()])

@@ -45,22 +45,28 @@ class Group:
 
 
 class OptimizerAdapter(Adapter):
-    """Edges lead to the groups only; the walk adds the slots once it knows which parameters are nodes."""
+    """Edges lead to the groups and to optimizers inside. The walk adds the slots once it knows which parameters are
+    nodes.
+    """
 
     def handles(self, cls: type) -> bool:
         """Optimizers of every class."""
         return issubclass(cls, torch.optim.Optimizer)
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
-        """The parameter groups, and state that belongs to no parameter."""
+        """The parameter groups, optimizers inside, and state that belongs to no parameter."""
         assert isinstance(obj, torch.optim.Optimizer)
         yield Edge("param_groups", Groups(obj))
+        stepped = stepped_by(obj)
+        for name, value in vars(obj).items():  # those like SAM step another one, which has state of its own
+            if isinstance(value, torch.optim.Optimizer) and value is not stepped and value.state is not obj.state:
+                yield Edge(name, value)
         if getattr(obj, "_overlap_with_ddp", False):
             yield Problem(
                 "", "a ZeroRedundancyOptimizer with overlap_with_ddp=True. Make it with overlap_with_ddp=False."
             )
             return
-        keys: Iterable[object] = stepped_by(obj).state.keys()  # typed as tensors, but nothing enforces it
+        keys: Iterable[object] = stepped.state.keys()  # typed as tensors, but nothing enforces it
         for key in keys:
             if not isinstance(key, torch.Tensor):
                 yield Problem(
