@@ -25,8 +25,8 @@ from distckpt.handle import SaveHandle
 from distckpt.manager import CheckpointManager
 from distckpt.options import RestoreOptions, SaveOptions
 from distckpt.reader import CheckpointReader, list_variables, load_checkpoint, load_variable
+from distckpt.restoring.status import RestoreStatus
 from distckpt.retention import CheckpointRecord
-from distckpt.status import RestoreStatus
 from distckpt.storage.latest import latest_checkpoint
 
 __all__ = [

@@ -18,12 +18,12 @@ from distckpt.graph.view import LiveGraph, walk
 from distckpt.handle import SaveHandle
 from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
-from distckpt.restorer import Restorer
+from distckpt.restoring.restorer import Restorer
+from distckpt.restoring.status import RestoreStatus
 from distckpt.saving.background_save import BackgroundSave, Epilogue
 from distckpt.saving.draft import NewFile
 from distckpt.saving.output import Target
 from distckpt.saving.saver import Saver
-from distckpt.status import RestoreStatus
 from distckpt.tensor_bytes import require_memory
 from distckpt.timing import Timing
 

@@ -13,9 +13,9 @@ from distckpt.graph.view import LiveGraph, walk
 from distckpt.layout.keys import join, slot_key
 from distckpt.layout.records import OWN_VALUE
 from distckpt.options import RestoreOptions
-from distckpt.restoration import Restoration, combine
+from distckpt.restoring.restoration import Restoration, combine
+from distckpt.restoring.status import ValueMismatch
 from distckpt.source import Source
-from distckpt.status import ValueMismatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from distckpt.handle import SaveHandle
 from distckpt.managed_directory import Choice, Decision, DirectoryView, ManagedDirectory
 from distckpt.options import Options, RestoreOptions, SaveOptions, given_or_default
 from distckpt.request import Attempt, Request, meet
+from distckpt.restoring.status import RestoreStatus
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.saving.draft import NewFile
 from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
-from distckpt.status import RestoreStatus
 from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX, as_text
 
 _SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."

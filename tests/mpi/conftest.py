@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-import distckpt.restorer
+import distckpt.restoring.restorer
 from distckpt.source import Source
 
 _FAILURE = pytest.StashKey[str]()
@@ -194,11 +194,11 @@ def _forget_meshes() -> None:
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
     """All files opened by restores of this test; they count what they read."""
     opened: list[Source] = []
-    open_source = distckpt.restorer.open_source
+    open_source = distckpt.restoring.restorer.open_source
 
     def record(*args: Any) -> Source:
         opened.append(open_source(*args))
         return opened[-1]
 
-    monkeypatch.setattr(distckpt.restorer, "open_source", record)
+    monkeypatch.setattr(distckpt.restoring.restorer, "open_source", record)
     return opened

@@ -22,8 +22,8 @@ import torch
 import distckpt.checkpoint
 import distckpt.exchange.reading
 import distckpt.exchange.writing
-import distckpt.restoration
-import distckpt.restorer
+import distckpt.restoring.restoration
+import distckpt.restoring.restorer
 import distckpt.saving.draft
 import distckpt.saving.output
 import distckpt.saving.saver
@@ -398,8 +398,8 @@ RESTORE_FAULTS = [
     Fault("open", hdf5, "_offsets", ROOT),
     Fault("open the file on every rank", distckpt.source.manifests, "decode", OTHERS),
     Fault("open the file on every rank", distckpt.source, "open_shared", EVERY),
-    Fault("match", distckpt.restoration, "bind", EVERY),
-    Fault("match", distckpt.restoration, "assign", EVERY),
+    Fault("match", distckpt.restoring.restoration, "bind", EVERY),
+    Fault("match", distckpt.restoring.restoration, "assign", EVERY),
     Fault("read", taking.Own, "of", EVERY),
     Fault("read", distckpt.exchange.reading, "hulls_that_meet", EVERY),
     Fault("read", taking.Own, "wishes", EVERY),
@@ -412,8 +412,8 @@ RESTORE_FAULTS = [
     Fault("read", rawio, "read_vector", EVERY),
     Fault("read", checksum.ChecksumReader, "_read", EVERY),
     Fault("assign", Meter, "load_state_dict", EVERY),
-    Fault("assign", distckpt.restoration.Restoration, "settle", EVERY),
-    Fault("report", distckpt.restorer, "warn", ROOT),
+    Fault("assign", distckpt.restoring.restoration.Restoration, "settle", EVERY),
+    Fault("report", distckpt.restoring.restorer, "warn", ROOT),
 ]
 #: From these steps on, live values are undefined.
 READING = {"read", "assign", "report"}
@@ -484,7 +484,7 @@ def test_values_that_a_failed_restore_left_waiting_are_not_applied_later(
     for rank in range(SIZE):
         with monkeypatch.context() as patch:
             if comm.rank == rank:
-                patch.setattr(distckpt.restorer.Assignment, "apply", Raise(OSError("injected")))
+                patch.setattr(distckpt.restoring.restorer.Assignment, "apply", Raise(OSError("injected")))
             outcome = outcome_of(lambda: twin.restore(path))
         assert outcome.kind == "CollectiveError"
     twin.model = torch.nn.Linear(4, 3)

@@ -12,8 +12,8 @@ import h5py
 import pytest
 import torch
 
-import distckpt.restorer
 from distckpt import Checkpoint, LayoutError, RestoreOptions, SaveOptions, ShardedVariable
+from distckpt.restoring import restorer
 from distckpt.source import Source
 from distckpt.storage.hdf5 import open_checkpoint
 
@@ -50,8 +50,8 @@ def test_every_partition_restores_into_every_other(
     subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Source] = []
-    open_source = distckpt.restorer.open_source
-    monkeypatch.setattr(distckpt.restorer, "open_source", lambda *a: opened.append(open_source(*a)) or opened[-1])
+    open_source = restorer.open_source
+    monkeypatch.setattr(restorer, "open_source", lambda *a: opened.append(open_source(*a)) or opened[-1])
     comms = {size: subcomm(size) for size in PARTITIONS}
     partitions = [(size, ends) for size, several in PARTITIONS.items() for ends in several]
     for number, (size, ends) in enumerate(partitions):

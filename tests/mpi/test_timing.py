@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import distckpt.restoration
-import distckpt.restorer
+import distckpt.restoring.restoration
+import distckpt.restoring.restorer
 import distckpt.saving.background_save
 import distckpt.saving.saver
 import distckpt.saving.writer
@@ -185,9 +185,9 @@ def _fail(*_: object, **__: object) -> None:
     ("owner", "name", "step"),
     [
         (distckpt.source, "open_shared", "open"),
-        (distckpt.restoration, "bind", "plan"),
+        (distckpt.restoring.restoration, "bind", "plan"),
         (Source, "read", "read"),
-        (distckpt.restorer.Assignment, "apply", "assign"),
+        (distckpt.restoring.restorer.Assignment, "apply", "assign"),
     ],
 )
 def test_the_slow_rank_of_a_restore_is_named(

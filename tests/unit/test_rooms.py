@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "coordination": FOUNDATION | {"layout"},
     "storage": FOUNDATION | {"layout"},
     "exchange": FOUNDATION | ROOMS | {"log", "request", "source"},
+    # A status names the class of its Checkpoint, which it keeps; a restorer that of the one it restores into.
+    "restoring": FOUNDATION | ROOMS | {"checkpoint", "exchange", "progress", "request", "source"},
     "saving": FOUNDATION | ROOMS | {"exchange", "progress", "request", "wire"},
     "cluster": FOUNDATION | {"layout", "coordination", "storage"},
 }

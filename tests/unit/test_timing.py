@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import distckpt.checkpoint
-import distckpt.restoration
-import distckpt.restorer
+import distckpt.restoring.restoration
+import distckpt.restoring.restorer
 import distckpt.saving.background_save
 import distckpt.saving.draft
 import distckpt.saving.output
@@ -349,10 +349,10 @@ def test_a_save_in_the_background_that_fails_has_no_timing(path: str, monkeypatc
 RESTORE_PARTS = [
     (distckpt.checkpoint, "walk", "walk"),
     (distckpt.source, "open_checkpoint", "open"),
-    (distckpt.restoration, "bind", "plan"),
-    (distckpt.restorer, "read_together", "exchange"),
+    (distckpt.restoring.restoration, "bind", "plan"),
+    (distckpt.restoring.restorer, "read_together", "exchange"),
     (Source, "read", "read"),
-    (distckpt.restorer.Assignment, "apply", "assign"),
+    (distckpt.restoring.restorer.Assignment, "apply", "assign"),
 ]
 
 

@@ -31,8 +31,8 @@ from distckpt.graph.view import LiveGraph
 from distckpt.layout.keys import escape
 from distckpt.layout.meshes import Sharding, Shardings, disagreements
 from distckpt.options import RestoreOptions
+from distckpt.restoring.status import Report, ValueMismatch
 from distckpt.source import Source
-from distckpt.status import Report, ValueMismatch
 from distckpt.words import rank_list
 
 

@@ -23,9 +23,9 @@ from distckpt.log import log, warn
 from distckpt.options import RestoreOptions
 from distckpt.progress import progress_bar
 from distckpt.request import Attempt, Request, asked_once, meet
-from distckpt.restoration import LocalReport, Restoration, combine, describe_mismatches
+from distckpt.restoring.restoration import LocalReport, Restoration, combine, describe_mismatches
+from distckpt.restoring.status import Report, RestoreStatus
 from distckpt.source import Source, open_source
-from distckpt.status import Report, RestoreStatus
 from distckpt.storage.paths import as_text
 from distckpt.storage.threads import threads_of_rank
 from distckpt.timing import AGREE, RESTORE_STEPS, Timer, Timing

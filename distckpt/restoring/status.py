@@ -13,8 +13,8 @@ from distckpt.words import listing
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
-    from distckpt.restoration import Restoration
-    from distckpt.restorer import Restorer
+    from distckpt.restoring.restoration import Restoration
+    from distckpt.restoring.restorer import Restorer
 
 
 T = TypeVar("T")
