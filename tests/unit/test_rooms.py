@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -168,6 +169,13 @@ def test_the_package_is_found() -> None:
 def test_every_package_is_a_known_room() -> None:
     folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert folders <= MAY_IMPORT.keys() | USERS
+
+
+@pytest.mark.parametrize("room", ["coordination", "exchange", "graph", "layout", "restoring", "saving", "storage"])
+def test_the_map_of_a_room_names_its_modules(room: str) -> None:
+    folder = ROOT / PACKAGE / room
+    words = set(re.findall(r"\w+", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""))
+    assert {path.stem for path in folder.glob("[!_]*.py")} <= words
 
 
 def test_arrows_point_downwards() -> None:
