@@ -15,7 +15,7 @@ The words, from a variable to a message (`layout.exchange`, `.rounds` and `.parc
     band     spans joined where they overlap: read as a whole, so that pieces can be verified
     range    a span, and where it is in the memory of the rank that moves it
     unit     the ranges that a rank moves between the file and memory in one round
-    party    ranks that want the same of a variable: each of its bytes is moved by one of them
+    party    ranks that share what they read: those of a node, or of several nodes that want the same
     cell     a box of a variable whose elements are packed somewhere in memory
     parcel   the cells of a unit that another node wants, as a message
     lane     the ranks of equal place on their nodes, which send parcels to each other

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from typer.testing import CliRunner
 
+from distckpt.bench import builders
 from distckpt.bench.background import (
     DurableTrial,
     FirstStallTrial,
@@ -263,15 +264,16 @@ UNITS = {"memory": {"MiB"}, "async": {"s", "s lost"}, "overlap": {"s", "s lost"}
 DCP = {"DCP, 1 thread", "DCP, 2 threads"}
 DCP_ASYNC = {f"DCP in a {mode}" for mode in modes(CPU)}
 SAVED = {"raw", "torch.save", *DCP}
-RESTORED = {"raw", "torch.save", "DCP"}
+RAW_READS = {"raw", "raw, 3 threads"}
+RESTORED = {*RAW_READS, "torch.save", "DCP"}
 PARTS = {
     "save": {"save": SAVED},
     "restore": {"restore": RESTORED},
     "cold": {"cold": RESTORED},
-    "reshard": {"reshard": {"raw", "DCP"}},
+    "reshard": {"reshard": {*RAW_READS, "DCP"}},
     "memory": {
         "memory of save": SAVED - {"raw"},
-        "memory of restore": RESTORED - {"raw"},
+        "memory of restore": RESTORED - RAW_READS,
         "memory of reshard": {"DCP"},
         "memory of async": DCP_ASYNC,
     },
@@ -293,7 +295,10 @@ PARTS["overlap"]["overlap: until tensors may change"] = DCP_ASYNC
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_each_case_measures_each_competitor(case: str, mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_each_case_measures_each_competitor(
+    case: str, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builders, "threads_of_rank", lambda _: 3)
     setup = a_setup(nbytes=2**16, rounds=1, competitors=("raw", "dcp", "torch.save"))
     results = run_case(Bench(setup, mesh, tmp_path), case)
     found: dict[str, set[str]] = {samples.case: set() for samples in results}
