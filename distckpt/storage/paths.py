@@ -54,12 +54,19 @@ def as_text(name: str, path: object) -> str:
 
     Raises:
         TypeError: It is no path, or one of bytes.
+        ValueError: It has bytes that are no UTF-8, which HDF5 and messages between ranks have no form for.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(
             f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100} (type: {type(path).__qualname__})."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected a path that is UTF-8. Got {text!r}. Rename the file or directory."
+        ) from error
     return str.__str__(text)  # a plain str, also of a subclass such as NumPy's: it is sent to other ranks
 
 

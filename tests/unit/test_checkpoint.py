@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,29 @@ def test_what_is_no_path_is_refused_by_the_name_of_the_parameter(method: str, pa
     with pytest.raises((TypeError, CollectiveError), match=words):
         getattr(checkpoint, method)(path)
     assert checkpoint.save_counter == 0
+
+
+@pytest.mark.parametrize("method", _PARAMETER)
+def test_a_path_that_is_no_utf8_is_refused_by_the_name_of_the_parameter(method: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(a=full(1))
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff/ckpt")
+    with pytest.raises(
+        (ValueError, CollectiveError), match=rf"{_PARAMETER[method]}: expected a path that is UTF-8\. Got"
+    ):
+        getattr(checkpoint, method)(path)
+    assert checkpoint.save_counter == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_functions_refuse_it_too(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    for ask in (
+        distckpt.latest_checkpoint,
+        distckpt.load_checkpoint,
+        partial(distckpt.CheckpointManager, Checkpoint()),
+    ):
+        with pytest.raises(ValueError, match=r"(directory|path): expected a path that is UTF-8\. Got"):
+            ask(path)
 
 
 @pytest.mark.parametrize("path", [3, b"run", None], ids=repr)
