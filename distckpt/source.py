@@ -24,7 +24,7 @@ from distckpt.layout.plan import ReadPlanner
 from distckpt.layout.records import Variable
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import ChecksumReader, StoredChecksums
-from distckpt.storage.hdf5 import Opened, open_checkpoint
+from distckpt.storage.hdf5 import OpenedCheckpoint, open_checkpoint
 from distckpt.storage.parallel_reading import read_in_threads
 from distckpt.storage.paths import resolve
 from distckpt.storage.piece_checks import PieceVerifier
@@ -37,7 +37,7 @@ from distckpt.timing import Timer
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What rank 0 knows of a file that it has opened and checked; see `storage.hdf5.Opened`."""
+    """What rank 0 knows of a file that it has opened and checked; see `storage.hdf5.OpenedCheckpoint`."""
 
     path: str
     file_nbytes: int
@@ -46,14 +46,14 @@ class Found(msgspec.Struct, frozen=True):
     checksums: StoredChecksums | None
 
     @classmethod
-    def of(cls, opened: Opened) -> Found:
+    def of(cls, opened: OpenedCheckpoint) -> Found:
         """What rank 0 sends. Rank 0 only."""
         return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), opened.checksums)
 
-    def on_this_rank(self) -> Opened:
+    def on_this_rank(self) -> OpenedCheckpoint:
         """The same, for a rank that trusts rank 0."""
         manifest = manifests.decode(self.manifest)
-        return Opened(
+        return OpenedCheckpoint(
             path=self.path,
             manifest=manifest,
             manifest_bytes=self.manifest,
@@ -74,7 +74,7 @@ class Source:
         bytes_verified: Those whose checksum was compared.
     """
 
-    def __init__(self, opened: Opened, fd: int) -> None:
+    def __init__(self, opened: OpenedCheckpoint, fd: int) -> None:
         manifest = opened.manifest
         self.path = opened.path
         self.manifest = manifest
@@ -234,7 +234,7 @@ def open_source(coordinator: Coordinator, path: str, timer: Timer) -> Source:
         CheckpointNotFoundError: There is no such file.
         CorruptCheckpointError: It is no complete checkpoint.
     """
-    own: list[Opened] = []
+    own: list[OpenedCheckpoint] = []
 
     def look() -> Found:
         with timer.step("open"):

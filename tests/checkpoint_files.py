@@ -120,7 +120,7 @@ def save(path: Path, tensors: Tensors, *, n_ranks: int = 1, hashed: bool = True,
     return skeleton
 
 
-def read_jobs(opened: hdf5.Opened, fd: int, targets: Tensors) -> list[ReadJob]:
+def read_jobs(opened: hdf5.OpenedCheckpoint, fd: int, targets: Tensors) -> list[ReadJob]:
     """Jobs that read whole variables."""
     jobs = []
     checksums = None if opened.checksums is None else ChecksumReader(fd, opened.checksums)

@@ -20,7 +20,7 @@ _EMPTY_PROBES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Waits:
     """The protocol's times, in seconds.
 
     Attributes:
@@ -43,12 +43,12 @@ class Timing:
 class Channel:
     """This rank's end of the messages over one communicator and tag."""
 
-    def __init__(self, comm: MPI.Intracomm, tag: int, timing: Timing) -> None:
+    def __init__(self, comm: MPI.Intracomm, tag: int, waits: Waits) -> None:
         from mpi4py import MPI
 
         self.rank = comm.rank
         self.size = comm.size
-        self.timing = timing
+        self.waits = waits
         self._comm = comm
         self._tag = tag
         self._any, self._byte, self._status = MPI.ANY_SOURCE, MPI.BYTE, MPI.Status()
@@ -104,15 +104,15 @@ class Channel:
                 yield message
 
     def _pause(self, waited: float, interruptible: bool) -> None:
-        if waited < self.timing.spin:
+        if waited < self.waits.spin:
             return
-        if waited < self.timing.polite:
+        if waited < self.waits.polite:
             os.sched_yield()  # the rank that is waited for may need this core
         elif interruptible:
             with INTERRUPTS.allowed():
-                time.sleep(self.timing.nap)
+                time.sleep(self.waits.nap)
         else:
-            time.sleep(self.timing.nap)
+            time.sleep(self.waits.nap)
 
     def _probe(self) -> Message | None:
         # A matched probe takes the message out of the queue, so that no other thread can receive it in between.

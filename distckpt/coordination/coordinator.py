@@ -18,7 +18,7 @@ from distckpt.coordination.collectives import Collectives, SingleRank
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.merging import Parts, Reply
 from distckpt.coordination.message import Buffer
-from distckpt.coordination.nodes import Message, Nodes, swap
+from distckpt.coordination.nodes import Nodes, Payload, swap
 from distckpt.coordination.session import Alone, Session, Spoken, open_session
 from distckpt.coordination.shared_memory import SharedMemory, allocate
 from distckpt.errors import LayoutError
@@ -365,7 +365,7 @@ class Coordinator:
             collectives = self._connect("shared memory")
             return allocate(self._open().duplicate, collectives, nbytes)
 
-    def swap(self, outgoing: Message, incoming: Message) -> None:
+    def swap(self, outgoing: Payload, incoming: Payload) -> None:
         """Send bytes to one rank and receive some from another one; for empty ones nothing is sent.
 
         Not collective: the ranks that are sent to and received from call it, too, with the same sizes.

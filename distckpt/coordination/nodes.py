@@ -49,7 +49,7 @@ class Nodes(NamedTuple):
         return self.ranks[node][: self.n_lanes]
 
 
-class Message(NamedTuple):
+class Payload(NamedTuple):
     """Bytes to or from a rank.
 
     Attributes:
@@ -61,7 +61,7 @@ class Message(NamedTuple):
     data: Buffer
 
 
-def swap(comm: Any, outgoing: Message, incoming: Message) -> None:
+def swap(comm: Any, outgoing: Payload, incoming: Payload) -> None:
     """See `Coordinator.swap`."""
     from mpi4py import MPI
 

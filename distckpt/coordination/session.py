@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from distckpt.coordination.arrival import Call, arrival_over
-from distckpt.coordination.arrival.teams import timing_of
+from distckpt.coordination.arrival.teams import waits_of
 from distckpt.coordination.channel import Channel
 from distckpt.coordination.checks import require_handle, require_running, require_single
 from distckpt.coordination.collectives import Collectives, MpiCollectives, SingleRank
@@ -57,7 +57,7 @@ class Session:
         self._nodes: Nodes | None = None
         self._freed = False
         tag_limit = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
-        self._arrival = arrival_over(Channel(comm, tag_limit - 1, timing_of(self.size)))
+        self._arrival = arrival_over(Channel(comm, tag_limit - 1, waits_of(self.size)))
 
     def require_alive(self) -> None:
         """Check that the communicator can still be used.
@@ -127,7 +127,7 @@ class Session:
         self.duplicate = self.duplicate_again("distckpt")
         self.collectives = MpiCollectives(self.duplicate)
         # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
-        self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, timing_of(self.size)))
+        self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, waits_of(self.size)))
 
 
 class Alone:

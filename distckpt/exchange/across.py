@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.coordination.nodes import Message, Nodes
+from distckpt.coordination.nodes import Nodes, Payload
 from distckpt.exchange.node import UNIT_NBYTES, Round, agreed, area, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes
 from distckpt.exchange.wants import Distinct, gather_distinct, join_hulls, join_wishes, variables_that_meet
@@ -224,7 +224,7 @@ class _Relay:
             data = self._data_of(step.outgoing, this.parts[self._node.rank])
             source, _, parcel = step.incoming[self._lane]
             room = arrived[step.place : step.place + parcel.nbytes]
-            self._ranks.swap(Message(step.to, data), Message(source, room))
+            self._ranks.swap(Payload(step.to, data), Payload(source, room))
 
     def _data_of(self, parcel: Parcel, unit: memoryview) -> memoryview:
         """The bytes of a parcel; where they cannot be put together others, for the receiver waits for as many."""

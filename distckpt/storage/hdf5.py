@@ -53,7 +53,7 @@ def _serial_access(*, locking: bool, where_possible: bool = True) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Opened:
+class OpenedCheckpoint:
     """A checkpoint that was found to be complete and consistent; data not verified.
 
     Attributes:
@@ -118,7 +118,7 @@ def _opened(path: str) -> Any:
     return h5f.open(name, h5f.ACC_RDONLY, last)
 
 
-def open_checkpoint(path: str) -> Opened:
+def open_checkpoint(path: str) -> OpenedCheckpoint:
     """Open a checkpoint and check all of it but the data. Rank 0 only.
 
     Args:
@@ -139,7 +139,7 @@ def open_checkpoint(path: str) -> Opened:
             raise CorruptCheckpointError(f"{path}: HDF5 cannot read the file: {error}") from error
 
 
-def _check(path: str, file: Any, file_nbytes: int) -> Opened:
+def _check(path: str, file: Any, file_nbytes: int) -> OpenedCheckpoint:
     manifest_bytes = _read_manifest(file, file_nbytes)
     manifest = manifests.decode(manifest_bytes)
     problems = manifests.problems(manifest)
@@ -149,7 +149,7 @@ def _check(path: str, file: Any, file_nbytes: int) -> Opened:
     if problems:
         raise CorruptCheckpointError("the manifest does not fit the file:\n  " + "\n  ".join(problems[:10]))
     index = index_checksums(manifest.variables)
-    return Opened(
+    return OpenedCheckpoint(
         path=path,
         manifest=manifest,
         manifest_bytes=manifest_bytes,

@@ -15,7 +15,7 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.plan import ReadPlanner
 from distckpt.storage.checksum import ChecksumReader, StoredChecksums
 from distckpt.storage.filling import Filler
-from distckpt.storage.hdf5 import Opened, open_checkpoint
+from distckpt.storage.hdf5 import OpenedCheckpoint, open_checkpoint
 from distckpt.storage.reading import Reader, read_through_hdf5
 from distckpt.storage.room import Arrivals
 from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out, threads_of_rank
@@ -70,7 +70,7 @@ class _Piece(NamedTuple):
 class _Verification:
     """One run over all pieces of a file."""
 
-    def __init__(self, opened: Opened, stored: StoredChecksums, fd: int, progress: Progress | None) -> None:
+    def __init__(self, opened: OpenedCheckpoint, stored: StoredChecksums, fd: int, progress: Progress | None) -> None:
         self._opened = opened
         self._stored = stored
         self._fd = fd

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distckpt.coordination.arrival import Arrival, Call, Teams, arrival_over
-from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.channel import Channel, Waits
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.message import Kind, Message
 from distckpt.errors import RankTimeoutError
@@ -60,12 +60,12 @@ of_each_place = pytest.mark.parametrize(
 )
 
 
-def _timing(span: int, *, grace: float = 0.5, notice: float = 1.0, patience: float = 0.25) -> Timing:
-    return Timing(grace=grace, notice=notice, patience=patience if span == TEAMS else 0.0)
+def _waits(span: int, *, grace: float = 0.5, notice: float = 1.0, patience: float = 0.25) -> Waits:
+    return Waits(grace=grace, notice=notice, patience=patience if span == TEAMS else 0.0)
 
 
 def _protocol(comm: Any, span: int, *, grace: float = 0.5, notice: float = 1.0) -> Arrival:
-    channel = Channel(comm, TAG, _timing(span, grace=grace, notice=notice))
+    channel = Channel(comm, TAG, _waits(span, grace=grace, notice=notice))
     return arrival_over(channel, Teams(comm.size, span))
 
 
@@ -254,7 +254,7 @@ def test_interrupted_rank_leaves_and_the_others_name_it(
 
 
 def test_sending_never_waits_for_the_receiver(comm: Any, agree: Agree) -> None:
-    channel, count = Channel(comm, TAG, Timing()), 20_000
+    channel, count = Channel(comm, TAG, Waits()), 20_000
     if comm.rank == 1:
         for call in range(count):
             channel.send(0, Message(Kind.ARRIVE, call, 0))
@@ -342,8 +342,8 @@ def _find_mixed(results: list[Result]) -> str:
 @pytest.mark.parametrize("span", [STAR, TEAMS])
 @pytest.mark.timeout(300)
 def test_random_rounds(comm: Any, agree: Agree, span: int) -> None:
-    timing = _timing(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
-    channel = WatchedChannel(comm, TAG, timing)
+    waits = _waits(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
+    channel = WatchedChannel(comm, TAG, waits)
     protocol, rng = arrival_over(channel, Teams(comm.size, span)), random.Random(20_240)
     checked = 0
     for number in range(ROUNDS):
@@ -364,8 +364,8 @@ def test_random_rounds(comm: Any, agree: Agree, span: int) -> None:
 @pytest.mark.parametrize("span", [STAR, TEAMS])
 def test_random_calls_never_mix(comm: Any, agree: Agree, span: int) -> None:
     """Without a rest between the calls: whatever happens, a call in which all agree is the same call on all ranks."""
-    timing = _timing(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
-    protocol = arrival_over(Channel(comm, TAG, timing), Teams(comm.size, span))
+    waits = _waits(span, grace=RANDOM_GRACE, notice=RANDOM_NOTICE, patience=RANDOM_GRACE)
+    protocol = arrival_over(Channel(comm, TAG, waits), Teams(comm.size, span))
     rng, outcomes = random.Random(comm.rank), dict[int, Outcome]()
     for number in range(100):
         if rng.random() < 0.05:

@@ -14,7 +14,7 @@ import torch
 
 from distckpt import Checkpoint, CollectiveError, CorruptCheckpointError, SaveOptions, ShardedVariable
 from distckpt.coordination import coordinator, outcome, shared_memory
-from distckpt.coordination.nodes import Message
+from distckpt.coordination.nodes import Payload
 from distckpt.coordination.session import Session
 from distckpt.exchange import across, node, taking, wants, writing
 from distckpt.layout import box
@@ -76,7 +76,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     swap = coordinator.swap
 
-    def count(comm: Any, outgoing: Message, incoming: Message) -> None:
+    def count(comm: Any, outgoing: Payload, incoming: Payload) -> None:
         sizes.append(len(outgoing.data))
         swap(comm, outgoing, incoming)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distckpt.coordination.arrival import Arrival, Call, Teams, arrival_over
-from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.channel import Channel, Waits
 from distckpt.coordination.message import Kind, Message
 from distckpt.errors import RankTimeoutError
 
@@ -21,7 +21,7 @@ class ScriptedChannel(Channel):
     """The inbox is a script, the outbox a list."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.timing = rank, size, Timing(patience=0.0 if size == SIZE else 0.25)
+        self.rank, self.size, self.waits = rank, size, Waits(patience=0.0 if size == SIZE else 0.25)
         self.earlier: list[Message] = []
         self.script: Script = []
         self.sent: list[tuple[int, Message]] = []

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distckpt.coordination.channel import Timing
+from distckpt.coordination.channel import Waits
 from distckpt.coordination.message import Kind, Message, decode, encode
 from distckpt.errors import RankTimeoutError
 from tests.unit.scripted_arrival import DEADLINE, SAVE, Rank, arrived, from_
@@ -51,7 +51,7 @@ def test_member_starts(member: Rank) -> None:
 def test_member_waits_longer_than_root(member: Rank, root: Rank) -> None:
     member.call(from_(0, Kind.ABORT, absent=(2,)))
     root.call(DEADLINE)
-    assert member.channel.deadlines[0] - root.channel.deadlines[0] == pytest.approx(Timing().grace, abs=0.2)
+    assert member.channel.deadlines[0] - root.channel.deadlines[0] == pytest.approx(Waits().grace, abs=0.2)
 
 
 def test_member_ignores_answers_to_an_earlier_call(member: Rank) -> None:

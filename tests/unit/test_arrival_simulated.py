@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from distckpt.coordination.arrival import Arrival, Call, Teams, arrival_over
-from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.channel import Channel, Waits
 from distckpt.coordination.message import Message
 from distckpt.errors import RankTimeoutError
 
-TIMEOUT, TIMING = 1.0, Timing(grace=0.5, patience=0.25, notice=1.0)
+TIMEOUT, WAITS = 1.0, Waits(grace=0.5, patience=0.25, notice=1.0)
 CALLS = 6
 #: Jobs of each kind.
 JOBS = 24
@@ -121,7 +121,7 @@ class World:
 
 class SimulatedChannel(Channel):
     def __init__(self, world: World, rank: int) -> None:
-        self.rank, self.size, self.timing = rank, world.size, TIMING
+        self.rank, self.size, self.waits = rank, world.size, WAITS
         self._world = world
         self.heard: list[Message] = []
 
@@ -162,7 +162,7 @@ def _delay(rng: random.Random) -> float:
     if chance < 0.7:
         return 0.0 if chance < 0.5 else rng.uniform(0.0, 0.2)
     if chance < 0.9:
-        return TIMEOUT + TIMING.patience + jitter + (TIMING.grace if chance < 0.8 else 0.0)
+        return TIMEOUT + WAITS.patience + jitter + (WAITS.grace if chance < 0.8 else 0.0)
     return rng.uniform(0.0, 4 * TIMEOUT)
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from distckpt.coordination.arrival import Teams
-from distckpt.coordination.arrival.teams import timing_of
-from distckpt.coordination.channel import Timing
+from distckpt.coordination.arrival.teams import waits_of
+from distckpt.coordination.channel import Waits
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.message import Kind, Message
 from tests.unit.scripted_arrival import DEADLINE, SAVE, Rank, arrived, from_
@@ -48,9 +48,9 @@ def test_teams_are_as_many_as_their_ranks(size: int, span: int) -> None:
 
 
 def test_an_error_with_teams_is_late_by_less_than_a_second() -> None:
-    timing = timing_of(16384)
-    assert 0.0 < timing.patience + 2 * timing.grace < 1.0
-    assert timing_of(32) == Timing()
+    waits = waits_of(16384)
+    assert 0.0 < waits.patience + 2 * waits.grace < 1.0
+    assert waits_of(32) == Waits()
 
 
 def test_crew_speaks_with_its_captain(crew: Rank) -> None:
@@ -65,7 +65,7 @@ def test_crew_without_captain_turns_to_root(crew: Rank) -> None:
     assert crew.told(CAPTAIN) == [(Kind.ARRIVE, 1), (Kind.WITHDRAW, 1)]
     assert crew.told(0) == [(Kind.ARRIVE, 2), (Kind.CONFIRM, 2)]
     patience, patient = crew.channel.deadlines[:2]
-    assert patient - patience == pytest.approx(SAVE.timeout + Timing().grace, abs=0.1)
+    assert patient - patience == pytest.approx(SAVE.timeout + Waits().grace, abs=0.1)
 
 
 @pytest.mark.parametrize("before", [(), (from_(CAPTAIN, Kind.GO),)])

@@ -483,7 +483,7 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch:
     path = Checkpoint(x=torch.zeros(100)).write(tmp_path / "m")
     open_checkpoint = hdf5.open_checkpoint
 
-    def replace_first(path: str) -> hdf5.Opened:
+    def replace_first(path: str) -> hdf5.OpenedCheckpoint:
         if (tmp_path / "new.h5").exists():
             (tmp_path / "new.h5").replace(path)
         return open_checkpoint(path)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distckpt.coordination.arrival import ROOT, Call, Teams, arrival_over
-from distckpt.coordination.channel import Channel, Timing
+from distckpt.coordination.channel import Channel, Waits
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts, Reply, header_of, letter_of, reply_of
 from distckpt.coordination.message import Buffer, Kind, Message, decode, encode
@@ -167,7 +167,7 @@ class _VirtualChannel(Channel):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self.timing = Timing(patience=math.inf)
+        self.waits = Waits(patience=math.inf)
         self.nbytes = 0
         self.arrival: Message | None = None
         self._inbox: deque[tuple[int, bytes]] = deque()  # type: ignore[assignment]  # messages that are on their way

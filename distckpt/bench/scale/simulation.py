@@ -27,7 +27,7 @@ from distckpt.request import Request, digest_of
 from distckpt.source import Found
 from distckpt.storage import manifest as manifests
 from distckpt.storage.checksum import StoredChecksums
-from distckpt.storage.hdf5 import Opened
+from distckpt.storage.hdf5 import OpenedCheckpoint
 from distckpt.wire import balance_of, decode_reply, encode_message, encode_replies, merge_messages, weights_of
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ def manifest_of(merged: Merged, ranks: int) -> Manifest:
     )
 
 
-def open_manifest(encoded: bytes) -> Opened:
+def open_manifest(encoded: bytes) -> OpenedCheckpoint:
     """What rank 0 does with the manifest of a file that it opens for a restore."""
     manifest = manifests.decode(encoded)
     offsets = np.array([variable.offset for variable in manifest.variables], np.int64)
@@ -173,7 +173,7 @@ def open_manifest(encoded: bytes) -> Opened:
         raise ValueError(f"expected a manifest that fits its file. Got {problems[:3]}.")
     index = index_checksums(manifest.variables)
     checksums = StoredChecksums(index.total, manifest.file_nbytes)
-    return Opened(_PATH, manifest, encoded, offsets, index, checksums, manifest.file_nbytes)
+    return OpenedCheckpoint(_PATH, manifest, encoded, offsets, index, checksums, manifest.file_nbytes)
 
 
 def plan_reads(found: bytes, keys: Sequence[str], boxes: Sequence[Sequence[Box]]) -> int:
@@ -263,7 +263,7 @@ class _Restore:
     ranks: int
     manifest_nbytes: int
     broadcast_nbytes: int
-    opening: _Measured[Opened]
+    opening: _Measured[OpenedCheckpoint]
     plannings: list[_Measured[int]]
 
 

@@ -43,7 +43,7 @@ class Captain(Member):
 
     def _is_complete(self) -> bool:
         """GATHERING and STARTING: whether all of the crew are here and shall not leave."""
-        deadline = self._entered + self._timing.patience
+        deadline = self._entered + self._waits.patience
         while len(self._present) < self._crew_size:
             message = None if self._astray else self._receive(deadline)
             if message is None:

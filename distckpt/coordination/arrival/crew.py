@@ -42,7 +42,7 @@ class Crew(Member):
         """The call with the team; None when this rank has to turn to root."""
         if not self._noticed:
             self._tell_arrival(self._captain, call)
-            deadline = self._entered + self._timing.patience
+            deadline = self._entered + self._waits.patience
             while (message := self._receive(deadline)) is not None:
                 if message.kind is Kind.GO and message.call == self._call:
                     return self._locked(call)

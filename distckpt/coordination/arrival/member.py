@@ -45,7 +45,7 @@ class Member(Arrival):
     def _wait(self, call: Call) -> bool:
         """WAITING."""
         # The grace lets a present root decide first. With equal deadlines the ranks would name different absentees.
-        patience = call.timeout + self._timing.patience + self._timing.grace
+        patience = call.timeout + self._waits.patience + self._waits.grace
         deadline = self._entered + patience
         while (message := self._receive(min(deadline, self._notice_end))) is not None:
             mine = message.call == self._call
@@ -108,7 +108,7 @@ class Member(Arrival):
         for rank in range(self._size):
             if rank not in self._own:
                 self._send(rank, Kind.ROLL, self._call, flag=len(self._own) > 1)
-        deadline = self._channel.now() + self._timing.grace
+        deadline = self._channel.now() + self._waits.grace
         while (message := self._next(deadline)) is not None:
             mine = message.call == self._call
             if message.kind is Kind.ABORT and mine:

@@ -22,7 +22,7 @@ class Arrival(abc.ABC):
         self._teams = teams
         self._rank = channel.rank
         self._size = channel.size
-        self._timing = channel.timing
+        self._waits = channel.waits
         self._call = 0
         self._generation = 0
         # When this rank stops waiting because it was told of a give-up; infinity without a notice.
@@ -57,7 +57,7 @@ class Arrival(abc.ABC):
         """Take an ABORT or ROLL of a call this rank is not in as a notice, unless that give-up is known already."""
         if self._is_news(message):
             self._generation = message.generation + 1
-            self._notice_end = self._channel.now() + self._timing.notice
+            self._notice_end = self._channel.now() + self._waits.notice
 
     def _gave_up(self, call: Call, absent: tuple[int, ...]) -> RankTimeoutError:
         """The error of a give-up. A rank that is itself among the absent, or has a notice, came too late."""

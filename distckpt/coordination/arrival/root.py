@@ -32,7 +32,7 @@ class Root(Arrival):
     def arrive(self, call: Call) -> bool:
         """See `Arrival.arrive`."""
         self._enter()
-        deadline = self._channel.now() + call.timeout + self._timing.patience
+        deadline = self._channel.now() + call.timeout + self._waits.patience
         while not self._all_confirmed():
             self._ask()
             message = self._receive(self._deadline(deadline))

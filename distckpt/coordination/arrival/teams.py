@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from distckpt.coordination.channel import Timing
+from distckpt.coordination.channel import Waits
 from distckpt.coordination.message import Message
 
 #: Up to so many ranks, root speaks with each: fewest messages, and one after the other.
@@ -44,6 +44,6 @@ class Teams:
         return self.team_of(message.source) if message.is_of_team else range(message.source, message.source + 1)
 
 
-def timing_of(size: int) -> Timing:
+def waits_of(size: int) -> Waits:
     """The times for so many ranks: patience and twice the grace are what an error may be late, below a second."""
-    return Timing() if size <= STAR_LIMIT else Timing(grace=0.35, patience=0.25)
+    return Waits() if size <= STAR_LIMIT else Waits(grace=0.35, patience=0.25)
