@@ -1,4 +1,4 @@
-"""The file of a restore, opened by all ranks."""
+"""The checkpoint file of a restore: opened by all ranks, checked by rank 0."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from distckpt.timing import Timer
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What rank 0 knows of a file that it has opened and checked; see `storage.hdf5.OpenedCheckpoint`."""
+    """Message of rank 0 with all it knows of a file that it has opened and checked; see `OpenedCheckpoint`."""
 
     path: str
     file_nbytes: int
@@ -47,11 +47,11 @@ class Found(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, opened: OpenedCheckpoint) -> Found:
-        """What rank 0 sends. Rank 0 only."""
+        """The message for an opened checkpoint. Rank 0 only."""
         return cls(opened.path, opened.file_nbytes, opened.manifest_bytes, opened.offsets.tobytes(), opened.checksums)
 
     def on_this_rank(self) -> OpenedCheckpoint:
-        """The same, for a rank that trusts rank 0."""
+        """The opened checkpoint, rebuilt without reading or checking the file again. Local."""
         manifest = manifests.decode(self.manifest)
         return OpenedCheckpoint(
             path=self.path,
@@ -67,11 +67,15 @@ class Found(msgspec.Struct, frozen=True):
 class Source:
     """A complete checkpoint, open for reading on this rank.
 
+    `open_source` makes one on every rank of a restore, `open_local` one in a single process. An exchange reads the
+    variables that ranks share through `unit_reader`; `read` reads what is left to this rank. Whoever opened it calls
+    `close`; a restore does so when no value is pending any more. All methods are local.
+
     Attributes:
         path: Path of the file.
-        manifest: Its manifest.
-        bytes_read: Bytes of data read so far on this rank.
-        bytes_verified: Those whose checksum was compared.
+        manifest: The manifest of the file.
+        bytes_read: Bytes of tensor data read so far on this rank.
+        bytes_verified: Bytes of those whose checksums were compared.
     """
 
     def __init__(self, opened: OpenedCheckpoint, fd: int) -> None:
@@ -95,10 +99,10 @@ class Source:
         """Read tensors into their targets. Local.
 
         Args:
-            reads: What to read.
-            verify: Compare checksums.
+            reads: The variables to read, and their targets.
+            verify: Compare the checksums of all pieces that are read whole.
             progress: Called with the number of bytes just put into tensors.
-            threads: Most threads that read; just one does where targets share memory, so that the last one wins.
+            threads: Most threads that read. If targets share memory only one does, so that the last read wins.
 
         Raises:
             CorruptCheckpointError: The bytes of a tensor do not match their checksum.
@@ -117,7 +121,7 @@ class Source:
                     self._read_converting(read, verify)
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
-        """Read piece by piece through a temporary tensor, so that memory stays bounded."""
+        """Read and convert piece by piece through a temporary tensor, so that memory stays bounded."""
         for job in self._jobs(read, verify):
             piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None, threads=1)
@@ -145,25 +149,25 @@ class Source:
             part = sub_tensor(block.tensor, box, block.box)
             yield ReadJob(read.key, offset, variable.shape, box, part, expected)
 
-    # ---- together with the other ranks of the node ----
+    # ---- for an exchange with other ranks ----
 
     def is_one_range(self, index: int) -> bool:
-        """Whether a variable is one range of bytes in the file; another program may have chunked it."""
+        """Whether a variable is one range of bytes in the file: false if another program has chunked its dataset."""
         return self._offsets[index] >= 0
 
     def in_file(self, index: int) -> InFile:
-        """Where a variable is."""
+        """The place of a variable in the file."""
         variable = self.manifest.variables[index]
         return InFile(variable.key, self._offsets[index], variable.shape, dtype_info(variable.dtype).itemsize)
 
     def pieces(self, index: int) -> list[PieceSpan]:
-        """The pieces of a variable, as an exchange needs them."""
+        """The pieces of a variable, with their spans, as an exchange needs them."""
         return piece_spans(self.manifest.variables[index], self._firsts[index])
 
     def unit_reader(
         self, variables: Mapping[int, InFile], pieces: Mapping[int, list[PieceSpan]], *, verify: bool
     ) -> UnitReader:
-        """A reader of units of these variables, that verifies these pieces of them."""
+        """A reader of units of these variables that verifies these pieces, if `verify`."""
         return UnitReader(self._fd, variables, pieces, self._checksums if verify else None)
 
     def taken_verifier(
@@ -174,11 +178,11 @@ class Source:
         *,
         verify: bool,
     ) -> PieceVerifier:
-        """What verifies those of these pieces that the holder of some tensors takes whole."""
+        """A verifier of those of these pieces that the tensors in `held` take whole, if `verify`."""
         return taken_verifier(variables, pieces, held, self._checksums if verify else None)
 
     def count(self, report: ReadReport) -> None:
-        """Add to `bytes_read` and `bytes_verified`."""
+        """Add the counts of a report to `bytes_read` and `bytes_verified`."""
         self.bytes_read += report.bytes_read
         self.bytes_verified += report.bytes_verified
 
@@ -199,7 +203,7 @@ class Source:
         return all(self._checksums[one] == self._checksums[two] for one, two in zip(*pieces, strict=True))
 
     def is_at_path(self) -> bool:
-        """Whether the path still names this file: it may have been deleted or replaced."""
+        """Whether the path still names this file, which may have been deleted or replaced."""
         try:
             return os.path.samestat(Path(self.path).stat(), os.fstat(self._fd))
         except FileNotFoundError:
@@ -218,21 +222,21 @@ class Source:
 
 
 def _boxes(variable: Variable) -> list[Box]:
-    """The shards, whoever wrote them."""
+    """The boxes of the shards, without their writers."""
     return [Box(shard.offset, shard.shape) for shard in variable.shards]
 
 
 def open_source(coordinator: Coordinator, path: str, timer: Timer) -> Source:
-    """Open a checkpoint on all ranks; rank 0 checks it. Collective over the communicator.
+    """Open a checkpoint on all ranks, after rank 0 has checked it. Collective over the communicator.
 
     Args:
-        coordinator: Of the ranks that restore.
+        coordinator: Coordinator of the ranks that restore.
         path: The file, with or without ".h5".
-        timer: Measures the restore.
+        timer: Timer of the restore.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
-        CorruptCheckpointError: It is no complete checkpoint.
+        CorruptCheckpointError: The file is not a complete checkpoint.
     """
     own: list[OpenedCheckpoint] = []
 
@@ -255,11 +259,11 @@ def open_source(coordinator: Coordinator, path: str, timer: Timer) -> Source:
 
 
 def open_local(path: str) -> Source:
-    """Open a checkpoint in this process alone.
+    """Open a checkpoint in this process alone. Local.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
-        CorruptCheckpointError: It is no complete checkpoint.
+        CorruptCheckpointError: The file is not a complete checkpoint.
     """
     path = resolve(path)
     with ExitStack() as on_error:

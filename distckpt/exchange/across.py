@@ -1,10 +1,11 @@
 """Reading together over several nodes: each byte is read by one rank of the job, and sent to the nodes that want it.
 
-The ranks of equal place on their nodes make a lane. In each round every rank of a lane reads a unit into memory that
-its node shares. Then, in as many steps as there are other nodes, it sends to the rank s nodes after its own, and
-receives from the one s nodes before, just what the ranks of that node want; all ranks of the node take from what has
-arrived. So a byte comes once to each node that wants it, over all lanes at the same time, and all ranks send and
-receive as much: for replicas this is an allgather, for shards an exchange of all with all.
+The ranks at the same position on their nodes form a lane. In each round every rank of a lane reads a unit into memory
+shared by its node. Then come as many steps as there are other nodes. In step s each rank swaps parcels within its lane:
+it sends to the rank s nodes ahead the part of its unit that is wanted there, and receives from the rank s nodes behind
+what its own node wants; all ranks of the node take from what has arrived. So each byte reaches each node that wants it
+once, all lanes work at the same time, and the load is even: for replicas this is an allgather, for shards an
+all-to-all.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from distckpt.source import Source
 from distckpt.storage.room import padded
 from distckpt.storage.units import pack
 
-#: In the memory of a rank: two areas for units it reads, and two for what arrives.
+#: Areas in the shared memory of each rank: two for the units it reads, then two for what arrives.
 _N_AREAS = 4
 _ARRIVALS = 2
 
 
 def read_across(ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want) -> list[TensorRead] | None:
-    """Read what several nodes want of the same bytes, or in strips between those of others. Collective over `ranks`.
+    """Read the variables of which several nodes want the same bytes, or interleaved strips. Collective over `ranks`.
 
     Args:
         ranks: All ranks.
-        node: Those of this node.
-        nodes: The nodes.
+        node: The ranks of this node.
+        nodes: The nodes, and the ranks on each.
         want: What this rank wants.
 
     Returns:
-        The reads that are left to the node; None where some node has no shared memory, and nothing was done.
+        The reads that are left to the node; None if some node has no shared memory, and nothing was read.
 
     Raises:
-        FailedElsewhere: Another rank failed. On the rank that failed, what was raised.
+        FailedElsewhere: Another rank failed. The rank that failed raises its own error instead.
     """
     own = agreed(ranks, lambda: Own.of(want))
     hulls = gather_distinct(ranks, nodes, "hulls", lambda: join_hulls(gathered(node, "hulls", own.hulls)))
@@ -62,12 +63,12 @@ def read_across(ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want)
 
 
 class _Wants:
-    """What each node wants of what is worth exchanging.
+    """The boxes that each node wants of the variables that are worth exchanging.
 
     Attributes:
-        files: Where the variables are in the file, by index.
-        wishes: What any rank wants, by variable.
-        parties: Nodes that want the same, and what.
+        files: Variable index to its place in the file.
+        wishes: Variable index to the wishes of all ranks.
+        parties: One for each distinct want: what is wanted, and the ranks of the nodes that want it.
     """
 
     def __init__(self, source: Source, nodes: Nodes, wishes: Distinct) -> None:
@@ -87,12 +88,12 @@ class _Wants:
         ]
 
     def of(self, node: int) -> dict[int, list[Box]]:
-        """Variable to the boxes that ranks of a node want; the same object for nodes that want the same."""
+        """Variable index to the boxes that ranks of a node want. Nodes that want the same get the same object."""
         return self._boxes[self._number_of[node]]
 
 
 def _is_worth(index: int, file: InFile, boxes: Sequence[dict[int, list[Box]]], holders: Sequence[list[int]]) -> bool:
-    """See `is_worth_exchanging`; several nodes that want the same share all of its elements."""
+    """As `is_worth_exchanging`; a variable that several nodes want alike is always worth it."""
     found = [box for of_party in boxes for box in of_party.get(index, ())]
     shared = any(index in of_party and len(nodes) > 1 for of_party, nodes in zip(boxes, holders, strict=True))
     return shared or is_worth_exchanging(found, file.shape, file.itemsize)
@@ -102,12 +103,12 @@ def _is_worth(index: int, file: InFile, boxes: Sequence[dict[int, list[Box]]], h
 
 
 class _Incoming(NamedTuple):
-    """What a rank receives.
+    """A parcel that a rank receives.
 
     Attributes:
-        mover: The rank that has read it, and sends it.
-        unit: What that rank has read.
-        parcel: What is sent of it.
+        mover: The rank that has read the unit and sends the parcel.
+        unit: The unit that it has read.
+        parcel: The part of the unit that it sends.
     """
 
     mover: int
@@ -116,13 +117,13 @@ class _Incoming(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What this rank and the others of its node have to do between nodes that are equally far apart.
+    """One step of a round on the ranks of one node: each sends to the node at one distance ahead, and receives.
 
     Attributes:
-        to: The rank that this one sends to.
-        outgoing: What it sends.
-        incoming: What the ranks of this node receive, by lane.
-        place: Where they put it in their areas for what arrives.
+        to: The rank that this rank sends to.
+        outgoing: The parcel that it sends.
+        incoming: The parcels that the ranks of this node receive, by lane.
+        place: Position of each parcel in its receiver's arrival area, in bytes.
     """
 
     to: int
@@ -132,19 +133,19 @@ class _Step(NamedTuple):
 
 
 def _plan_batches(wants: _Wants, nodes: Nodes, lane: int | None, units: Sequence[Unit]) -> list[list[_Step]]:
-    """The steps of a round in order, in batches whose arrivals fit into an area.
+    """The steps of a round in order, in batches whose arrivals fit into one area. Local.
 
     Batches and places are the same on all ranks of a node.
 
     Args:
         wants: What each node wants.
-        nodes: The nodes.
-        lane: This rank's place on its node; None where it has no counterpart on some node.
+        nodes: The nodes, and the ranks on each.
+        lane: This rank's lane; None if it is in none, because some node has too few ranks.
         units: The unit of each rank.
     """
     own, n_nodes = nodes.own, len(nodes.ranks)
     batches: list[list[_Step]] = []
-    parcels: dict[int, Parcel] = {}  # by identity of what is wanted: nodes that want the same get the same
+    parcels: dict[int, Parcel] = {}  # by id of what is wanted: nodes that want the same get the same parcel
     used = 0
     for distance in range(1, n_nodes):
         sources, targets = nodes.lanes((own - distance) % n_nodes), nodes.lanes((own + distance) % n_nodes)
@@ -170,7 +171,11 @@ def _plan_batches(wants: _Wants, nodes: Nodes, lane: int | None, units: Sequence
 
 
 class _Relay:
-    """One exchange: its plan, which is the same on all ranks, and this rank's part of the rounds."""
+    """One exchange over several nodes: its plan, the same on all ranks, and this rank's part in the rounds.
+
+    `read_across` makes one and calls `run`. In each round `_read` fills this rank's unit; after the fence `_hand_on`
+    takes from the units of the node, then swaps parcels with the other nodes, batch by batch.
+    """
 
     def __init__(
         self, ranks: Coordinator, node: Coordinator, nodes: Nodes, want: Want, own: Own, wishes: Distinct
@@ -187,7 +192,7 @@ class _Relay:
         self._failures: list[BaseException] = []
 
     def run(self) -> list[TensorRead] | None:
-        """Read and hand on; see `read_across`. Collective."""
+        """Run all rounds. Collective over all ranks; returns as `read_across`."""
         done = run_rounds(
             self._ranks,
             self._node,
@@ -200,12 +205,15 @@ class _Relay:
         return agreed(self._ranks, self._taking.finish) if done else None
 
     def _read(self, this: Round) -> None:
-        """Read this rank's unit, and plan the steps: nothing that they need can be missing once they have begun."""
+        """Read this rank's unit. Local. The steps are planned here too, so that nothing can fail once they began."""
         self._batches = _plan_batches(self._wants, self._nodes, self._lane, this.units)
         self._taking.read(this.units[self._ranks.rank], this.parts[self._node.rank])
 
     def _hand_on(self, this: Round) -> None:
-        """Take from the units of this node, then send and receive; all of it whatever fails, which is raised then."""
+        """Take from the units of this node, then send and receive. Collective over all ranks.
+
+        Local errors are kept and raised at the end: the other ranks wait for this one in every step.
+        """
         for rank, part in zip(self._nodes.lanes(self._nodes.own), this.parts, strict=False):
             self._try(self._take_unit, rank, this.units[rank], part)
         for number, batch in enumerate(self._batches):
@@ -219,7 +227,7 @@ class _Relay:
             raise self._failures[0]
 
     def _swap(self, step: _Step, this: Round, arrived: memoryview) -> None:
-        """Send and receive what one step asks for."""
+        """Send and receive the parcels of one step; does nothing on a rank without a lane."""
         if self._lane is not None:
             data = self._data_of(step.outgoing, this.parts[self._node.rank])
             source, _, parcel = step.incoming[self._lane]
@@ -227,7 +235,7 @@ class _Relay:
             self._ranks.swap(Payload(step.to, data), Payload(source, room))
 
     def _data_of(self, parcel: Parcel, unit: memoryview) -> memoryview:
-        """The bytes of a parcel; where they cannot be put together others, for the receiver waits for as many."""
+        """The bytes of a parcel to send. If packing fails, as many other bytes, because the receiver waits for them."""
         if parcel.is_whole:
             return unit[: parcel.nbytes]
         if parcel is not self._packed:
@@ -245,7 +253,7 @@ class _Relay:
                     self._taking.take(mover, unit, parcel.cells, part[step.place : step.place + parcel.nbytes])
 
     def _try(self, work: Callable[..., object], *arguments: object) -> None:
-        """Do local work; what it raises waits until the other ranks do not need this one any more."""
+        """Do local work. An error is kept until the other ranks no longer need this one."""
         error = Attempt.of(lambda: work(*arguments)).error
         if error is not None:
             self._failures.append(error)

@@ -1,8 +1,8 @@
-"""Writing small parts for one another: what ranks have of many small variables is sent to a few of them, and written.
+"""Aggregation: the ranks send their parts of many small variables to a few ranks, which write them.
 
-Of each bin of the file (see `layout.aggregation`) one rank is the aggregator. In a save the ranks go through the bins
-in order: each packs what it has of the bin and sends it; the aggregator puts it together, writes it, and goes on. Who
-has what was settled in the first save of the layout, so that nothing but the bytes is sent.
+Each bin of the file (see `layout.aggregation`) has one rank as its aggregator. In a save the ranks go through the bins
+in order: each packs its parts of the bin and sends them; the aggregator puts the bin together and writes it. Who has
+which parts is agreed in the first save of a layout, so that later saves send nothing but the bytes.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ _COUNT_NBYTES = 8
 
 
 class Aggregation:
-    """The small parts in the saves of one layout, whose variables stay where they are in the file."""
+    """Writes the small parts in all saves of one layout: the first `write` agrees on a plan, which all carry out."""
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
     @property
     def is_needless(self) -> bool:
-        """Whether it is known that nothing is to be aggregated. The same on all ranks."""
+        """Whether there is a plan, and it aggregates nothing. The same on all ranks."""
         return self._plan is not None and not self._plan.bins
 
     def write(
         self, coordinator: Coordinator, fd: int, file_nbytes: int, jobs: list[WriteJob], log: ChecksumLog | None
     ) -> list[WriteJob]:
-        """Write together what the ranks have of many small variables. Collective over the communicator.
+        """Write the small parts of all ranks through their aggregators. Collective over the communicator.
 
         Args:
-            coordinator: Of the ranks that save; always the same ones.
+            coordinator: Coordinator of the ranks that save; the same ranks in every save.
             fd: Descriptor of the file.
-            file_nbytes: Its length.
-            jobs: What this rank writes, in file order: always the same boxes.
-            log: Takes the checksums of what is aggregated; None: they are not computed.
+            file_nbytes: Length of the file.
+            jobs: What this rank writes, in file order; the same boxes, at the same offsets, in every save.
+            log: Receives the checksums of the aggregated parts; None computes none.
 
         Returns:
-            The jobs that are left to this rank.
+            The jobs that this rank has to write itself.
 
         Raises:
             CollectiveError: It failed on some rank.
@@ -87,12 +87,12 @@ class Aggregation:
 
 
 class _Part(NamedTuple):
-    """What a job writes, in the message that this rank sends.
+    """The bytes of one job in the message that this rank sends.
 
     Attributes:
-        job: Which of the jobs.
+        job: Index of the job.
         start: Position of its first byte in the message.
-        stop: Position behind its last byte.
+        stop: Position after its last byte.
     """
 
     job: int
@@ -101,12 +101,12 @@ class _Part(NamedTuple):
 
 
 class _Bin(NamedTuple):
-    """A bin that is aggregated.
+    """A bin of the plan, as one rank sees it.
 
     Attributes:
-        root: The aggregator.
-        parts: What this rank has of it, as it is sent.
-        nbytes: Size of the message.
+        root: Rank of the aggregator.
+        parts: The parts that this rank sends, in message order.
+        nbytes: Size of this rank's message, in bytes.
         assembly: How the aggregator puts the bin together; None on other ranks.
     """
 
@@ -117,7 +117,7 @@ class _Bin(NamedTuple):
 
     @classmethod
     def of(cls, own: _Own, assembly: Assembly | None) -> _Bin:
-        """From what this rank has."""
+        """Lay out this rank's message: its parts one after the other."""
         stops = np.cumsum(own.extents.sizes)
         starts = stops - own.extents.sizes
         parts = [_Part(*each) for each in zip(own.jobs, starts.tolist(), stops.tolist(), strict=True)]
@@ -126,11 +126,11 @@ class _Bin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is aggregated.
+    """Which jobs are aggregated, and how.
 
     Attributes:
-        bins: In file order; the same ones on all ranks.
-        others: Which of this rank's jobs are in none of them.
+        bins: In file order; the same bins on all ranks.
+        others: Indices of this rank's jobs that are in no bin.
     """
 
     bins: list[_Bin]
@@ -138,13 +138,13 @@ class _Plan:
 
 
 class _Own(NamedTuple):
-    """What this rank has of a bin.
+    """This rank's jobs in a bin.
 
     Attributes:
-        root: The aggregator.
-        jobs: Which of its jobs.
-        extents: Where they are in the file.
-        encoded: The same, for the aggregator.
+        root: Rank of the aggregator.
+        jobs: Indices of the jobs.
+        extents: Their places in the file.
+        encoded: `extents`, encoded for the aggregator.
     """
 
     root: int
@@ -154,7 +154,7 @@ class _Own(NamedTuple):
 
 
 def _agree_on_plan(coordinator: Coordinator, jobs: Sequence[WriteJob], file_nbytes: int) -> _Plan:
-    """Find the bins that are worth it, and tell their aggregators who has what there. Collective."""
+    """Choose the bins to aggregate, and tell each aggregator which parts the ranks have. Collective."""
     with coordinator.step(_STEP):
         small = [index for index, job in enumerate(jobs) if _is_small(job)]
         parts = _small_parts([jobs[index] for index in small])
@@ -177,7 +177,7 @@ def _own(root: int, small: Sequence[int], parts: SmallParts, which: slice) -> _O
 
 
 def _tell_aggregators(coordinator: Coordinator, own: Sequence[_Own]) -> list[list[Extents]]:
-    """For each bin, on its aggregator, what each rank has of it; empty on other ranks. Collective."""
+    """Send the extents of each bin to its aggregator. Returns, by bin, those of each rank; [] elsewhere. Collective."""
     size = coordinator.size
     with coordinator.step(_STEP):
         counts = [np.zeros(size if each.root == coordinator.rank else 0, np.int64) for each in own]
@@ -200,7 +200,7 @@ def _decode(table: bytearray, lengths: Sequence[int]) -> list[Extents]:
 
 
 def _is_small(job: WriteJob) -> bool:
-    """Whether a job is one range of a variable that lies beside others in the file."""
+    """Whether a job writes one range of bytes of a small variable: small ones lie next to each other in the file."""
     nbytes = math.prod(job.global_shape) * job.tensor.element_size()
     return 0 < nbytes < SMALL_NBYTES and job.box.numel > 0 and is_contiguous(job.box, job.global_shape)
 
@@ -217,10 +217,12 @@ def _small_parts(jobs: Sequence[WriteJob]) -> SmallParts:
 
 
 class _Writing:
-    """One save: what this rank packs, and what it writes as an aggregator. All memory is there before it begins.
+    """The aggregation of one save: packs and sends this rank's parts, and writes the bins that it aggregates.
+
+    All memory is allocated before `run` begins, so that no rank runs out of it between two gathers.
 
     Attributes:
-        failure: What has failed on this rank first. It takes part to the end all the same: others wait for its bytes.
+        failure: First error on this rank, if any. It still takes part to the end, since others wait for its bytes.
     """
 
     def __init__(self, plan: _Plan, jobs: Sequence[WriteJob], fd: int, log: ChecksumLog | None) -> None:
@@ -236,7 +238,7 @@ class _Writing:
         self._memory = np.empty(max((each.nbytes for each in assemblies), default=0), np.uint8)
 
     def run(self, coordinator: Coordinator) -> None:
-        """Go through the bins. Collective."""
+        """Send, and as an aggregator write, bin after bin. Collective. Local errors go to `failure`."""
         for each in self._plan.bins:
             self._try(self._pack, each)
             lengths = [] if each.assembly is None else each.assembly.lengths
@@ -247,7 +249,7 @@ class _Writing:
         self._writeback.flush()
 
     def _pack(self, each: _Bin) -> None:
-        """Put what this rank has of a bin into its message."""
+        """Copy this rank's parts of a bin into its message, and log their checksums."""
         address = self._message.data_ptr()
         others: list[_Part] = []
         for part in each.parts:
@@ -264,7 +266,7 @@ class _Writing:
                 self._log.add(self._jobs[job].checksum, digest(message[start:stop]))
 
     def _pack_copies(self, parts: Sequence[_Part], message: memoryview) -> None:
-        """Pack what is on GPUs, or not packed in memory."""
+        """Copy parts that are on a GPU, or not packed in memory."""
         source, places = PieceBytes(None), iter(parts)
         for batch in source.batches(pieces_of(self._jobs[part.job] for part in parts)):
             for piece, part in zip(batch, places, strict=False):
@@ -274,11 +276,11 @@ class _Writing:
             source.flushed()
 
     def _name(self, each: _Bin) -> str:
-        """What is in a bin, for an error. The aggregator knows the keys of its own parts only."""
+        """Describes the contents of a bin in an error. The aggregator knows only the keys of its own parts."""
         return f"{self._jobs[each.parts[0].job].key} and other small variables" if each.parts else "small variables"
 
     def _write(self, assembly: Assembly, arrived: np.ndarray, name: str) -> None:
-        """Put a bin together, and write it."""
+        """Put a bin together from all messages, and write it."""
         memory = self._memory[: assembly.nbytes]
         assembly.put_together(arrived, memory)
         for position, nbytes in assembly.runs:
@@ -291,6 +293,6 @@ class _Writing:
             self._writeback.add(offset, nbytes)
 
     def _try(self, work: Callable[..., None], *arguments: object) -> None:
-        """Do local work, unless some has failed; what it raises waits for the agreement."""
+        """Do local work, unless earlier work failed. An error is kept in `failure` until the ranks agree."""
         if self.failure is None:
             self.failure = Attempt.of(lambda: work(*arguments)).error

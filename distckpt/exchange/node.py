@@ -1,4 +1,4 @@
-"""What both directions have in common: agreement of the ranks that exchange, and the rounds."""
+"""The common part of reading and writing together: agreement of the ranks, and the rounds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distckpt.layout.exchange import Unit
 from distckpt.log import log
 from distckpt.request import Attempt
 
-#: Bytes that a rank moves in one round. Two such units of every rank are in memory, and in the shared cache; between
-#: nodes as many again for what arrives.
+#: Most bytes that a rank moves in one round. Two such units of every rank of a node are in memory at once, and should
+#: fit into the shared cache; an exchange between nodes holds as many again for what arrives.
 UNIT_NBYTES = 2 << 20
 
 T = TypeVar("T")
 
 
 class FailedElsewhere(Exception):
-    """Another rank has failed; it raises what happened in the next agreement of all ranks."""
+    """Another rank has failed. It raises its own error, which all ranks learn in their next agreement."""
 
 
 class Round(NamedTuple):
@@ -28,9 +28,9 @@ class Round(NamedTuple):
 
     Attributes:
         number: Its number, from 0 on.
-        units: The unit of each rank of those that exchange.
-        parts: The memory of each rank of the node, for its unit; all ranks of the node see it.
-        memory: All of the memory: of each rank two areas for its units, and whatever more was asked for.
+        units: The unit of each rank that takes part.
+        parts: For each rank of the node, the area of shared memory that holds its unit in this round.
+        memory: The whole shared memory: for each rank of the node two areas for units, then any others asked for.
     """
 
     number: int
@@ -40,20 +40,23 @@ class Round(NamedTuple):
 
     @classmethod
     def of(cls, rounds: Sequence[list[Unit]], number: int, memory: SharedMemory) -> Round:
-        """There are two areas for units: while the slowest rank still empties one, the others fill the other one."""
+        """Make the round of a number.
+
+        Rounds alternate between two areas: while the slowest rank still empties one, the others fill the other.
+        """
         return cls(number, rounds[number], [area(part, number % 2) for part in memory.parts], memory)
 
 
 def area(part: memoryview, number: int) -> memoryview:
-    """Room for one unit in the memory of a rank."""
+    """One area, of `UNIT_NBYTES` bytes, in the shared memory of a rank."""
     return part[number * UNIT_NBYTES : (number + 1) * UNIT_NBYTES]
 
 
 def agreed(ranks: Coordinator, work: Callable[[], T]) -> T:
-    """Do local work, or work of a node; where it fails on a rank, all ranks stop. Collective over `ranks`.
+    """Do work that is local, or collective over a node. If it fails on any rank, all raise. Collective over `ranks`.
 
     Raises:
-        FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
+        FailedElsewhere: It failed on another rank. The rank where it failed raises its own error instead.
     """
     attempt = Attempt.of(work)
     if ranks.any_set(attempt.error is not None):
@@ -63,17 +66,18 @@ def agreed(ranks: Coordinator, work: Callable[[], T]) -> T:
 
 
 def gathered(ranks: Coordinator, name: str, value: bytes) -> list[bytes]:
-    """The values of all ranks; where one has no memory for them, all stop. Collective over `ranks`.
+    """Gather the values of all ranks; if one has no memory for them, all raise. Collective over `ranks`.
 
-    `Coordinator.gather_all` raises on all ranks, and in the agreement to come each of them would name that one anew.
+    `Coordinator.gather_all` raises the same error on all ranks, and each would report it again in the next agreement.
+    So here only the rank that failed raises it.
 
     Args:
-        ranks: Those that exchange.
-        name: Of the values, shown in errors.
+        ranks: The ranks that take part.
+        name: Name of the values, shown in errors.
         value: This rank's value.
 
     Raises:
-        FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
+        FailedElsewhere: It failed on another rank. The rank where it failed raises its own error instead.
     """
     attempt = Attempt.of(lambda: ranks.gather_all(name, value))
     error = attempt.error
@@ -97,23 +101,23 @@ def run_rounds(
     last: Callable[[], object],
     n_areas: int = 2,
 ) -> bool:
-    """Fill the shared memory, wait for all ranks, empty it; again and again. Collective over `ranks`.
+    """Run all rounds: in each, fill shared memory, wait for all ranks, empty it. Collective over `ranks`.
 
     Args:
-        ranks: Those that exchange.
-        node: Those of them that are on this node; or the same.
-        rounds: For each round the unit of each of the ranks.
-        before: Fills memory: this rank's part, or what it has of all parts.
-        after: Empties what `before` has filled on all ranks. What it does together with other ranks it does in any
-            case, and raises at its end.
-        last: Called after the rounds, whatever happened.
-        n_areas: Memory of a rank, in units.
+        ranks: The ranks that take part.
+        node: Those of them on this node; the same object as `ranks` in an exchange within one node.
+        rounds: For each round, the unit of each rank.
+        before: Fills shared memory: this rank's area, or this rank's share of all areas. Local.
+        after: Empties the areas that all ranks have filled. If it is collective, it must go through to its end
+            whatever fails, and raise only then.
+        last: Called once after the rounds, also after a failure.
+        n_areas: Areas of shared memory for each rank.
 
     Returns:
-        False where a node has no shared memory: nothing was done.
+        False if a node has no shared memory, and nothing was done.
 
     Raises:
-        FailedElsewhere: Another rank failed. On the rank that failed, what was raised.
+        FailedElsewhere: Another rank failed. The rank that failed raises its own error instead.
     """
     if not rounds:
         return True
@@ -147,7 +151,7 @@ def _run(
     before: Callable[[Round], object],
     after: Callable[[Round], object],
 ) -> BaseException | None:
-    """The rounds, which a failing rank leaves together with the others; returns what failed here."""
+    """Run the rounds, which all ranks leave together if one fails; returns the error of this rank, if any."""
     failure: BaseException | None = None
     for number in range(len(rounds)):
         this = Round.of(rounds, number, memory)

@@ -1,4 +1,4 @@
-"""Reading together: what several ranks want of the same bytes is read once and handed on."""
+"""Reading together: bytes that several ranks want are read once and handed on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distckpt.layout.rounds import Party, Wanted
 
 
 def read_together(coordinator: Coordinator, want: Want) -> list[TensorRead]:
-    """Read what ranks want of the same bytes, or in strips between those of other ranks.
+    """Read the variables of which ranks want the same bytes, or interleaved strips.
 
-    First what several nodes want, with messages between them; then what ranks of one node want, in its shared memory
-    alone. Collective over the communicator. Where a rank fails, all ranks of the job stop, or of its node, and just
-    that rank raises: an agreement of all ranks must follow.
+    First come the variables that several nodes want, with messages between them; then those that ranks of one node
+    want, through its shared memory alone. Collective over the communicator. If a rank fails, all ranks of the job or of
+    its node stop, and only that rank raises: an agreement of all ranks must follow.
 
     Args:
-        coordinator: All ranks.
+        coordinator: Coordinator of the ranks that restore.
         want: What this rank wants.
 
     Returns:
-        The reads that are left to this rank alone; none when another rank has failed.
+        The reads that this rank must do itself; empty if another rank has failed.
 
     Raises:
         CorruptCheckpointError: The bytes of a tensor do not match their checksum.
@@ -52,10 +52,13 @@ def read_together(coordinator: Coordinator, want: Want) -> list[TensorRead]:
 
 
 def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
-    """What ranks of one node want; None where it has no shared memory, and nothing was done. Collective over the node.
+    """Read the variables that ranks of this node share. Collective over the node.
+
+    Returns:
+        The reads that this rank must do itself; None if the node has no shared memory, and nothing was read.
 
     Raises:
-        FailedElsewhere: Another rank of the node failed. On the rank that failed, what was raised.
+        FailedElsewhere: Another rank of the node failed. The rank that failed raises its own error instead.
     """
     if node.size == 1:
         return list(want.reads)
@@ -78,7 +81,7 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
 
 
 def _plan(node: Coordinator, want: Want, own: Own, encoded: Sequence[bytes]) -> Taking:
-    """The same on all ranks of the node, but for what each takes."""
+    """Plan the exchange within a node. Local; all ranks of the node get the same rounds."""
     wishes = decode_wishes(encoded)
     files = {index: want.source.in_file(index) for index in wishes}
     wanted = {

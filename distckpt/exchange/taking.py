@@ -1,4 +1,4 @@
-"""What one rank wants, what it moves of what is read together, and what it takes of it."""
+"""One rank's part in reading together: what it wants, what it reads for all, and what it takes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from distckpt.tensor_bytes import is_packed, mark_changed
 
 
 class Want(NamedTuple):
-    """What this rank reads.
+    """The tensors that this rank is to read in a restore.
 
     Attributes:
-        source: The file.
-        reads: What of it.
+        source: The open checkpoint.
+        reads: The reads: each names a variable and its target.
         verify: Compare the checksums of all pieces that are read whole.
         progress: Called with the number of bytes just put into tensors.
     """
@@ -41,11 +41,12 @@ class Want(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What this rank wants and can take from others.
+    """The reads of a `Want` that an exchange can serve.
 
     Attributes:
-        reads: By variable; those whose bytes are one range of the file, and can be copied into the tensor as they are.
-        hulls: From the first to behind the last element of each variable of the file; int64, (0, 0) for no elements.
+        reads: Variable index to read, for variables that are one range of the file and need no conversion.
+        hulls: For each variable of the file, the hull of this rank's boxes as (start, stop), in elements; (0, 0)
+            without any. The bytes of an int64 array of shape (variables, 2).
     """
 
     reads: dict[int, TensorRead]
@@ -53,14 +54,14 @@ class Own(NamedTuple):
 
     @classmethod
     def of(cls, want: Want) -> Own:
-        """Find it out. Local."""
+        """Select the reads and compute their hulls. Local."""
         reads = {read.variable: read for read in want.reads if _can_be_exchanged(want.source, read)}
         hulls = np.zeros((len(want.source.manifest.variables), 2), np.int64)
         hulls[list(reads)] = [_hull(read) for read in reads.values()] or np.empty((0, 2))
         return cls(reads, hulls.tobytes())
 
     def wishes(self, variables: Iterable[int]) -> bytes:
-        """What this rank wants of some variables, for `decode_wishes`."""
+        """This rank's wishes for some variables, encoded for `decode_wishes`."""
         reads = [(index, self.reads[index]) for index in variables if index in self.reads]
         return msgspec.msgpack.encode(
             [
@@ -75,8 +76,8 @@ class Wish(NamedTuple):
     """A box of a variable that a rank wants.
 
     Attributes:
-        box: The elements.
-        is_packed: The rank has their bytes together when it has taken them: it verifies them then.
+        box: The elements, in global coordinates.
+        is_packed: Whether the rank takes them into a packed tensor. It then verifies the strided pieces within.
     """
 
     box: Box
@@ -84,7 +85,7 @@ class Wish(NamedTuple):
 
 
 def decode_wishes(encoded: Iterable[bytes]) -> dict[int, list[Wish]]:
-    """Variable to what is wanted of it, from the wishes of several ranks."""
+    """Variable index to the wishes for it, from the encoded wishes of several ranks."""
     wishes: dict[int, list[Wish]] = {}
     for of_rank in encoded:
         for index, wish in msgspec.msgpack.decode(of_rank, type=list[tuple[int, Wish]]):
@@ -93,7 +94,7 @@ def decode_wishes(encoded: Iterable[bytes]) -> dict[int, list[Wish]]:
 
 
 def boxes_of(wishes: Mapping[int, Iterable[Wish]]) -> dict[int, list[Box]]:
-    """Just the boxes."""
+    """Variable index to the boxes of its wishes."""
     return {index: [wish.box for wish in found] for index, found in wishes.items()}
 
 
@@ -112,17 +113,21 @@ def _hull(read: TensorRead) -> Span:
 
 
 class Taking:
-    """Variables that are read together: which rank reads what when, and what this rank takes.
+    """Variables that are read together: the plan of who reads what, and the copies into this rank's tensors.
+
+    Every rank makes one, from the same wishes and parties. In each round it calls `read` for its own unit and then,
+    once all ranks have read, `take` for each unit or parcel that its node can see. After the last round it calls
+    `settle`, whatever happened, and, if no rank failed, `finish`. All methods are local.
 
     Attributes:
-        files: Where the variables are in the file, by index.
-        rounds: For each round, for each rank, what it reads; the same on all ranks.
+        files: Variable index to its place in the file.
+        rounds: For each round, the unit of each rank; the same on all ranks.
 
     Args:
         want: What this rank wants.
-        own: The same, as far as it can come from others.
-        wishes: What any rank wants, by variable.
-        parties: Who wants what of the variables.
+        own: The part of it that can be exchanged.
+        wishes: Variable index to the wishes of all ranks.
+        parties: The ranks that share what they read, and what they want.
         size: Number of ranks.
     """
 
@@ -149,7 +154,7 @@ class Taking:
         self._arrivals = Arrivals()
 
     def read(self, unit: Unit, memory: memoryview) -> None:
-        """Read a unit, and verify the pieces that end in it; but for those that their takers verify.
+        """Read a unit into memory, and verify the pieces that end in it, except those that a rank verifies in `take`.
 
         Raises:
             CorruptCheckpointError: The file is too short, or a checksum is wrong.
@@ -158,13 +163,13 @@ class Taking:
 
     @torch.no_grad()
     def take(self, mover: int, unit: Unit, cells: Iterable[Cell], memory: memoryview) -> None:
-        """Copy what this rank wants of some memory, and verify the pieces that it has whole then.
+        """Copy this rank's elements of a unit into its tensors, and verify the pieces that these now hold whole.
 
         Args:
-            mover: The rank that has read it.
-            unit: What was read.
-            cells: What this node wants of it, and where that is in the memory.
-            memory: The bytes.
+            mover: The rank that has read the unit.
+            unit: The unit.
+            cells: The boxes in the memory, and their places there.
+            memory: The bytes of the unit, or of a parcel of it.
 
         Raises:
             CorruptCheckpointError: A checksum is wrong.
@@ -190,16 +195,14 @@ class Taking:
             self._want.progress(nbytes)
 
     def settle(self) -> None:
-        """See that all that was taken is in the tensors, those on GPUs too, and that torch knows; called whatever
-        happened.
-        """
+        """Wait until all bytes taken are in the tensors, also on GPUs, and tell autograd that these changed."""
         for blocks in self._arrays.values():
             for block in blocks:
                 mark_changed(block.tensor)
         self._arrivals.finish()
 
     def finish(self) -> list[TensorRead]:
-        """Add to what the source has counted; returns the reads that are left to this rank alone."""
+        """Add the bytes read and verified to the source's counts; returns the reads that this rank must do itself."""
         self._want.source.count(self._reader.report)
         self._want.source.count(self._verifier.report)
         own = self._own.reads
@@ -209,7 +212,7 @@ class Taking:
 
 
 def _divide(held: Mapping[int, Sequence[Held]]) -> tuple[dict[int, list[HeldArray]], dict[int, list[Held]]]:
-    """Blocks that are copied into as arrays, and the others."""
+    """The blocks that NumPy can copy into, and the others."""
     arrays: dict[int, list[HeldArray]] = {}
     tensors: dict[int, list[Held]] = {}
     for index, blocks in held.items():
@@ -223,5 +226,5 @@ def _divide(held: Mapping[int, Sequence[Held]]) -> tuple[dict[int, list[HeldArra
 
 
 def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> list[PieceSpan]:
-    """The pieces that some rank verifies when it has taken them."""
+    """The pieces that some rank receives whole, and verifies after taking them."""
     return list(strided_pieces_within(pieces, (wish.box for wish in wishes if wish.is_packed)))

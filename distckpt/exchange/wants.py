@@ -1,4 +1,4 @@
-"""What each node wants, told to all ranks of all nodes: the same wants of several nodes are sent once."""
+"""The wants of all nodes, gathered on all ranks: equal wants of several nodes are sent only once."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from distckpt.layout.exchange import hulls_that_meet
 
 
 class Distinct(NamedTuple):
-    """A value of each node.
+    """One value of each node, equal ones stored once.
 
     Attributes:
-        values: The different ones.
-        number_of: Of each node the number of its value.
+        values: The distinct values.
+        number_of: For each node, the index of its value.
     """
 
     values: list[bytes]
     number_of: list[int]
 
     def nodes(self, number: int) -> list[int]:
-        """The nodes that have a value."""
+        """The nodes that have the value of this index."""
         return [node for node, own in enumerate(self.number_of) if own == number]
 
 
@@ -37,12 +37,12 @@ def gather_distinct(ranks: Coordinator, nodes: Nodes, name: str, of_node: Callab
 
     Args:
         ranks: All ranks.
-        nodes: Their nodes.
-        name: Name of the step, shown in errors.
-        of_node: Gives the value of this node, the same on all its ranks; may be collective over the node.
+        nodes: The nodes, and the ranks on each.
+        name: Name of the values, shown in errors.
+        of_node: Returns the value of this node, the same on all its ranks; may be collective over the node.
 
     Raises:
-        FailedElsewhere: It failed on another rank. On the rank where it failed, what it raised.
+        FailedElsewhere: It failed on another rank. The rank where it failed raises its own error instead.
     """
     is_leader = nodes.leaders[nodes.own] == ranks.rank
     own = agreed(ranks, lambda: _Digested.of(of_node()))
@@ -63,11 +63,11 @@ class _Digested(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Equal digests among those of all nodes.
+    """The distinct digests among those of all nodes.
 
     Attributes:
-        firsts: For each different digest the first node that has it.
-        number_of: For each node the number of its digest.
+        firsts: For each distinct digest, the first node that has it.
+        number_of: For each node, the index of its digest.
     """
 
     firsts: list[int]
@@ -83,7 +83,7 @@ class _Found(NamedTuple):
 
 
 def join_hulls(of_ranks: Sequence[bytes]) -> bytes:
-    """From the first to the last element that ranks of a node want of each variable; encoded as those of each rank."""
+    """The hull of what the ranks of a node want of each variable, encoded as `Own.hulls`."""
     hulls = stack_hulls(of_ranks)
     starts, stops = hulls[:, :, 0], hulls[:, :, 1]
     stop = stops.max(axis=0)
@@ -92,17 +92,20 @@ def join_hulls(of_ranks: Sequence[bytes]) -> bytes:
 
 
 def join_wishes(of_ranks: Sequence[bytes]) -> bytes:
-    """What ranks of a node want, each once, in an order that depends on nothing else; for `decode_wishes`."""
+    """The distinct wishes of the ranks of a node, encoded for `decode_wishes`.
+
+    They are sorted, so that nodes that want the same get equal bytes.
+    """
     wishes = decode_wishes(of_ranks)
     return msgspec.msgpack.encode([(index, wish) for index in sorted(wishes) for wish in sorted(set(wishes[index]))])
 
 
 def variables_that_meet(hulls: Distinct) -> list[int]:
-    """Variables of which one node wants elements between, or among, those of another.
+    """Indices of the variables of which the hulls of two nodes overlap.
 
     Args:
         hulls: `join_hulls` of all nodes.
     """
-    # Of nodes that want the same, two show it as well as all.
+    # Two of the nodes that want the same are enough to overlap.
     shown = [value for number, value in enumerate(hulls.values) for _ in hulls.nodes(number)[:2]]
     return hulls_that_meet(stack_hulls(shown))

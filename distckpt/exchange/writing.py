@@ -20,24 +20,24 @@ from distckpt.storage.transfer import WriteJob
 from distckpt.storage.units import Held, shared_parts, write_unit
 from distckpt.storage.writing import PieceBytes, pieces_of
 
-#: Of the jobs of one rank: the variable that each writes, and its box there.
+#: The variable that each job of a rank writes, and its box there.
 _Boxes = list[tuple[InFile, Box]]
 
 
 def write_together(node: Coordinator, fd: int, jobs: Sequence[WriteJob], log: ChecksumLog | None) -> list[WriteJob]:
-    """Write what ranks of one node have in narrow strips beside each other.
+    """Write the narrow strips that ranks of one node have next to each other.
 
-    Collective over the node. Where a rank fails, all ranks of the node stop, and just that rank raises: an agreement of
+    Collective over the node. If a rank fails, all ranks of the node stop, and only that rank raises: an agreement of
     all ranks must follow.
 
     Args:
         node: The ranks of this node.
         fd: Descriptor of the file.
         jobs: What this rank writes.
-        log: Takes the checksums of the pieces written here; None: they are not computed.
+        log: Receives the checksums of the pieces written here; None computes none.
 
     Returns:
-        The jobs that are left to this rank alone; none when another rank has failed.
+        The jobs that this rank has to write itself; empty if another rank has failed.
 
     Raises:
         OSError: A range could not be written.
@@ -70,10 +70,13 @@ def _encode_boxes(jobs: Sequence[WriteJob]) -> bytes:
 
 
 class _Writing:
-    """One exchange: its plan, which is the same on all ranks of the node, and what this rank puts.
+    """One exchange of narrow strips: its plan, the same on all ranks of the node, and this rank's part in the rounds.
+
+    `write_together` makes one and calls `run`. In each round every rank copies its strips into the units of all ranks;
+    after the fence each writes its own unit.
 
     Attributes:
-        own: The jobs of this rank that are done by the exchange.
+        own: The jobs of this rank that the exchange writes.
     """
 
     def __init__(self, node: Coordinator, narrow: Sequence[WriteJob], gathered: Sequence[bytes]) -> None:
@@ -96,7 +99,7 @@ class _Writing:
         self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES)
 
     def run(self, fd: int, log: ChecksumLog | None) -> bool:
-        """Join and write; False where there is no shared memory. Collective over the node."""
+        """Run all rounds; returns False if the node has no shared memory. Collective over the node."""
         if log is not None:
             agreed(self._node, lambda: _log_checksums(self.own, log))
         writeback = Writeback(fd)
@@ -112,14 +115,14 @@ class _Writing:
         return done
 
     def _put(self, this: Round) -> None:
-        """Copy what this rank has of all units; what GPUs have of it has been under way since the round before."""
+        """Copy this rank's strips into all units of the round. Copies from GPUs began in the round before."""
         if this.number == 0:
             self._start(this)
         with torch.no_grad():
             self._departures.arrive()
 
     def _write(self, this: Round, fd: int, writeback: Writeback) -> None:
-        """Write this rank's unit, while GPUs send what belongs into the next ones."""
+        """Write this rank's unit, while GPUs copy into those of the next round."""
         if this.number + 1 < len(self._rounds):
             self._start(Round.of(self._rounds, this.number + 1, this.memory))
         rank = self._node.rank
