@@ -1,4 +1,4 @@
-"""For programs under mpirun or srun: process group, preemption, sampling, interval, check of the environment."""
+"""Tools for programs under mpirun or srun: process group, preemption, sampling, interval, check of the environment."""
 
 from distckpt.cluster.preemption import EXIT_CODE, PreemptionGuard
 from distckpt.cluster.process_group import init_process_group

@@ -1,4 +1,4 @@
-"""The check of the environment: whether MPI, HDF5 and the file system are what a checkpoint needs."""
+"""Check of the environment: whether MPI, HDF5 and the file system are what a checkpoint needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distckpt.coordination.launcher import LauncherSize, expected_size
 
 Version = tuple[int, ...]
 
-#: Bytes below which a directory counts as full.
+#: Free bytes below which a file system counts as full.
 LEAST_SPACE = 1 << 30
 _OLDEST_HDF5 = (1, 10)
 _GIB = 1 << 30
@@ -26,13 +26,13 @@ _NETWORK = {"9p", "afs", "cifs", "fuse.sshfs", "nfs", "nfs4", "smb3"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the answer.
+    """The result for one subject: one line of the report.
 
     Attributes:
-        subject: What was looked at.
-        ok: Whether a checkpoint can rely on it.
-        found: What is there, and what that means.
-        cure: What to do; empty if it is ok.
+        subject: What was checked, such as "MPI threads".
+        ok: Whether checkpoints can rely on it.
+        found: What was found, and what that means.
+        cure: What to do about it; empty if it is ok.
     """
 
     subject: str
@@ -43,12 +43,14 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class MPIIOBug:
-    """Versions of Open MPI, from `first` until before `fixed`, whose MPI-IO corrupts or hangs.
+    """A bug of Open MPI's MPI-IO that corrupts files or hangs.
 
     Attributes:
-        effect: What happens, a clause.
-        everywhere: Whether it strikes what distckpt does by default, independent writes of contiguous pieces.
-        report: Where it is described.
+        first: First version that has it.
+        fixed: First version after that without it.
+        effect: What happens, as a clause.
+        everywhere: Whether it affects what distckpt does by default: independent writes of contiguous pieces.
+        report: Issue that describes it.
     """
 
     first: Version
@@ -60,11 +62,11 @@ class MPIIOBug:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer.
+    """The results of all checks.
 
     Attributes:
-        rank: Rank of this process in COMM_WORLD; 0 where MPI does not start.
-        checks: In the order in which to cure them.
+        rank: Rank of this process in COMM_WORLD; 0 if MPI does not start.
+        checks: The checks, in the order in which to cure them.
     """
 
     rank: int
@@ -87,12 +89,12 @@ MPI_IO_BUGS = (
 
 
 def check_environment(directory: Path, environ: Mapping[str, str] = os.environ) -> Report:
-    """Looks at MPI, HDF5 and the file system of a directory.
+    """Check MPI, HDF5 and the file system of a directory.
 
     Under a launcher: collective over the launched processes.
 
     Args:
-        directory: Where checkpoints are to go; need not exist.
+        directory: Directory for checkpoints; need not exist.
         environ: Environment variables.
     """
     facts = probe()
@@ -101,7 +103,7 @@ def check_environment(directory: Path, environ: Mapping[str, str] = os.environ) 
 
 
 def directory_checks(directory: Path) -> list[Check]:
-    """File system and space of a directory, which need not exist."""
+    """Check the file system and the free space of a directory, which need not exist."""
     parent = existing_parent(directory)
     writable = os.access(parent, os.W_OK | os.X_OK)
     there = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
@@ -113,7 +115,7 @@ def directory_checks(directory: Path) -> list[Check]:
 
 
 def mpi_checks(facts: Facts, environ: Mapping[str, str]) -> list[Check]:
-    """MPI library and size, thread level, cores, MPI-IO."""
+    """Check the MPI library and size, its thread level, the cores of this rank, and MPI-IO."""
     if facts.mpi is None:
         cure = "load your site's MPI (module load openmpi) and pip install mpi4py"
         return [Check("MPI", ok=False, found=facts.mpi_problem, cure=cure)]
@@ -126,7 +128,7 @@ def mpi_checks(facts: Facts, environ: Mapping[str, str]) -> list[Check]:
 
 
 def check_size(mpi: MPIFacts, expected: LauncherSize | None) -> Check:
-    """Whether MPI has as many ranks as the launcher started processes."""
+    """Check that MPI has as many ranks as the launcher started processes."""
     ranks = f"{mpi}, {mpi.size} rank{'s' if mpi.size != 1 else ''}"
     if expected is None:
         return Check("MPI", ok=True, found=f"{ranks}, started without a launcher")
@@ -138,7 +140,7 @@ def check_size(mpi: MPIFacts, expected: LauncherSize | None) -> Check:
 
 
 def check_threads(mpi: MPIFacts) -> Check:
-    """Whether a thread may speak MPI beside the main one."""
+    """Check that threads other than the main one may call MPI."""
     if mpi.threads == "multiple":
         return Check("MPI threads", ok=True, found="multiple: threads may use MPI")
     found = f'{mpi.threads}: the watchdog thread may be unable to end a job that hangs in "mpio"'
@@ -147,7 +149,7 @@ def check_threads(mpi: MPIFacts) -> Check:
 
 
 def check_cores(node_size: int, bound: int, cores: int) -> Check:
-    """Whether the launcher keeps a rank on one core where there are several for it.
+    """Check that the launcher does not bind a rank to one core where its share of the node is larger.
 
     Args:
         node_size: Ranks on the node.
@@ -164,7 +166,7 @@ def check_cores(node_size: int, bound: int, cores: int) -> Check:
 
 
 def check_mpi_io(mpi: MPIFacts, environ: Mapping[str, str]) -> Check:
-    """Whether this MPI is known to corrupt files, and whether that touches distckpt."""
+    """Check whether this MPI is known to corrupt files, in a way that affects distckpt."""
     bugs = [bug for bug in MPI_IO_BUGS if mpi.vendor == "Open MPI" and bug.first <= mpi.version < bug.fixed]
     if not bugs:
         return Check("MPI-IO", ok=True, found=f"{mpi} is not known to corrupt files")
@@ -179,13 +181,13 @@ def check_mpi_io(mpi: MPIFacts, environ: Mapping[str, str]) -> Check:
 
 
 def _uses_ompio(environ: Mapping[str, str]) -> bool:
-    """Whether Open MPI's own MPI-IO is used, which has the bugs, and not ROMIO."""
+    """Whether Open MPI uses OMPIO, its own MPI-IO, which has the bugs, and not ROMIO."""
     setting = environ.get("OMPI_MCA_io", "ompio")
     return ("ompio" in setting.removeprefix("^").split(",")) != setting.startswith("^")
 
 
 def hdf5_checks(facts: Facts) -> list[Check]:
-    """HDF5's version, h5py's MPI, and whether it is mpi4py's."""
+    """Check the version of HDF5, and that h5py uses MPI, the same as mpi4py."""
     if facts.hdf5 is None:
         return [Check("h5py", ok=False, found=facts.hdf5_problem, cure="make install, or pip install h5py")]
     version = ".".join(map(str, facts.hdf5.hdf5))
@@ -202,7 +204,7 @@ def hdf5_checks(facts: Facts) -> list[Check]:
 
 
 def check_same_mpi(libraries: tuple[str, ...]) -> Check:
-    """Whether h5py and mpi4py speak through one MPI library."""
+    """Check that h5py and mpi4py use the same MPI library."""
     if len(libraries) <= 1:
         return Check("h5py's MPI", ok=True, found=f"mpi4py's: {', '.join(libraries) or 'one library'}")
     cure = 'rebuild h5py with the mpicc of mpi4py\'s MPI (rm -rf .venv, make install); until then transport="posix"'
@@ -210,7 +212,7 @@ def check_same_mpi(libraries: tuple[str, ...]) -> Check:
 
 
 def check_file_system(directory: Path, kind: str) -> Check:
-    """Whether files written by several ranks are safe there, and outlive the job."""
+    """Check that files written by several ranks are safe there, and outlive the job."""
     subject = "file system"
     if kind in _PARALLEL:
         return Check(subject, ok=True, found=f"{directory} is on {kind}, a parallel file system")
@@ -229,7 +231,7 @@ def check_file_system(directory: Path, kind: str) -> Check:
 
 
 def check_space(directory: Path, room: Space, *, writable: bool) -> Check:
-    """Whether a file of some size can be written there."""
+    """Check that a file of at least `LEAST_SPACE` bytes can be written there."""
     if not writable:
         return Check("space", ok=False, found=f"{directory} cannot be written to", cure="another directory, or chmod")
     if room.largest_file is not None and room.largest_file < LEAST_SPACE:

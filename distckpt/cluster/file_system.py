@@ -1,4 +1,4 @@
-"""What kind of file system a directory is on, and how much fits."""
+"""The file system of a directory: its type, and its free space."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """How much can be written.
+    """Room on a file system.
 
     Attributes:
-        free: Bytes free for ordinary users; None where the file system does not say.
-        total: Bytes in all; 0 where the file system does not say.
+        free: Bytes free for ordinary users; None if the file system does not say.
+        total: Capacity in bytes; 0 if the file system does not say.
         largest_file: Largest file this process may write, in bytes; None without a limit.
     """
 
@@ -27,7 +27,7 @@ class Space:
 
 
 def existing_parent(directory: Path) -> Path:
-    """The directory itself, or where it would be created: its nearest parent that exists; absolute, without links."""
+    """The directory itself, or else its nearest parent that exists; absolute, without links."""
     path = directory.resolve()
     while not path.is_dir():
         path = path.parent
@@ -56,7 +56,7 @@ def _octal(match: re.Match[str]) -> str:
 
 
 def space(directory: Path) -> Space:
-    """How much can be written into an existing directory."""
+    """The room on the file system of an existing directory."""
     found = os.statvfs(directory)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     largest_file = None if limit == resource.RLIM_INFINITY else limit

@@ -20,32 +20,34 @@ from distckpt.interval import require_seconds
 
 #: Exit status of a job that has saved and wants to go on: Linux's number for "interrupted, should be restarted".
 EXIT_CODE = 85
-#: How much longer than the ones before the last save may take: others stop and save at the same time.
+#: How many times as long as earlier saves the last one may take: other jobs stop and save at the same time.
 _SAVE_FACTOR = 1.5
-#: Seconds that a save is taken to need until one was measured.
+#: Assumed duration of a save until one has been measured, in seconds.
 _UNMEASURED_SAVE = 30.0
-#: How many of the last steps count.
+#: Number of last steps whose durations count.
 _STEPS = 20
 
 
 class MeasuresSaves(Protocol):
-    """What knows how long a save takes, such as a `CheckpointManager`."""
+    """An object that knows how long a save takes, such as a `CheckpointManager`."""
 
     @property
     def save_seconds(self) -> float | None:
-        """Seconds from the call of a save until the file is durable; None before the first one."""
+        """Seconds from the call of a save until the file is durable; None before the first save."""
 
 
 class PreemptionGuard:
-    """Tells all ranks to stop at the same step: when a rank gets a signal, or the time of the job runs out.
+    """Tells all ranks to stop at the same step, when a rank gets a signal or the time of the job runs out.
 
-    The handlers of the signals only set a flag. `should_stop`, called by all ranks between two steps, brings the flags
-    together, so that a signal to one rank stops all of them. Rank 0 watches the clock: its `deadline` is reached when
-    the time left is less than a margin, which is the longest of the last steps + 1.5 times the longest save measured.
-    Saves are measured by the manager, or within `saving()`.
+    The constructor installs signal handlers, which only set a flag. All ranks call `should_stop` between two steps; it
+    combines the flags, so that a signal to one rank stops all of them. After a last save the program exits with
+    `exit_code`, so that the launch script starts the job again.
 
-    SIGUSR1 is left alone because NCCL uses it. Make the guard before the slow part of the start, for a signal that has
-    no handler ends the process.
+    Rank 0 also watches the clock: it asks to stop when the time left before the deadline is less than a margin, which
+    is the longest of the last steps plus 1.5 times the longest save. The manager measures the saves, or `saving()`.
+
+    SIGUSR1 is left alone because NCCL uses it. Make the guard before the slow part of the start: until then a signal
+    ends the process.
 
     Example:
         >>> guard = PreemptionGuard(manager=manager)
@@ -69,19 +71,19 @@ class PreemptionGuard:
         margin: float | None = None,
         timeout: float = 600.0,
     ) -> None:
-        """Local. In the main thread: no other may set handlers of signals.
+        """Local. Must be called in the main thread, the only one that may set signal handlers.
 
         Args:
             comm: mpi4py communicator of the ranks that stop together; None for `MPI.COMM_WORLD`.
-            signals: Signals that mean to stop.
-            manager: Whose measured saves count; None for those within `saving()` only.
-            deadline: When the job must have ended, in seconds since the epoch; None for what DISTCKPT_DEADLINE or the
-                scheduler (Slurm, PBS, LSF, Flux) says. Only that of rank 0 counts.
+            signals: Signals that ask the job to stop.
+            manager: Provides the durations of its saves; None counts only those within `saving()`.
+            deadline: When the job must have ended: seconds since the epoch, or a datetime; None asks DISTCKPT_DEADLINE,
+                then the scheduler (Slurm, PBS, LSF, Flux). Only that of rank 0 counts.
             margin: Seconds before the deadline at which to stop; None for the measured margin.
             timeout: Seconds that `should_stop` waits for the other ranks.
 
         Raises:
-            TypeError: `comm` is no communicator.
+            TypeError: `comm` is not a communicator.
             ValueError: An option has a bad value, or this is not the main thread.
         """
         self._coordinator = Coordinator(comm)
@@ -111,7 +113,7 @@ class PreemptionGuard:
         self.close()
 
     def close(self) -> None:
-        """Give the signals back to the handlers that had them. Local."""
+        """Restore the previous signal handlers. Local."""
         atexit.unregister(self._at_exit)
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._on_signal:
@@ -121,7 +123,7 @@ class PreemptionGuard:
     # ---- the collective call ----
 
     def should_stop(self) -> bool:
-        """Whether to save and end; once True, always True. Collective over the communicator: call it at every step.
+        """Whether to save and exit; once True, always True. Collective over the communicator: call it at every step.
 
         Raises:
             RankTimeoutError: Some ranks did not come.
@@ -134,7 +136,7 @@ class PreemptionGuard:
             reason, failure = "", None
             try:
                 reason = self._own_reason()
-            except Exception as error:  # the others must hear of it, whatever it is
+            except Exception as error:  # the other ranks must learn of it
                 failure = error
             going_on = self._coordinator.arrive(
                 "should_stop", 0, 1 if reason or failure is not None else 0, self._timeout
@@ -152,12 +154,12 @@ class PreemptionGuard:
 
     @property
     def reason(self) -> str:
-        """Why to stop, such as "SIGUSR2 on rank 3"; empty until then. The same on all ranks. Local."""
+        """Why the job stops, such as "SIGUSR2 on rank 3"; empty until it does. The same on all ranks. Local."""
         return self._reason
 
     @property
     def exit_code(self) -> int:
-        """For `sys.exit`: 85 after a stop, which the launch scripts take as the wish to be started again, else 0."""
+        """Status for `sys.exit`: 85 after a stop, at which the launch scripts start the job again, else 0. Local."""
         return EXIT_CODE if self._reason else 0
 
     @property
@@ -165,7 +167,7 @@ class PreemptionGuard:
         """Seconds before the deadline at which to stop, as measured so far. Local.
 
         Raises:
-            ValueError: The manager's `save_seconds` is no number of seconds.
+            ValueError: The manager's `save_seconds` is not a number of seconds.
         """
         if self._margin is not None:
             return self._margin
@@ -175,7 +177,7 @@ class PreemptionGuard:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure the body as a save, not as a part of the step. Local."""
+        """Context that measures its body as a save, not as part of the step. Local."""
         start = time.monotonic()
         try:
             yield
@@ -198,10 +200,10 @@ class PreemptionGuard:
             ) from error
 
     def _at_exit(self) -> None:
-        """Ignore from here on what means to stop, but for SIGTERM, which must be able to end an exit that hangs.
+        """Ignore the signals from here on, except SIGTERM, which must be able to end an exit that hangs.
 
-        Python resets its handlers before MPI is finalised, and a signal that is sent once more would end the rank with
-        another exit status than its own.
+        Python resets its handlers before MPI is finalised. A repeated signal would then end the rank with an exit
+        status other than its own.
         """
         for number in self._previous:
             if number != signal.SIGTERM and signal.getsignal(number) == self._on_signal:
@@ -211,13 +213,13 @@ class PreemptionGuard:
         if os.getpid() == self._process:
             self._received = number
             return
-        # A forked child has inherited this handler, and asks no guard: whoever sends it a signal, such as
-        # `multiprocessing.Pool.terminate`, waits for its end.
+        # A forked child has inherited this handler but never calls `should_stop`. Whoever sends it a signal, such as
+        # `multiprocessing.Pool.terminate`, waits for it to end.
         self.close()
         os.kill(os.getpid(), number)
 
     def _end_step(self) -> None:
-        """The first step is left out: it compiles, opens files and fills caches."""
+        """Record the duration of the step, except of the first one: it compiles, opens files and fills caches."""
         if self._step_start is not None:
             if not self._first_step:
                 self._steps.append(max(0.0, time.monotonic() - self._step_start - self._saved_within_step))
@@ -234,20 +236,20 @@ class PreemptionGuard:
         return ""
 
     def _read_clock(self) -> None:
-        """Find the deadline, once all ranks are here: the scheduler may take its time. Collective."""
+        """Find the deadline on rank 0, once all ranks have arrived, since the scheduler may be slow. Collective."""
         self._deadline = self._coordinator.on_root("find the end of the job", self._find_deadline, float | None)  # type: ignore[arg-type]  # msgspec takes unions
         self._clock_read = True
 
     def _find_deadline(self) -> float | None:
-        """Rank 0 only: whether others were given a deadline, too, does not matter."""
+        """The deadline given, or else that of the environment. Rank 0 only: deadlines of other ranks do not count."""
         return find_deadline() if self._deadline is None else self._deadline
 
 
 def _as_seconds(deadline: object) -> float:
-    """A point in time as seconds since the epoch; infinity is never reached.
+    """A deadline as seconds since the epoch; infinity is never reached.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a point in time.
     """
     if isinstance(deadline, datetime):
         return deadline.timestamp()
@@ -261,6 +263,6 @@ def _as_seconds(deadline: object) -> float:
 
 
 def _together(reasons: list[str]) -> str:
-    """One sentence for the reasons of all ranks: each with the lowest rank that has it."""
+    """The distinct reasons of all ranks in one sentence, each with the lowest rank that has it."""
     first: Mapping[str, int] = {reason: rank for rank, reason in reversed(list(enumerate(reasons))) if reason}
     return "; ".join(f"{reason} on rank {rank}" for reason, rank in sorted(first.items(), key=lambda item: item[1]))

@@ -1,6 +1,6 @@
-"""What a process finds when it loads h5py and starts MPI: `python -m distckpt.cluster.probe` prints it as JSON.
+"""Probe of the environment: `python -m distckpt.cluster.probe` loads h5py, starts MPI and prints the facts as JSON.
 
-A process of its own, because starting a broken MPI may end the process or never return.
+It runs in a process of its own, because starting a broken MPI may end the process or never return.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from distckpt.storage.hdf5_build import HDF5Build, hdf5_build
 
-#: Seconds. MPI starts in one, on a busy file system in ten.
+#: Seconds to wait for the probe. MPI starts in one second, on a busy file system in ten.
 PATIENCE = 60.0
 
 # The library itself, not its C++ and Fortran companions: libmpi.so.40, libmpich.so.12, libmpi_cray.so.12, ...
@@ -29,7 +29,7 @@ class MPIFacts(msgspec.Struct, frozen=True):
         version: Version of the implementation.
         size: Ranks in COMM_WORLD.
         rank: This process's rank in COMM_WORLD.
-        threads: Thread level that MPI gave: "single", "funneled", "serialized" or "multiple".
+        threads: Thread level that MPI provides: "single", "funneled", "serialized" or "multiple".
         node_size: Ranks on this process's node.
     """
 
@@ -45,13 +45,13 @@ class MPIFacts(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """All that the probe finds.
+    """The findings of the probe.
 
     Attributes:
-        hdf5: None if h5py cannot be imported.
-        hdf5_problem: Why it cannot.
-        mpi: None if MPI cannot be started.
-        mpi_problem: Why it cannot.
+        hdf5: The HDF5 of h5py; None if h5py cannot be imported.
+        hdf5_problem: Why h5py cannot be imported; empty if it can.
+        mpi: The MPI of mpi4py; None if it cannot be started.
+        mpi_problem: Why MPI cannot be started; empty if it can.
         mpi_libraries: MPI libraries that the process has loaded; more than one cannot work.
     """
 
@@ -63,7 +63,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def probe(patience: float = PATIENCE) -> Facts:
-    """What a new process finds. Under a launcher: collective over the launched processes, as starting MPI is."""
+    """Run the probe in a new process. Under a launcher: collective over the launched processes, as starting MPI is."""
     command = [sys.executable, "-m", "distckpt.cluster.probe"]
     try:
         done = subprocess.run(
@@ -76,7 +76,7 @@ def probe(patience: float = PATIENCE) -> Facts:
 
 
 def _last_facts(output: str, problem: str) -> Facts:
-    """The last record that the probe printed; `problem` if it did not come to the one with MPI."""
+    """The last record that the probe printed; with `problem` if the probe ended before the record with MPI."""
     lines = [line for line in output.splitlines() if line.startswith("{")]
     facts = msgspec.json.decode(lines[-1], type=Facts) if lines else Facts(hdf5_problem=problem)
     if facts.mpi is None and not facts.mpi_problem:
@@ -85,7 +85,7 @@ def _last_facts(output: str, problem: str) -> Facts:
 
 
 def _last_line(text: str) -> str:
-    """The last line that says something: launchers frame their messages with dashes."""
+    """The last line with a word in it: launchers frame their messages with dashes."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else ""
 
@@ -126,7 +126,7 @@ def _print(facts: Facts) -> None:
 
 
 def main() -> None:
-    """Prints what is known before MPI starts, then everything."""
+    """Print the facts known before MPI starts, then all of them."""
     facts = _find_hdf5()
     _print(facts)
     _print(_find_mpi(facts))

@@ -1,4 +1,4 @@
-"""The torch process group of a job that mpirun or srun started: rank, size and address come from MPI."""
+"""The torch process group of a job started by mpirun or srun: rank, size and address come from MPI."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _REACH_RANK_0 = "Set MASTER_ADDR to an address of rank 0 that every node reaches
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where this rank is.
+    """This rank's place in the communicator and on its node.
 
     Attributes:
         rank: Index in the communicator.
@@ -52,7 +52,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """Where rank 0 serves the store: a host name or number, and a TCP port."""
+    """Address of rank 0's store: a host name or IP address, and a TCP port."""
 
     host: str
     port: int
@@ -63,15 +63,15 @@ def init_process_group(
 ) -> torch.device:
     """Initialise `torch.distributed` with the ranks of an MPI communicator. Collective over the communicator.
 
-    Each rank first binds the GPU of its local rank, where there are GPUs. Rank 0 opens a store at a free port and
-    tells the others where it is, so that no variable of the environment need be set. On several nodes MASTER_ADDR,
-    when set on rank 0, is taken as its address (hosts with more than one network). A process group that exists
-    already and agrees with the communicator is kept.
+    Each rank first binds the GPU of its local rank, if there are GPUs. Rank 0 opens a store at a free port and sends
+    its address to the others, so that no environment variable needs to be set. On several nodes MASTER_ADDR, if set on
+    rank 0, is taken as its address, for hosts with more than one network. A process group that exists already and
+    agrees with the communicator is kept.
 
     Args:
-        comm: The ranks of the process group. None is MPI's COMM_WORLD.
-        backend: As in `torch.distributed.init_process_group`. None is gloo, with NCCL for GPU tensors where there
-            are GPUs.
+        comm: mpi4py communicator of the ranks; None for `MPI.COMM_WORLD`.
+        backend: As in `torch.distributed.init_process_group`. None for gloo, with NCCL for GPU tensors if there are
+            GPUs.
         timeout: Seconds to wait for the other ranks.
 
     Returns:
@@ -111,7 +111,7 @@ def _world() -> MPI.Intracomm:
 
 
 def _place(comm: MPI.Intracomm) -> _Place:
-    """Collective over the communicator."""
+    """Find this rank's place. Collective over the communicator."""
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -121,11 +121,11 @@ def _place(comm: MPI.Intracomm) -> _Place:
 
 
 def _agreed(comm: MPI.Intracomm, remedy: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Run a local action; where it raises on any rank, raise one error on all. Collective over the communicator."""
+    """Run a local action; if it raises on any rank, raise one error on all. Collective over the communicator."""
     cause = None
     try:
         result = action(*args)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # the other ranks must learn of it
         cause = error
     texts = comm.allgather(f"{type(cause).__name__}: {cause}" if cause else None)
     failures = {rank: text for rank, text in enumerate(texts) if text is not None}
@@ -135,7 +135,7 @@ def _agreed(comm: MPI.Intracomm, remedy: str, action: Callable[[*Ts], T], *args:
 
 
 def _check_agreement(place: _Place, initialized: list[bool]) -> None:
-    """Refuse an environment or a process group that says otherwise than MPI."""
+    """Refuse an environment or a process group that disagrees with MPI about rank or size."""
     if any(initialized) and not dist.is_initialized():
         raise ValueError(f"expected a process group, as rank {initialized.index(True)} has one. Got none.")
     wrong = [
@@ -148,7 +148,7 @@ def _check_agreement(place: _Place, initialized: list[bool]) -> None:
 
 
 def _claims(place: _Place) -> list[tuple[str, int, str | int]]:
-    """Who else says what this rank and size are: (name, value in MPI, value there)."""
+    """Other sources for this rank and size: (name, value in MPI, value there) of each."""
     expected = {"RANK": place.rank, "WORLD_SIZE": place.size}
     claims: list[tuple[str, int, str | int]] = []
     claims.extend((name, value, os.environ[name]) for name, value in expected.items() if name in os.environ)
@@ -159,7 +159,7 @@ def _claims(place: _Place) -> list[tuple[str, int, str | int]]:
 
 
 def _device(place: _Place) -> torch.device:
-    """The device of this rank. Launchers that show each rank only its own GPU leave index 0."""
+    """The device of this rank. A launcher that shows each rank only its own GPU leaves index 0."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", place.local_rank % torch.cuda.device_count())
@@ -170,14 +170,14 @@ def _default_backend(device: torch.device) -> str:
 
 
 def _gpu_of_nccl(device: torch.device, backend: str) -> str | None:
-    """Which GPU of all NCCL is going to use here: launchers may call that of each rank number 0. None: it uses none."""
+    """UUID of the GPU that NCCL will use; None if it uses none. Indices would not do: each rank may see only GPU 0."""
     if device.type != "cuda" or "nccl" not in backend:
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _require_own_gpu(place: _Place, device: torch.device, gpus: list[str | None]) -> None:
-    """Refuse what NCCL would refuse at the first collective, with words that few understand."""
+    """Refuse ranks that share a GPU. NCCL would refuse them at the first collective, with an obscure message."""
     sharing = [rank for rank, gpu in enumerate(gpus) if gpu is not None and gpu == gpus[place.rank]]
     if len(sharing) > 1:
         others = ", ".join(str(rank) for rank in sharing if rank != place.rank)
@@ -185,7 +185,7 @@ def _require_own_gpu(place: _Place, device: torch.device, gpus: list[str | None]
 
 
 def _serve(place: _Place) -> TCPStore | None:
-    """The store, on rank 0, at a port that the system picks: none can be taken between choosing and binding it."""
+    """Open the store on rank 0; None on others. The system picks the port, so that no one can take it before."""
     if place.rank != 0:
         return None
     one_node = place.local_size == place.size
@@ -207,7 +207,8 @@ def _join(store: TCPStore, place: _Place, device: torch.device, backend: str) ->
 
 
 def _rest() -> None:
-    """Let gloo's threads free the tensors of the last collective. They need Python for it, and one that still waits
-    when the interpreter has ended takes the process down with SIGABRT.
+    """Give gloo's threads time to free the tensors of the last collective, before the interpreter ends.
+
+    They need the interpreter for it; one that still waits when it has ended aborts the process with SIGABRT.
     """
     time.sleep(_REST_SECONDS)

@@ -1,4 +1,4 @@
-"""`ElasticSampler`: the order of the samples, and how far all ranks together have come in it."""
+"""`ElasticSampler`: a batch sampler whose position is that of all ranks, whatever their number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class ElasticSampler(Sampler[list[int]]):
-    """Batches for one rank, from an order and a position that are those of all ranks.
+    """Batches for one rank, from an order and a position shared by all ranks.
 
     An epoch is one order of all samples, the same on all ranks. A step takes the next `batch_size` of them, and each
-    rank gets its part of these. The state is how far the steps have come, so that training which goes on with another
-    number of ranks sees every remaining sample once, in the same order, in the same global batches.
+    rank gets its part of these. The state is the order and the position in it, so that training that goes on with
+    another number of ranks sees every remaining sample once, in the same order, in the same global batches.
 
-    Track it in the Checkpoint, and pass it to a DataLoader as `batch_sampler`. Where the loader has workers, which
-    fetch batches ahead, iterate over `sampler.consume(loader)`: only batches that were handed over count as seen then.
+    Track it in the Checkpoint, and pass it to a DataLoader as `batch_sampler`. If the loader has workers, which fetch
+    batches ahead, iterate over `sampler.consume(loader)`: then only batches that were handed over count as seen.
 
     Example:
         >>> sampler = ElasticSampler(dataset, batch_size=256, seed=1)
@@ -33,8 +33,8 @@ class ElasticSampler(Sampler[list[int]]):
         ...         train(batch)
 
     Attributes:
-        epoch: Epochs completed.
-        position: Samples of the present epoch that were seen, over all ranks; that of the batch in hand included.
+        epoch: Number of epochs completed.
+        position: Number of samples seen in the current epoch, over all ranks, including the current batch.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class ElasticSampler(Sampler[list[int]]):
         """Local; may initialise MPI.
 
         Args:
-            dataset: What is sampled; only its length is used.
-            batch_size: Samples in a step, over all ranks. Parts of ranks differ by one sample at most.
-            shuffle: Each epoch has another order, which follows from `seed`; else all have that of the dataset.
-            seed: The same on all ranks.
+            dataset: The dataset; only its length is used.
+            batch_size: Samples in a step, over all ranks. The parts of two ranks differ by at most one sample.
+            shuffle: Give each epoch another order, derived from `seed`; else all have the order of the dataset.
+            seed: Seed of the orders; the same on all ranks.
             drop_last: Leave out the samples at the end of an epoch that do not fill a batch. Else the last batch is
-                smaller; where it has fewer samples than there are ranks, the ranks beyond get one of them again, so
+                smaller; if it has fewer samples than there are ranks, ranks left without one get one of them again, so
                 that all make the same steps.
             comm: mpi4py communicator of the ranks; None for `MPI.COMM_WORLD`.
-            rank: In place of that of `comm`, where only some ranks see different samples: index of this data-parallel
-                group.
+            rank: Index of this data-parallel group, in place of the rank in `comm`; for programs in which several ranks
+                see the same samples.
             size: Number of data-parallel groups; goes with `rank`.
 
         Raises:
-            TypeError: `dataset` has no length, or `comm` is no communicator.
+            TypeError: `dataset` has no length, or `comm` is not a communicator.
             ValueError: An option has a bad value.
         """
         if (rank is None) != (size is None):
@@ -89,7 +89,7 @@ class ElasticSampler(Sampler[list[int]]):
             raise ValueError(f"batch_size: expected a sample for each of {self._size} ranks or more. Got {batch_size}.")
 
     def __len__(self) -> int:
-        """Batches left in this epoch."""
+        """Number of batches left in this epoch."""
         return -(-(self._end() - self.position) // self._batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -106,10 +106,10 @@ class ElasticSampler(Sampler[list[int]]):
             self._begin_epoch()
 
     def consume(self, loader: Iterable[T]) -> Iterator[T]:
-        """The batches of a loader that has this sampler; each counts as seen from when it is handed over.
+        """Iterate over a loader that uses this sampler; each batch counts as seen once it is handed over.
 
         Args:
-            loader: A DataLoader, or what wraps one.
+            loader: A DataLoader, or a wrapper of one.
         """
         end = self._end()
         self._consuming = True
@@ -132,7 +132,7 @@ class ElasticSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there, in that order; the batch size and the ranks stay those of this sampler. Local.
+        """Continue at the saved position, in the saved order; batch size and ranks stay those of this sampler. Local.
 
         Raises:
             ValueError: The dataset has another length, or the position is not in it.
@@ -158,7 +158,7 @@ class ElasticSampler(Sampler[list[int]]):
         return torch.randperm(self._samples, generator=torch.Generator().manual_seed(seed), device="cpu")
 
     def _end(self) -> int:
-        """Where this epoch ends, counted in samples."""
+        """Position at which this epoch ends, in samples."""
         left = self._samples - self.position
         return self._samples - (left % self._batch_size if self._drop_last else 0)
 

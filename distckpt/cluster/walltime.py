@@ -1,4 +1,4 @@
-"""When the job must end, as its scheduler says."""
+"""The deadline of a job, from the environment or its scheduler."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from distckpt.log import log
 DEADLINE = "DISTCKPT_DEADLINE"
 #: Seconds that a scheduler's command may take: the controller of a large cluster can be busy.
 _PATIENCE = 30.0
-#: Seconds since the epoch before which no job runs: what is less is a duration, or nothing.
+#: Seconds since the epoch before which no job can end: a smaller number is a duration, or means nothing.
 _LONG_AGO = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class _Scheduler:
-    """Where a scheduler says how long a job may run.
+    """How to ask a scheduler for the deadline of a job.
 
     Attributes:
-        name: For messages.
-        job: Variable that is set within a job.
-        element: Says, from the environment, which job of an array this is; None where the variable alone does.
-        command: Prints it; "{job}" stands for the name of the job.
-        parse: What was printed and the present time to the deadline, in seconds since the epoch; None without one.
+        name: Name for messages.
+        job: Environment variable that holds the job's id.
+        element: From the environment, the id of this job within a job array; None if it is in none.
+        command: Command to run; "{job}" stands for the id.
+        parse: From its output and the current time, the deadline in seconds since the epoch; None without one.
     """
 
     name: str
@@ -41,14 +41,14 @@ class _Scheduler:
 
 
 def find_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When this job must end, in seconds since the epoch; None when nobody says so. Local; may ask the scheduler.
+    """When this job must end, in seconds since the epoch; None if unknown. Local; may ask the scheduler.
 
     Args:
         environ: Environment variables: DISTCKPT_DEADLINE, else SLURM_JOB_END_TIME (Slurm 23.02 and newer), else those
             of Slurm, PBS, LSF and Flux that name the job.
 
     Raises:
-        ValueError: DISTCKPT_DEADLINE is no point in time.
+        ValueError: DISTCKPT_DEADLINE is not a point in time.
     """
     if environ.get(DEADLINE):
         return _explicit(environ[DEADLINE])
@@ -72,7 +72,7 @@ def _explicit(text: str) -> float:
 
 
 def is_long_ago(seconds: float) -> bool:
-    """Whether a number of seconds cannot be meant as a point in time since the epoch: a duration is given instead."""
+    """Whether a number of seconds cannot be a point in time since the epoch: it is probably a duration."""
     return seconds < _LONG_AGO
 
 
@@ -91,7 +91,7 @@ def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:
         )
         deadline = scheduler.parse(done.stdout, time.time())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        # Not a reason to stop the training: its checkpoints still come at their interval.
+        # No reason to stop training: checkpoints are still saved at their interval.
         log.warning("%s does not say when the job ends (%s). Set %s.", scheduler.name, error, DEADLINE)
         return None
     log.info("%s ends the job at %s", scheduler.name, deadline)
@@ -99,7 +99,7 @@ def _ask(scheduler: _Scheduler, environ: Mapping[str, str]) -> float | None:
 
 
 def _without_preferences(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the forms and filters that users have set for what they read themselves."""
+    """The environment without the user's own output formats and filters for the scheduler's commands."""
     kept = {name: value for name, value in environ.items() if not name.startswith("SQUEUE_")}
     return {**kept, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
 
@@ -112,22 +112,22 @@ def _no_element(_environ: Mapping[str, str]) -> str | None:
 
 
 def _slurm_element(environ: Mapping[str, str]) -> str | None:
-    """One job of an array has the number of the whole array, too."""
+    """<array>_<task>, for the one job of an array whose own number is that of the whole array; None for others."""
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if task and array == environ["SLURM_JOB_ID"] else None
 
 
 def _lsf_element(environ: Mapping[str, str]) -> str | None:
-    """All jobs of an array have one number; the index is 0 for those of none."""
+    """<number>[<index>], since all jobs of an array have the same number; None for jobs in no array (index 0)."""
     index = environ.get("LSB_JOBINDEX") or "0"
     return None if index == "0" else f"{environ['LSB_JOBID']}[{index}]"
 
 
-# ---- what the schedulers print -----------------------------------------------------------------------------------
+# ---- output of the schedulers' commands --------------------------------------------------------------------------
 
 
 def parse_slurm(text: str, _now: float) -> float | None:
-    """Of `squeue -o %e`: local time such as 2026-11-22T08:55:45, or N/A.
+    """Deadline from `squeue -o %e`: local time such as 2026-11-22T08:55:45, or N/A.
 
     Raises:
         ValueError: It is neither.
@@ -137,7 +137,7 @@ def parse_slurm(text: str, _now: float) -> float | None:
 
 
 def parse_pbs(text: str, now: float) -> float | None:
-    """Of `qstat -f`: Torque's Walltime.Remaining, or the start (stime; start_time) and Resource_List.walltime.
+    """Deadline from `qstat -f`: Torque's Walltime.Remaining, or stime (or start_time) and Resource_List.walltime.
 
     Raises:
         ValueError: A time has an unknown form.
@@ -152,28 +152,28 @@ def parse_pbs(text: str, now: float) -> float | None:
 
 
 def parse_lsf(text: str, now: float) -> float | None:
-    """Of `bjobs -o time_left`: hours:minutes and a letter, such as "1:05 L"; "-" without a limit.
+    """Deadline from `bjobs -o time_left`: hours:minutes and a letter, such as "1:05 L"; "-" without a limit.
 
     Raises:
         ValueError: A time has an unknown form.
     """
     found = text.split()
-    # Whole minutes, rounded: the job may have up to one less.
+    # LSF prints rounded minutes: the job may have up to one minute less.
     return None if not found or found[0] == "-" else now + _clock_seconds(f"{found[0]}:00") - 60
 
 
 def parse_flux(text: str, now: float) -> float | None:
-    """Of `flux job timeleft`: seconds, "inf" without a limit.
+    """Deadline from `flux job timeleft`: seconds, "inf" without a limit.
 
     Raises:
-        ValueError: It is no number.
+        ValueError: It is not a number.
     """
     left = float(text)
     return now + left if math.isfinite(left) else None
 
 
 def _clock_seconds(text: str) -> float:
-    """[[days:]hours:]minutes:seconds, or seconds."""
+    """Seconds from [[days:]hours:]minutes:seconds, or from plain seconds."""
     units = (1, 60, 3600, 86400)
     parts = [int(part) for part in reversed(text.strip().split(":"))]
     return float(sum(part * unit for part, unit in zip(parts, units, strict=False)))

@@ -1,4 +1,4 @@
-"""A restore, as a line through the rooms below: `restorer` walks, opens, matches, reads and assigns.
+"""Restoring, on top of the other packages: `restorer` walks the graph, opens, matches, reads and assigns.
 
-`restoration` (one restore: its plan, and what of it still waits for objects), `status` (what it tells the user).
+`restoration` holds one restore: its plan, and the values that still wait for objects. `status` is what the user gets.
 """

@@ -1,10 +1,4 @@
-"""One restore on one rank: what its file holds, what was restored, what is pending, and what this rank reports.
-
-A restore calls `plan` once, and `settle` when the assignment was applied. Saved values without a live counterpart are
-then pending. Each later walk may find their counterparts, and `catch_up` restores them, until nothing is pending any
-more: a value is also given up if a newer restore takes or awaits the same one (`give_way`), or if a save stores another
-value in its place (`give_up_met`).
-"""
+"""One restore on one rank: what its file holds, what was restored, what is pending, and what this rank reports."""
 
 from __future__ import annotations
 
@@ -40,12 +34,12 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     """What one rank contributes to a `Report`.
 
     Attributes:
-        taken: One byte per key of `Restoration.keys`: 1 when this rank restored it.
-        missing: Keys of its live values without a saved one.
-        pending: Saved key to what it waits for.
-        mismatched: (key, saved, live).
-        ambiguous: One sentence each.
-        shardings: How it shards the tensors of `Restoration.keys` that it is about to read.
+        taken: One byte per key of `Restoration.keys`: 1 if this rank restores it now, or did before, else 0.
+        missing: Keys of this rank's live values without a saved one.
+        pending: Saved key to what its value waits for, in words.
+        mismatched: (key, saved, live) of each value that does not fit, the last two in words.
+        ambiguous: Ambiguous matches, one sentence each.
+        shardings: How this rank shards the tensors that it is about to read.
     """
 
     taken: bytes
@@ -56,7 +50,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     shardings: Shardings
 
 
-#: Restores of this process that wait for something, whatever Checkpoint they are of.
+#: Restores of this process with pending values, of any Checkpoint.
 _waiting: weakref.WeakSet[Restoration] = weakref.WeakSet()
 _uids = itertools.count()
 
@@ -64,14 +58,20 @@ _uids = itertools.count()
 class Restoration:
     """One restore on one rank.
 
+    The `Restorer` calls `plan`, `report` and, when the assignment has been applied, `settle`. Saved values without a
+    live counterpart are then pending, and the file stays open. After each later walk `catch_up` restores those whose
+    counterparts have appeared. A pending value is given up if a newer restore takes or awaits the same one
+    (`give_way`), or if a save stores another value in its place (`give_up_met`). With nothing pending, `finish` closes
+    the file. All methods are local.
+
     Attributes:
         source: The open file.
-        options: How to restore.
-        with_counter: The save counter is restored too.
-        keys: The saved keys of what is to be restored, tensors first.
+        options: Options of the restore.
+        with_counter: Whether the save counter is restored too.
+        keys: The saved keys that the options select, tensors first.
         hollow: The saved keys of containers without any value inside.
         pending: Saved key to (key of the live parent, what the value waits for there, in words).
-        unmatched: Warnings for the first save, of what did not match; cleared when the user expects or asks that.
+        unmatched: Warnings about unmatched values, for the first save; cleared by an assertion or `expect_partial`.
     """
 
     def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
@@ -89,7 +89,7 @@ class Restoration:
         stored = (*(variable.key for variable in manifest.variables), *manifest.python_state)
         self.keys = [key for key in stored if key in self._selection.keys]
         self._uid = next(_uids)  # a newer restore has a higher one
-        self._taken_by_newer = Claims()  # live values
+        self._taken_by_newer = Claims()  # the live values that newer restores have set
         #: Saved keys, and keys of slot pairs, with which this restore is done: restored, skipped or given up.
         self._settled = set[str]() if with_counter else {COUNTER_KEY}
         self._dropped: set[str] = set()  # keys given up because of a save
@@ -101,7 +101,7 @@ class Restoration:
     # ---- deciding and doing ----
 
     def plan(self, live: LiveGraph) -> tuple[Binding, Assignment]:
-        """Match the live graph, a fresh walk, and decide what is still to restore. Local; changes nothing live."""
+        """Match the live graph, of a fresh walk, and decide what is left to restore. Local; changes nothing live."""
         binding = bind(self._selection, live, self.hollow)
         self._leave_to_newer(binding)
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
@@ -112,13 +112,13 @@ class Restoration:
         return binding, assignment
 
     def give_way(self, newer: Restoration, live: LiveGraph) -> None:
-        """Drop the waiting values that a newer restore of the same Checkpoint has taken, or waits for as well. Local.
+        """Drop the pending values that a newer restore of the same Checkpoint has taken, or waits for as well. Local.
 
-        On a pipeline stage every restore waits for the layers of the other stages; only the newest has to.
+        On a pipeline stage every restore waits for the layers of the other stages; only the newest needs to.
 
         Args:
             newer: The newer restore.
-            live: Its walk.
+            live: The live graph of its walk.
         """
         self._leave_to_newer(bind(self._selection, live, self.hollow))
         superseded = {key for key, waits in self.pending.items() if newer.pending.get(key) == waits}
@@ -127,7 +127,7 @@ class Restoration:
         self.pending = {key: waits for key, waits in self.pending.items() if key not in self._settled}
 
     def _leave_to_newer(self, binding: Binding) -> None:
-        """Take what newer restores have taken out of a binding, for good."""
+        """Remove from a binding, and for good, the values that newer restores have taken."""
         if not self._taken_by_newer:
             return
         lost = {match.key for match in binding.matches if match.claim in self._taken_by_newer}
@@ -139,17 +139,17 @@ class Restoration:
         binding.new_slots = [new for new in binding.new_slots if new.claim not in self._taken_by_newer]
 
     def _tell_older(self, binding: Binding) -> None:
-        """Tell all older restores that wait what this one has taken: the newest call wins, per object."""
+        """Tell older restores with pending values what this one has taken: for each object the newest call wins."""
         for older in _waiting:
             if older._uid < self._uid:
                 older._taken_by_newer.add(match.claim for match in binding.matches)
                 older._taken_by_newer.add(new.claim for new in binding.new_slots)
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
-        """Remember what an assignment restored, after it did."""
+        """Record what an assignment has restored. Called after it was applied."""
         self._settled |= assignment.consumed | assignment.pairs
         for match in binding.matches:
-            if isinstance(match.node.obj, Slot):  # its pair is done, whatever slots training adds
+            if isinstance(match.node.obj, Slot):  # the pair is done, even if training adds more slots to it
                 self._settled.add(match.node.key.rpartition("/")[0])
             in_place = isinstance(match.value, TensorValue) and match.value.in_place
             # Groups and slots of optimizers are stand-ins, made anew by every walk.
@@ -161,17 +161,17 @@ class Restoration:
         self._tell_older(binding)
 
     def wait(self) -> None:
-        """Hear from now on what newer restores take. Local."""
+        """Start to wait: from now on newer restores report here what they take. Local."""
         _waiting.add(self)
 
     def finish(self) -> None:
-        """Wait for nothing any more, and close the file. Local."""
+        """Give up all pending values and close the file. Local."""
         self.pending.clear()
         _waiting.discard(self)
         self.source.close()
 
     def catch_up(self, live: LiveGraph) -> int:
-        """Restore what waited and can be matched now; returns the number of values. Local.
+        """Restore the pending values that have a live counterpart now; returns their number. Local.
 
         Raises:
             RestoreMismatchError: A value does not fit; nothing was changed.
@@ -179,7 +179,7 @@ class Restoration:
         before = self.pending, self._awaited
         binding, assignment = self.plan(live)
         if assignment.mismatches and self.options.on_mismatch == "error":
-            self.pending, self._awaited = before  # for an object that fits
+            self.pending, self._awaited = before  # go on waiting, for an object that fits
             raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
         if assignment.consumed:
             self.source.read(assignment.reads, verify=self.options.verify)
@@ -188,7 +188,7 @@ class Restoration:
         return len(assignment.consumed)
 
     def give_up_met(self, live: LiveGraph) -> list[str]:
-        """Give up pending values whose live counterpart exists by now; returns their keys. Local."""
+        """Give up the pending values that have a live counterpart now; returns their keys. Local."""
         if not self.pending:
             return []
         _, assignment = self.plan(live)
@@ -198,13 +198,13 @@ class Restoration:
         return met
 
     def waits_for(self, name: str) -> bool:
-        """Whether some value waits for an attribute of this name."""
+        """Whether a pending value waits for an attribute of this name."""
         return not self._awaited.isdisjoint((name, escape(name)))  # values wait under escaped names
 
     # ---- reporting ----
 
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
-        """What this rank contributes to the report, after `plan`. Local."""
+        """This rank's part of the report, from the results of `plan`. Local."""
         taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
         taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
@@ -258,7 +258,7 @@ def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[Val
 
 
 def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
-    """What all ranks agree about a restore; the same on all, given the same reports."""
+    """Combine the reports of all ranks, in rank order. Local; equal reports give an equal result on every rank."""
     taken = np.bitwise_or.reduce([np.frombuffer(report.taken, np.uint8) for report in reports])
     by_value = [(key, bool(flag)) for key, flag in zip(restoration.keys, taken, strict=True) if key != COUNTER_KEY]
     unexpected = sorted(key for key, flag in by_value if not flag and key not in restoration.hollow)
@@ -281,7 +281,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
 
 
 def _mismatches(reports: Sequence[LocalReport]) -> Iterator[ValueMismatch]:
-    """The mismatches of all ranks; one that not all ranks have names those that do."""
+    """The mismatches of all ranks. One that only some ranks have names those ranks."""
     ranks: dict[tuple[str, str, str], list[int]] = {}
     for rank, report in enumerate(reports):
         for mismatch in dict.fromkeys(report.mismatched):

@@ -1,4 +1,4 @@
-"""The restore line: open, match, plan, read, assign; and what waits afterwards."""
+"""The steps of a restore: open, match, read, assign; and the values that are still pending afterwards."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a user asked for, in objects of our own: between two agreements the user's may not fail on one rank.
+    """The arguments of a restore, copied into objects of our own.
+
+    The user's objects may raise; between two agreements that could fail on one rank only.
 
     Attributes:
-        path: The file, as text where it was a path.
-        options: Of the restore.
+        path: The path of the file; a PathLike becomes text.
+        options: Options of the restore.
     """
 
     path: str | None
@@ -48,37 +50,43 @@ class _Asked:
 
     @classmethod
     def of(cls, save_path: str | os.PathLike[str] | None, options: RestoreOptions) -> _Asked:
-        """Ask the user's objects. What is no path stays, to be refused when all ranks have it."""
+        """Copy the user's arguments. What is not a path is kept, to be refused once all ranks have agreed on it."""
         text = asked_once("path", lambda: os.fspath(save_path)) if isinstance(save_path, os.PathLike) else save_path
         rename = asked_once("rename", lambda: None if options.rename is None else dict(options.rename))
         only = asked_once("only", lambda: None if options.only is None else tuple(options.only))
         return cls(text, replace(options, rename=rename, only=only))
 
     def request(self, operation: str) -> Request:
-        """What all ranks must ask for alike."""
+        """The request in which all ranks must agree."""
         return Request.of(operation, self.path, self.options)
 
 
-#: Of so many restores at most the first save tells what stayed unmatched.
+#: The first save warns about unmatched values of at most this many restores, the last ones.
 _MAX_UNREPORTED = 8
 
 
 class Restorer:
-    """The restores of one Checkpoint."""
+    """The restores of one Checkpoint, done and pending.
+
+    `Checkpoint.restore` and `Checkpoint.read` call `restore`, which returns a status. Restores with pending values are
+    kept: a new attribute of a trackable object (`on_attribute`), the user (`retry_pending`) or an assertion of the
+    status (`refresh`) makes each of them try again. Every save calls `before_save`, which warns about values that
+    stayed unmatched and gives up pending ones that the save replaces.
+    """
 
     def __init__(self, coordinator: Coordinator, checkpoint: weakref.ref[Checkpoint]) -> None:
         self._coordinator = coordinator
         self._checkpoint = checkpoint
-        self._active: list[Restoration] = []  # those that wait for something, newest first
+        self._active: list[Restoration] = []  # those with pending values, newest first
         self._unreported: dict[str, list[str]] = {}  # `Restoration.unmatched` by path
         self._applying = False
 
-    # ---- the line ----
+    # ---- the steps ----
 
     def restore(
         self, operation: str, save_path: str | os.PathLike[str] | None, options: RestoreOptions
     ) -> RestoreStatus:
-        """See `Checkpoint.restore` and `Checkpoint.read`. Collective over the communicator."""
+        """Restore; see `Checkpoint.restore` and `Checkpoint.read`. Collective over the communicator."""
         with collector_off(), self._coordinator.uninterrupted():
             return self._restore(operation, save_path, options)
 
@@ -106,7 +114,7 @@ class Restorer:
             return self._carry_out(restoration, walk.value, timer)
         except BaseException:
             self._forget(source)
-            checkpoint._set_counter(counter)  # the ranks must go on to agree on it
+            checkpoint._set_counter(counter)  # the ranks must still agree on it
             raise
 
     def _carry_out(self, restoration: Restoration, live: LiveGraph, timer: Timer) -> RestoreStatus:
@@ -129,7 +137,7 @@ class Restorer:
         return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
 
     def _read(self, source: Source, assignment: Assignment, timer: Timer, options: RestoreOptions) -> None:
-        """Read all tensors: together with the other ranks what they want, too. Collective."""
+        """Read all tensors, those that other ranks want too together with them. Collective over the communicator."""
         coordinator, verify = self._coordinator, options.verify
         threads = options.threads or threads_of_rank(coordinator.node.size)
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
@@ -157,7 +165,7 @@ class Restorer:
         return combine(restoration, reports)
 
     def _refuse(self, restoration: Restoration, report: Report) -> None:
-        """Raise for what the options do not allow; the same on all ranks, before anything was changed."""
+        """Raise if the options do not allow what the report says. Same on all ranks, before anything is changed."""
         options, path = restoration.options, restoration.source.path
         if report.disputed:
             lines = "\n  ".join(report.disputed[:20])
@@ -179,7 +187,7 @@ class Restorer:
             )
 
     def _apply(self, assignment: Assignment) -> None:
-        """Assign without hearing of the attributes that this sets."""
+        """Apply an assignment, while `retry_pending` ignores the attributes that this sets."""
         self._applying = True
         try:
             assignment.apply()
@@ -187,14 +195,17 @@ class Restorer:
             self._applying = False
 
     def _tell(self, restoration: Restoration, report: Report, found: Sequence[str], timer: Timer) -> Timing:
-        """Log one line, and warn. Rank 0 only."""
+        """Log one line and issue the warnings of a restore. Rank 0 only."""
         timing, path = timer.timing(), restoration.source.path
         log.info("%s from %s in %.3f s: %s", report.summary(), path, timing.seconds, timing.in_words())
         warn([*found, *report.immediate_warnings(path)])
         return timing
 
     def _remember(self, restoration: Restoration, report: Report) -> None:
-        """Keep for the first save what stayed unmatched; of the last restores only, since an evaluation never saves."""
+        """Keep the warnings about unmatched values for the first save.
+
+        Only those of the last restores are kept: an evaluation restores again and again, and never saves.
+        """
         path = restoration.source.path
         self._unreported.pop(path, None)
         if not restoration.options.expect_partial:
@@ -202,7 +213,7 @@ class Restorer:
         for oldest in list(self._unreported)[:-_MAX_UNREPORTED]:
             del self._unreported[oldest]
 
-    # ---- what waits ----
+    # ---- pending values ----
 
     def _wait_for_the_rest(self, restoration: Restoration, live: LiveGraph) -> None:
         for older in self._active:
@@ -213,7 +224,7 @@ class Restorer:
         self._listen(live)
 
     def retry_pending(self) -> int:
-        """Apply what waited and has a live counterpart now; returns the number of values. Local."""
+        """Restore the pending values that have a live counterpart now; returns their number. Local."""
         if not self._active or self._applying:
             return 0
         live = self._walk(with_counter=any(restoration.with_counter for restoration in self._active))
@@ -227,12 +238,12 @@ class Restorer:
         return applied
 
     def on_attribute(self, name: str) -> None:
-        """A trackable object of the graph got an attribute. Local."""
+        """Called when a trackable object of the graph gets an attribute of this name. Local."""
         if any(restoration.waits_for(name) for restoration in self._active):
             self.retry_pending()
 
     def refresh(self, operation: str, restoration: Restoration) -> Report:
-        """Apply what can be applied, and report anew, for a method of the status. Collective over the communicator."""
+        """Retry pending values and report anew, for a method of the status. Collective over the communicator."""
         request = Request.of(operation, restoration.source.path, restoration.options)
         with collector_off(), self._coordinator.turn, self._coordinator.uninterrupted():
             attempt = Attempt.of(lambda: self._catch_up_and_report(restoration))
@@ -247,7 +258,7 @@ class Restorer:
         return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
 
     def before_save(self, live: LiveGraph) -> None:
-        """Warn of what stayed unmatched, and give up pending values that this save makes moot. Local."""
+        """Warn about unmatched values, and give up pending ones that this save replaces. Local; rank 0 warns."""
         messages = [message for unmatched in self._unreported.values() for message in unmatched]
         self._unreported.clear()
         for restoration in self._active:
@@ -261,12 +272,12 @@ class Restorer:
             warn(messages)
 
     def close(self, restoration: Restoration) -> None:
-        """Give up what one restore still waits for. Local."""
+        """Give up the pending values of one restore. Local."""
         restoration.finish()
         self._forget_finished()
 
     def _forget(self, source: Source) -> None:
-        """Leave nothing behind of a restore that failed."""
+        """Remove all traces of a restore that failed, and close its file."""
         self._active = [restoration for restoration in self._active if restoration.source is not source]
         self._unreported.pop(source.path, None)
         source.close()
@@ -278,8 +289,8 @@ class Restorer:
         self._active = [restoration for restoration in self._active if restoration.pending]
 
     def _listen(self, live: LiveGraph) -> None:
-        """Hear of new attributes on every trackable object, while something waits."""
-        # With a root of its own a Checkpoint is no node, but may get attributes all the same.
+        """While values are pending, listen for new attributes on every trackable object."""
+        # A Checkpoint with a separate root is not a node of the graph, but may get attributes all the same.
         objects = [self._require_checkpoint(), *(node.obj for node in live.nodes)] if self._active else []
         for obj in objects:
             if isinstance(obj, Trackable):

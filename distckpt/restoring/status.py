@@ -1,4 +1,4 @@
-"""What a restore returns: what matched, as data and as assertions."""
+"""The result of a restore: what matched, as data and as assertions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Most keys that a message names.
+#: Most keys named in one message.
 _MAX_SHOWN = 10
 #: Most keys that an unmatched one is compared with.
 _MAX_COMPARED = 2_000
@@ -30,8 +30,8 @@ class ValueMismatch(NamedTuple):
 
     Attributes:
         key: Checkpoint key.
-        saved: What the file has.
-        live: What the program has.
+        saved: The saved value, in words: its shape and dtype, or its type.
+        live: The live value, in words.
     """
 
     key: str
@@ -41,17 +41,18 @@ class ValueMismatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What all ranks agree about a restore.
+    """The result of a restore over all ranks; the same on each.
 
     Attributes:
-        restored: Number of saved values that some rank took, the save counter not counted.
+        restored: Number of saved values that some rank took, not counting the save counter.
         missing: Keys of live values without a saved one.
-        exempt: Those of `missing` that fail no assertion: per-rank values of ranks that the file has none for.
-        unexpected: Keys of saved values that nobody took.
-        pending: Those of `unexpected` whose parent is there, to what they wait for.
-        mismatched: Values skipped by option.
-        ambiguous: One saved node met by two live objects, or the reverse, or an object replaced after it was restored;
-            one sentence each.
+        exempt: Keys of `missing` and `unexpected` that fail no assertion: per-rank values of ranks that exist only in
+            the program or only in the file.
+        unexpected: Keys of saved values that no rank took.
+        pending: Those of `unexpected` whose parent exists, to what they wait for.
+        mismatched: Values that do not fit; skipped if the options say so.
+        ambiguous: Saved nodes that match two live objects, or the reverse, and objects replaced after they were
+            restored; one sentence each.
         disputed: Tensors that ranks of one mesh shard differently; one sentence each.
     """
 
@@ -65,7 +66,7 @@ class Report:
     disputed: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line for the log."""
+        """The counts in one line, for the log."""
         total = self.restored + len(self.unexpected)
         return (
             f"restored {self.restored} of {total} values, {len(self.pending)} pending, {len(self.missing)} missing, "
@@ -73,13 +74,13 @@ class Report:
         )
 
     def immediate_warnings(self, path: str) -> list[str]:
-        """Warnings that must not wait until the first save."""
+        """Warnings to issue at once, not at the first save."""
         messages = [f"{path}: {text}" for text in self.ambiguous]
         messages += [f"{path}: {key} skipped: saved {saved}, live {live}" for key, saved, live in self.mismatched]
         if self.unexpected and not self.restored:
             messages.append(f"{path}: nothing but the save counter matched. Saved: {_some(self.unexpected)}.")
         if self.exempt:
-            # "rng/.rank/3" stands for all that rank 3 has there.
+            # "rng/.rank/3" stands for all values of rank 3 there.
             holders = {re.sub(r"(\.rank/\d+)/.*", r"\1", key) for key in self.exempt}
             messages.append(
                 f"{path}: per-rank values were saved on another number of ranks; not restored: {_some(holders)}."
@@ -87,7 +88,7 @@ class Report:
         return messages
 
     def partial_warnings(self, path: str) -> list[str]:
-        """Warnings about what stayed unmatched, for the first save."""
+        """Warnings about unmatched values, to issue at the first save."""
         lost = [key for key in self.unexpected if key not in self.exempt]
         absent = [key for key in self.missing if key not in self.exempt]
         hint = "Call expect_partial() on the status of restore() if that is meant."
@@ -104,7 +105,11 @@ def _some(keys: Iterable[str]) -> str:
 
 
 class RestoreStatus:
-    """The outcome of `restore` or `read`. The properties are local; the assertions are collective."""
+    """The result of `restore` or `read`.
+
+    The properties are local; they show the state after the restore, or after the last collective method. The assertions
+    are collective: each first retries the pending values, then checks. They return the status, so that calls chain.
+    """
 
     def __init__(
         self,
@@ -132,7 +137,7 @@ class RestoreStatus:
 
     @property
     def unexpected(self) -> tuple[str, ...]:
-        """Keys of saved values that nobody took, sorted."""
+        """Keys of saved values that no rank took, sorted."""
         return self._report.unexpected
 
     @property
@@ -157,7 +162,7 @@ class RestoreStatus:
             This status.
 
         Raises:
-            AssertionError: On all ranks, with up to 10 keys, what each waits for, and what it may be called now.
+            AssertionError: On all ranks; names up to 10 keys, what each waits for, and what it may be called now.
         """
         self._update("assert_consumed")
         self._require_live_matched()
@@ -172,7 +177,7 @@ class RestoreStatus:
             This status.
 
         Raises:
-            AssertionError: On all ranks, with up to 10 keys.
+            AssertionError: On all ranks; names up to 10 keys.
         """
         self._update("assert_existing_objects_matched")
         self._require_live_matched()
@@ -194,7 +199,7 @@ class RestoreStatus:
         return self
 
     def expect_partial(self) -> RestoreStatus:
-        """Give no warning about values that stay missing or pending. Local.
+        """Suppress the warnings about values that stay missing or pending. Local.
 
         Returns:
             This status.
@@ -204,7 +209,7 @@ class RestoreStatus:
         return self
 
     def initialize_or_restore(self) -> RestoreStatus:
-        """Apply what was pending and can be applied now. Collective; here for programs that come from TensorFlow.
+        """Restore the pending values that have a live counterpart now. Collective; for programs ported from TensorFlow.
 
         Returns:
             This status.
@@ -214,7 +219,7 @@ class RestoreStatus:
         return self
 
     def close(self) -> None:
-        """Give up pending values and close the file. Local."""
+        """Give up the pending values and close the file. Local."""
         if self._restoration is not None:
             self._restorer.close(self._restoration)
 
@@ -237,7 +242,7 @@ class RestoreStatus:
             self._fail(found, what, line_of)
 
     def _fail(self, found: Sequence[T], what: str, line_of: Callable[[T], str]) -> NoReturn:
-        """Raise with the total and a line for each of the first ones."""
+        """Raise AssertionError with the total and a line for each of the first items."""
         shown = "".join(f"\n  {line_of(item)}" for item in found[:_MAX_SHOWN])
         more = f"\n  ... and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
         raise AssertionError(f"{self.path}: {len(found)} {what}:{shown}{more}")
@@ -254,7 +259,7 @@ class RestoreStatus:
 
 
 def _renamed(kind: str, key: str, unmatched: Sequence[str]) -> str:
-    """A guess at the name of a value on the other side, among those there without a counterpart."""
+    """A hint at the unmatched key on the other side that resembles `key` most; empty without one."""
     same_ending = [other for other in unmatched if other.rpartition("/")[2] == key.rpartition("/")[2]]
     near = difflib.get_close_matches(key, (same_ending or unmatched)[:_MAX_COMPARED], n=1)
     return f"renamed? the {kind} {near[0]} has no counterpart either, see RestoreOptions(rename=...)" if near else ""
