@@ -1,7 +1,6 @@
-"""The directory of a manager, its records and its clock. Rank 0 only, except for the constructor.
+"""The directory of a manager: its records, and the decisions what to save, delete and restore.
 
-A save in the background is recorded by the thread that has committed it. Until then nothing is deleted for it, and it
-counts only as the start of the next interval.
+Rank 0 only, except for the constructor.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ Ended = Callable[[], bool]
 
 
 class DirectoryView(msgspec.Struct, frozen=True):
-    """What all ranks know of the directory.
+    """The state of the directory as rank 0 tells it to all ranks.
 
     Attributes:
-        latest: Path of the newest complete checkpoint.
-        checkpoints: Paths of those that the manager may delete, oldest first.
-        serial: Grows with time.
+        latest: Path of the newest complete checkpoint; None without one.
+        checkpoints: Paths of the checkpoints that the manager may delete, oldest first.
+        serial: Number of this view: a newer one has a higher number.
     """
 
     latest: str | None
@@ -43,13 +42,13 @@ class DirectoryView(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Whether to save now, and what will be recorded of it.
+    """Whether to save now, and what is recorded about that save.
 
     Attributes:
         due: Whether to save.
-        time: When it was decided, in seconds on rank 0's clock.
+        time: Time of the decision, in seconds on rank 0's clock.
         step: Value of the step counter; None without one.
-        metrics: The finite metrics.
+        metrics: Name to value, for metrics that are finite.
     """
 
     due: bool
@@ -62,8 +61,8 @@ class Choice(msgspec.Struct, frozen=True):
     """The checkpoint to restore.
 
     Attributes:
-        path: The checkpoint; None when the directory has none.
-        view: What the directory has in that case.
+        path: Path of the checkpoint; None if the directory has none.
+        view: The state of the directory in that case, else None.
     """
 
     path: str | None
@@ -71,7 +70,13 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class ManagedDirectory:
-    """The checkpoints of one prefix in one directory."""
+    """The checkpoints of one prefix in one directory, as rank 0 of a `CheckpointManager` sees them.
+
+    The manager calls `open` once. For a save it then calls `decide`, and `record` when the file is committed. A save in
+    the background also calls `begin`, from which on it counts as the start of the next interval; the thread that has
+    committed it calls `record`, and only then are old checkpoints deleted. A restore calls `begin_restore`, `choose`
+    until a checkpoint is sound or none is left, and `restored`.
+    """
 
     def __init__(
         self,
@@ -88,12 +93,12 @@ class ManagedDirectory:
 
         Args:
             directory: Directory of the checkpoints.
-            prefix: What their names begin with.
-            policy: Which to keep.
+            prefix: Beginning of their file names.
+            policy: Which checkpoints to keep.
             schedule: When to save.
             last_step: Step at which the first interval begins; None saves at once.
-            read_step: Gives the present step; None when nobody counts.
-            clock: Gives the time in seconds.
+            read_step: Returns the current step; None without a step counter.
+            clock: Returns the time in seconds.
         """
         self._directory = directory
         self._prefix = prefix
@@ -111,7 +116,7 @@ class ManagedDirectory:
         self._rejected: list[str] = []
 
     def open(self) -> DirectoryView:
-        """Look at the directory for the first time, and clean up after saves that were cut off."""
+        """Read the directory for the first time, and remove the temporary files of interrupted saves."""
         sweep_temporary_files(self._directory)
         self._history = retention.present(self._recorded(), self._own_files())
         now = self._clock()
@@ -124,10 +129,10 @@ class ManagedDirectory:
     # ---- save ----
 
     def decide(self, metrics: Mapping[str, Any] | None, *, check_interval: bool) -> Decision:
-        """Whether to save now.
+        """Decide whether to save now.
 
         Raises:
-            ValueError: The step or a metric is no number.
+            ValueError: The step or a metric is not a number.
         """
         with self._lock:
             step, now = self._read_step(), self._clock()
@@ -135,30 +140,30 @@ class ManagedDirectory:
             return Decision(due, now, step, retention.finite_metrics(metrics))
 
     def begin(self, decision: Decision, ended: Ended) -> None:
-        """Measure intervals from a save that goes on in the background, unless it fails.
+        """Count intervals from a save that has begun in the background, until it ends.
 
         Args:
-            decision: Why it was begun.
-            ended: Whether it has ended, well or not.
+            decision: The decision to begin it.
+            ended: Returns whether it has ended, successfully or not.
         """
         self._begun.append((LastSave(decision.step, decision.time), ended))
 
     def _newest(self) -> LastSave:
-        """The save from which intervals count: the newest in the background, or else the last that was recorded."""
+        """The save from which intervals count: the newest one in the background, or else the last recorded one."""
         self._begun = [(last, ended) for last, ended in self._begun if not ended()]
         return self._begun[-1][0] if self._begun else self._last
 
     def record(self, path: str, decision: Decision, *, durable: bool, when: float | None = None) -> DirectoryView:
-        """Take in a new checkpoint, and delete what no policy keeps. Any thread.
+        """Record a new checkpoint, and delete those that no policy keeps. May be called from any thread.
 
-        The state file names the new checkpoint before an old one is deleted, and the deleted ones until the next save:
-        whenever the process ends, the next one knows all files that are there.
+        The state file names the new checkpoint before an old one is deleted, and the deleted ones until the next save.
+        So whenever the process ends, the next one knows all files that are there.
 
         Args:
-            path: The checkpoint.
-            decision: Why it was made.
-            durable: It is on disk, whatever happens to the machine.
-            when: When its state was captured, in seconds; None for now.
+            path: Path of the checkpoint.
+            decision: The decision to save it.
+            durable: Whether the file is on disk, so that it survives a crash of the machine.
+            when: Time at which its state was captured, in seconds; None for now.
 
         Raises:
             OSError: The state file cannot be written.
@@ -176,8 +181,8 @@ class ManagedDirectory:
         self._history = retention.after_save(retention.present(self._history, self._own_files()), record)
         try:
             swept = retention.sweep(self._history, self._policy)
-        except BaseException:  # of the user's predicate
-            self._write(self._history, durable=durable)  # else the next process would not know the new one for its own
+        except BaseException:  # from the user's predicate
+            self._write(self._history, durable=durable)  # else the next process would not know that the file is its own
             raise
         self._write(swept.history, durable=durable)
         left = remove_checkpoints(self._directory, swept.delete)
@@ -187,18 +192,18 @@ class ManagedDirectory:
     # ---- restore ----
 
     def begin_restore(self) -> None:
-        """Begin with the newest checkpoint."""
+        """Begin a restore: `choose` starts with the newest checkpoint."""
         self._candidates = complete_checkpoints(self._directory)
         self._rejected = []
 
     def choose(self, problem: str) -> Choice:
-        """The next checkpoint to try.
+        """Choose the next checkpoint to try, from newest to oldest.
 
         Args:
-            problem: Why the one chosen before could not be restored; empty at first.
+            problem: Why the previous choice could not be restored; empty at the first call.
 
         Raises:
-            CorruptCheckpointError: There were some, and none can be restored.
+            CorruptCheckpointError: There are checkpoints, and none can be restored.
         """
         if problem:
             self._rejected.append(problem)
@@ -207,22 +212,22 @@ class ManagedDirectory:
         if path is not None:
             return Choice(path)
         self._require_nothing_lost()
-        with self._lock:  # what was known of the directory may have been removed since
+        with self._lock:  # the checkpoints known so far may have been removed meanwhile
             self._latest, self._history = None, retention.present(self._history, self._own_files())
             return Choice(None, self._view())
 
     def restored(self, path: str) -> DirectoryView:
-        """Take in that a checkpoint was restored: intervals count from here.
+        """Record that a checkpoint was restored: intervals count from here.
 
         Raises:
-            ValueError: The step is no integer.
+            ValueError: The step is not an integer.
         """
         with self._lock:
             self._latest, self._last = path, LastSave(self._read_step(), self._clock())
             return self._view()
 
     def _require_nothing_lost(self) -> None:
-        """To start anew where checkpoints are must be the user's decision."""
+        """Raise if the directory has checkpoints at all: only the user may decide to start anew in spite of them."""
         paths = [Path(self._directory, file.name) for file in saved_files(self._directory)]
         problems = [*self._rejected, *(problem for path in paths if (problem := is_complete(path)) is not None)]
         if problems:
@@ -252,7 +257,7 @@ class ManagedDirectory:
     # ---- parts of the above ----
 
     def _recorded(self) -> History:
-        """The history as the state file has it."""
+        """The history in the state file; the current one if there is none, or if it is damaged."""
         try:
             entry = read_entry(self._directory, self._prefix)
             return self._history if entry is None else retention.decode(entry)
@@ -261,7 +266,7 @@ class ManagedDirectory:
             return self._history
 
     def _own_files(self) -> set[str]:
-        """The files of the prefix that are there. A name in the state file is only believed when it is one of them."""
+        """Names of the existing files of the prefix. A name in the state file counts only if it is one of them."""
         return {file.name for file in numbered_files(self._directory) if file.prefix == self._prefix}
 
     def _write(self, history: History, *, durable: bool) -> None:

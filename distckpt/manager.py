@@ -1,4 +1,4 @@
-"""`CheckpointManager`: when to save, and which checkpoints to keep."""
+"""`CheckpointManager`: decides when to save, and which checkpoints to keep."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ _SAVED = "The new checkpoint is complete; only the removal of old ones was not f
 
 
 class CheckpointManager:
-    """Saves a Checkpoint at intervals, deletes old checkpoints, and restores the newest one that is sound.
+    """Saves a Checkpoint at intervals, deletes old checkpoints, and restores the newest undamaged one.
 
-    Rank 0 decides: only its clock, step counter, metrics and view of the directory count, and all ranks do the same.
+    A program makes one, calls `restore_or_initialize` before training and `save` or `save_async` at every step; these
+    return None until the interval has passed. Rank 0 decides for all ranks: only its clock, step counter, metrics and
+    view of the directory count.
+
     Checkpoints that the manager did not make are never deleted. Its records are in the directory's state file, so that
-    a manager made after a restart, even for a directory that was moved, goes on where the last one was. One manager at
-    a time may use a directory and name.
+    a manager made after a restart, even for a directory that was moved, goes on where the last one stopped. Only one
+    manager at a time may use a directory and name.
 
     Example:
         >>> manager = CheckpointManager(checkpoint, "runs/a", max_to_keep=3, step_counter="step",
@@ -61,36 +64,36 @@ class CheckpointManager:
         last_checkpoint_step: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Local: the first collective call looks at the directory.
+        """Local: the directory is not read before the first collective call.
 
         Args:
-            checkpoint: What to save.
+            checkpoint: The Checkpoint to save and restore.
             directory: Directory of the checkpoints; made by the first save.
-            max_to_keep: How many of the newest to keep; None keeps all. Those beyond are deleted, but for what the
-                other options keep.
-            keep_every_n_hours: Of those beyond `max_to_keep`, one in so many hours is kept for good.
-            keep_every_n_steps: Of those beyond `max_to_keep`, the first at or after each multiple of so many steps is
-                kept for good. Without a `step_counter` the steps are the numbers of the checkpoints.
-            keep_best: (metric, "min" or "max", count): the so many best by a metric passed to `save` are kept. A
-                checkpoint without the metric, or where it is not finite, is none of the best.
-            keep: A checkpoint is kept while this returns True for it. Called on rank 0; for saves in the background by
-                their thread.
-            checkpoint_name: What the names of the files begin with.
-            step_counter: Where rank 0 finds the present step: a function, a tensor, or the name of an attribute of the
+            max_to_keep: Number of newest checkpoints to keep; None keeps all. Older ones are deleted, unless another
+                option keeps them.
+            keep_every_n_hours: Of those beyond `max_to_keep`, keep one in this many hours for good.
+            keep_every_n_steps: Of those beyond `max_to_keep`, keep for good the first at or after each multiple of this
+                many steps. Without a `step_counter` the steps are the numbers of the checkpoints.
+            keep_best: (metric, "min" or "max", count): keep the `count` best by a metric passed to `save`. Checkpoints
+                without the metric, or with one that is not finite, do not count.
+            keep: Predicate: a checkpoint is kept while it returns True for it. Called on rank 0; for saves in the
+                background in their thread.
+            checkpoint_name: Beginning of the file names.
+            step_counter: Where rank 0 finds the current step: a function, a tensor, or the name of an attribute of the
                 checkpoint, such as "step".
-            checkpoint_interval: `save` does nothing until the step counter has advanced by so many steps. "auto": until
-                the interval has passed that wastes least time on saves and on work done again after a failure, from the
-                measured time of steps and saves and from `mtbf`.
-            checkpoint_interval_seconds: `save` does nothing until so many seconds have passed. With both intervals, it
-                saves when either has passed.
-            mtbf: Mean seconds between two failures of the job, for "auto": that of a node divided by the number of
+            checkpoint_interval: `save` does nothing until the step counter has advanced by this many steps. "auto":
+                until the interval has passed that loses the least time to saves and to work repeated after failures,
+                computed from the measured time of steps and saves and from `mtbf`.
+            checkpoint_interval_seconds: `save` does nothing until this many seconds have passed. With both intervals,
+                it saves when either has passed.
+            mtbf: Mean time between failures of the job, in seconds, for "auto": that of a node divided by the number of
                 nodes.
-            init_fn: Called by `restore_or_initialize`, on every rank, when there is nothing to restore.
+            init_fn: Called by `restore_or_initialize`, on every rank, if there is nothing to restore.
             last_checkpoint_step: Step at which the first interval begins; None makes the first `save` save.
-            clock: The time in seconds since the epoch; only that of rank 0 counts.
+            clock: Returns the time in seconds since the epoch; only that of rank 0 counts.
 
         Raises:
-            TypeError: `checkpoint` is no Checkpoint, or `directory` no path.
+            TypeError: `checkpoint` is not a Checkpoint, or `directory` is not a path.
             ValueError: An option has a bad value.
         """
         if not isinstance(checkpoint, Checkpoint):
@@ -121,21 +124,21 @@ class CheckpointManager:
         self._known: DirectoryView | None = None
         self._status: RestoreStatus | None = None
 
-    # ---- what there is ----
+    # ---- properties ----
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What is saved."""
+        """The Checkpoint that is saved and restored."""
         return self._checkpoint
 
     @property
     def directory(self) -> str:
-        """Directory of the checkpoints, as it was given."""
+        """Directory of the checkpoints, as passed to the constructor."""
         return self._directory
 
     @property
     def latest_checkpoint(self) -> str | None:
-        """Path of the newest complete checkpoint, made by whatever Checkpoint; None when there is none.
+        """Path of the newest complete checkpoint in the directory, whoever made it; None if there is none.
 
         Collective over the communicator at the first use of the manager, local afterwards.
         """
@@ -145,19 +148,19 @@ class CheckpointManager:
     def checkpoints(self) -> list[str]:
         """Paths of the checkpoints that this manager may delete some day, oldest first.
 
-        Without those kept for good and those that others have made. Collective over the communicator at the first use
-        of the manager, local afterwards.
+        Those kept for good and those made by others are not among them. Collective over the communicator at the first
+        use of the manager, local afterwards.
         """
         return list(self._view().checkpoints)
 
     @property
     def status(self) -> RestoreStatus | None:
-        """The status of the last `restore_or_initialize`; None before it. Local."""
+        """The status of the last `restore_or_initialize`; None before the first. Local."""
         return self._status
 
     @property
     def save_seconds(self) -> float | None:
-        """How long the longest of the last saves took on this rank; None before the first one. Local."""
+        """Duration of the longest of the last saves on this rank, in seconds; None before the first one. Local."""
         return self._times.longest_save
 
     # ---- the collective calls ----
@@ -170,17 +173,17 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         options: SaveOptions | None = None,
     ) -> str | None:
-        """Save, unless the interval has not passed, and delete old checkpoints. Collective over the communicator.
+        """Save if the interval has passed, and delete old checkpoints. Collective over the communicator.
 
         Args:
-            checkpoint_number: Number for the name of the file, above all that are there; None for the next one. The
-                save counter is incremented all the same.
-            check_interval: False saves before the interval has passed, but not twice at one step.
+            checkpoint_number: Number for the file name, greater than all existing ones; None for the next one. The save
+                counter is incremented all the same.
+            check_interval: False saves even if the interval has not passed, but not twice at one step.
             metrics: Name to number, for `keep_best` and `keep`; only those of rank 0 count.
-            options: The same on all ranks.
+            options: Options of the save; the same on all ranks.
 
         Returns:
-            Path of the file; None when the interval has not passed.
+            Path of the file; None if nothing was saved.
 
         Raises:
             CheckpointError: As `Checkpoint.save`.
@@ -204,19 +207,18 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         options: SaveOptions | None = None,
     ) -> SaveHandle | None:
-        """Begin to save, unless the interval has not passed. Collective over the communicator.
+        """Begin a save in the background if the interval has passed. Collective over the communicator.
 
-        Once the checkpoint is committed, old ones are deleted, in the background, too; before that, none is. See
-        `Checkpoint.save_async`.
+        Old checkpoints are deleted in the background too, once the new one is committed. See `Checkpoint.save_async`.
 
         Args:
             checkpoint_number: As in `save`.
             check_interval: As in `save`.
             metrics: As in `save`.
-            options: The same on all ranks.
+            options: Options of the save; the same on all ranks.
 
         Returns:
-            A handle; None when the interval has not passed.
+            A handle on the save; None if none was begun.
 
         Raises:
             CheckpointError: As `Checkpoint.save_async`.
@@ -235,15 +237,16 @@ class CheckpointManager:
         return SaveHandle(save)
 
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
-        """Restore the newest checkpoint, or call `init_fn` when there is none. Collective over the communicator.
+        """Restore the newest checkpoint, or call `init_fn` if there is none. Collective over the communicator.
 
-        A damaged checkpoint is passed over with a warning, and the next older one restored. The status is at `status`.
+        A damaged checkpoint is skipped with a warning, and the next older one is tried. Afterwards the property
+        `status` has the status of the restore.
 
         Args:
-            options: The same on all ranks.
+            options: Options of the restore; the same on all ranks.
 
         Returns:
-            Path of the restored file; None when there is none.
+            Path of the restored file; None if there is none.
 
         Raises:
             CorruptCheckpointError: There are checkpoints, and all of them are damaged.
@@ -266,7 +269,7 @@ class CheckpointManager:
         """Keep a checkpoint until it is unpinned, whatever the policies say. Collective over the communicator.
 
         Args:
-            path: A checkpoint of this manager, with or without ".h5".
+            path: Path of a checkpoint of this manager, with or without ".h5".
 
         Raises:
             CheckpointNotFoundError: There is no such file.
@@ -275,10 +278,10 @@ class CheckpointManager:
         self._change_pin("pin", path, self._managed.pin)
 
     def unpin(self, path: str | os.PathLike[str]) -> None:
-        """Leave a checkpoint to the policies again, from the next save on. Collective over the communicator.
+        """Let the policies decide about a checkpoint again, from the next save on. Collective over the communicator.
 
         Args:
-            path: The checkpoint, with or without ".h5"; nothing happens when it is not pinned.
+            path: Path of the checkpoint, with or without ".h5"; nothing happens if it is not pinned.
         """
         self._change_pin("unpin", path, self._managed.unpin)
 
@@ -295,7 +298,7 @@ class CheckpointManager:
         fields: Mapping[str, object] | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Wait for all ranks; the first time, look at the directory. Collective over the communicator."""
+        """Wait for all ranks; the first time, read the directory too. Collective over the communicator."""
         own = {"directory": self._directory, "checkpoint_name": self._name}
         request = Request(f"CheckpointManager.{operation}", {**own, **(fields or {})})
         meet(self._coordinator, request, error, timeout)
@@ -303,7 +306,7 @@ class CheckpointManager:
             self._learn(self._coordinator.on_root("look at the directory", self._managed.open, DirectoryView))
 
     def _options(self, operation: str, options: Options | None, kind: type[Options]) -> Options:
-        """As `Checkpoint._options`, for a call of the manager."""
+        """Check the options of a call, as `Checkpoint._options`. Collective over the communicator if they are bad."""
         given = Attempt.of(lambda: given_or_default(options, kind))
         if given.error is not None and self._coordinator.size > 1:
             with self._coordinator.turn, self._coordinator.uninterrupted():
@@ -319,7 +322,7 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None,
         options: SaveOptions,
     ) -> tuple[int | None, Decision]:
-        """The number that the caller wants, and whether to save. Collective over the communicator."""
+        """The number passed by the caller, and rank 0's decision. Collective over the communicator."""
         number = Attempt.of(functools.partial(_as_number, checkpoint_number))
         fields = {"checkpoint_number": number.result, "check_interval": check_interval}
         self._meet(operation, options.timeout, fields, number.error)
@@ -338,13 +341,16 @@ class CheckpointManager:
         coordinator: Coordinator,
         file: NewFile,
     ) -> None:
-        """A save in the background is committed. Collective; where its thread speaks, that calls it."""
+        """Epilogue of a save in the background: record its checkpoint. Collective over the save's communicator.
+
+        Called in the background thread if that one calls MPI, else in the main thread.
+        """
         timing.committed()
         record = functools.partial(self._managed.record, file.path, decision, durable=durable, when=decision.time)
         self._learn(coordinator.on_root("delete old checkpoints", record, DirectoryView, remedy=_SAVED))
 
     def _learn(self, view: DirectoryView) -> None:
-        """Take in what rank 0 sees, unless something newer is known: the background may have been faster."""
+        """Keep rank 0's view of the directory, unless a newer one came first, from a save in the background."""
         if self._known is None or view.serial > self._known.serial:
             self._known = view
 
@@ -362,7 +368,7 @@ class CheckpointManager:
             self._learn(self._coordinator.on_root(operation, functools.partial(change, text.value), DirectoryView))
 
     def _restore_newest(self, options: RestoreOptions) -> str | None:
-        """Restore the newest checkpoint that is sound. Collective over the communicator."""
+        """Restore the newest undamaged checkpoint; returns its path, or None. Collective over the communicator."""
         problem = ""
         while True:
             choose = functools.partial(self._managed.choose, problem)

@@ -1,4 +1,4 @@
-"""`CheckpointReader`: the values of a checkpoint in one process, without MPI and without live objects."""
+"""`CheckpointReader`: reads the values of a checkpoint in one process, without MPI and without live objects."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from distckpt.storage.threads import threads_of_rank
 from distckpt.storage.transfer import sub_tensor
 from distckpt.tensor_bytes import copy_bits, torch_dtype
 
-#: Most keys that an unknown one is compared with: that many take a second.
+#: Most keys that an unknown key is compared with; comparing this many takes a second.
 _MAX_COMPARED = 20_000
 
 
 class VariableHandle:
-    """A stored tensor; indexing it reads.
+    """A stored tensor. Indexing reads a slice of it, as with an h5py dataset.
 
     Attributes:
         key: Checkpoint key.
         shape: Global shape.
         dtype: torch dtype.
-        shards: The boxes as the ranks wrote them; they tile the shape.
+        shards: The shards as the ranks wrote them; they tile the shape.
     """
 
     def __init__(self, source: Source, index: int) -> None:
@@ -59,7 +59,7 @@ class VariableHandle:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor | np.ndarray:
-        """All of it, as `handle[...]`.
+        """Read the whole tensor, as `handle[...]`.
 
         Raises:
             CorruptCheckpointError: The bytes do not match their checksum.
@@ -67,18 +67,18 @@ class VariableHandle:
         return self[...]
 
     def __getitem__(self, index: Index) -> torch.Tensor | np.ndarray:
-        """Read a slice, and nothing else of the file but what lies in gaps of less than a page.
+        """Read a slice. Only its bytes are read from the file, and gaps between them of less than a page.
 
         Args:
             index: Ints, slices with positive steps, and `...`, alone or in a tuple.
 
         Returns:
-            A CPU tensor; a NumPy array where one was saved.
+            A CPU tensor, or a NumPy array if one was saved.
 
         Raises:
-            CorruptCheckpointError: A piece that the slice contains does not match its checksum. Pieces that it
-                contains in part cannot be verified.
-            IndexError: An int is out of bounds, or there are too many dimensions.
+            CorruptCheckpointError: A piece within the slice does not match its checksum. Pieces that are only partly
+                within it cannot be verified.
+            IndexError: An int is out of bounds, or there are too many indices.
             TypeError: The index has something else in it, such as None, a bool or a mask.
             ValueError: A step is not positive, or the reader is closed.
         """
@@ -103,9 +103,9 @@ class VariableHandle:
 
 
 class CheckpointReader:
-    """The values of a checkpoint, by key. Needs one process, and nothing of what was saved.
+    """The values of a checkpoint, by key. Works in one process, without the classes of the objects that were saved.
 
-    The file stays open until `close`, also when it is deleted meanwhile.
+    The file stays open until `close`, even if it is deleted meanwhile.
 
     Example:
         >>> with load_checkpoint("runs/a") as reader:
@@ -120,9 +120,9 @@ class CheckpointReader:
             path: The file, with or without ".h5"; or a directory, which means its latest checkpoint.
 
         Raises:
-            TypeError: `path` is no path.
+            TypeError: `path` is not a path.
             CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
-            CorruptCheckpointError: The file is no complete checkpoint.
+            CorruptCheckpointError: The file is not a complete checkpoint.
         """
         self._source = open_local(file_of(path))
         self._manifest = self._source.manifest
@@ -135,7 +135,7 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file. What the manifest says stays readable. May be called again."""
+        """Close the file. Keys, metadata and other contents of the manifest stay readable. May be called again."""
         self._source.close()
 
     @property
@@ -150,7 +150,7 @@ class CheckpointReader:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks that saved."""
+        """Number of ranks that saved the checkpoint."""
         return self._manifest.world_size
 
     @property
@@ -160,13 +160,13 @@ class CheckpointReader:
 
     @property
     def metadata(self) -> Any:
-        """What was passed as `SaveOptions(metadata=...)`; None when nothing was."""
+        """The metadata passed as `SaveOptions(metadata=...)`; None if there was none."""
         return self._decode("the metadata", msgspec.json.encode(self._manifest.metadata))
 
     # ---- values ----
 
     def keys(self) -> list[str]:
-        """The keys of all values: tensors in file order, then python values. A shared object has one key."""
+        """The keys of all values: tensors in file order, then python values. A shared object has only one key."""
         return [*self._variables, *self._manifest.python_state]
 
     def __iter__(self) -> Iterator[str]:
@@ -179,16 +179,16 @@ class CheckpointReader:
         return isinstance(key, str) and self._find(key) is not None
 
     def __getitem__(self, key: str) -> Any:
-        """One value.
+        """Look up one value.
 
         Args:
             key: As in `keys`, or another path to a shared object; a leading slash is ignored.
 
         Returns:
-            A `VariableHandle` for a tensor or array. A python value as it was saved, with the tensors in it.
+            A `VariableHandle` for a tensor or array; a python value as it was saved, with the tensors in it.
 
         Raises:
-            KeyError: There is no such value; names similar keys.
+            KeyError: There is no such value; the message names similar keys.
             CorruptCheckpointError: The value is damaged.
         """
         found = self._find(key)
@@ -210,7 +210,7 @@ class CheckpointReader:
         return f"Similar: {', '.join(near[:5])}." if near else "See keys() for those it has."
 
     def _python_value(self, key: str) -> Any:
-        """A python value; the tensors it refers to are values of the same node."""
+        """Decode a python value. The tensors it refers to are values of the same node."""
         names = {attribute.name: attribute.checkpoint_key for attribute in self._node_of[key].attributes}
         value = self._decode(key, bytes(self._manifest.python_state[key]))
         return resolve(value, _Tensors(names, lambda other: self[other].read()))
@@ -229,14 +229,16 @@ class CheckpointReader:
     # ---- live objects ----
 
     def match(self, live: object, *, options: RestoreOptions | None = None) -> dict[str, str]:
-        """What a restore into a live object would find; it stays as it is. The save counter is not counted.
+        """The values that a restore into a live object would restore, without changing it. Local.
+
+        The save counter is not counted.
 
         Args:
-            live: A `Checkpoint`, or what would be its positional root; a dict stands for `Checkpoint(**live)`.
-            options: How to restore.
+            live: A `Checkpoint`, or an object to be its positional root; a dict stands for `Checkpoint(**live)`.
+            options: Options of the restore.
 
         Returns:
-            Key of each saved value that fits, to the key of the live one.
+            Saved key to live key, for each saved value that fits.
 
         Raises:
             TypeError: The object cannot be checkpointed.
@@ -244,14 +246,16 @@ class CheckpointReader:
         return self._dry_run(live, options).matches()
 
     def diff(self, live: object, *, options: RestoreOptions | None = None) -> CheckpointDiff:
-        """What a restore into a live object would not find; it stays as it is. The save counter is not counted.
+        """The differences that a restore into a live object would find, without changing it. Local.
+
+        The save counter is not counted.
 
         Args:
             live: As for `match`.
-            options: How to restore.
+            options: Options of the restore.
 
         Returns:
-            What the status of the restore would say.
+            The differences, as the status of the restore would have them.
 
         Raises:
             TypeError: The object cannot be checkpointed.
@@ -267,7 +271,7 @@ class CheckpointReader:
 
 
 class _Tensors(dict[str, Any]):
-    """The tensors that a structure refers to, read when it does."""
+    """The tensors that a python value refers to, by name; each is read on access."""
 
     def __init__(self, keys: Mapping[str, str], read: Callable[[str], Any]) -> None:
         self._keys = keys
@@ -286,12 +290,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
         path: The file, with or without ".h5"; or a directory, which means its latest checkpoint.
 
     Returns:
-        The reader; a context manager.
+        The reader, which is a context manager.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         CheckpointNotFoundError: There is no such file, or no complete checkpoint in the directory.
-        CorruptCheckpointError: The file is no complete checkpoint.
+        CorruptCheckpointError: The file is not a complete checkpoint.
     """
     return CheckpointReader(path)
 
@@ -317,10 +321,10 @@ def load_variable(path: str | os.PathLike[str], key: str) -> Any:
         key: As for `CheckpointReader`.
 
     Returns:
-        A CPU tensor, a NumPy array where one was saved, or a python value.
+        A CPU tensor, a NumPy array if one was saved, or a python value.
 
     Raises:
-        KeyError: There is no such value; names similar keys.
+        KeyError: There is no such value; the message names similar keys.
         CheckpointError: As `load_checkpoint`.
     """
     with load_checkpoint(path) as reader:

@@ -1,4 +1,4 @@
-"""What the ranks must agree on before they save or restore together: operation, path, options."""
+"""Agreement before a collective call: all ranks must ask for the same operation, path and options."""
 
 from __future__ import annotations
 
@@ -34,23 +34,26 @@ class Request:
 
     @classmethod
     def of(cls, operation: str, path: object, options: SaveOptions | RestoreOptions, **more: object) -> Request:
-        """Describe a call. Ranks may differ in the timeout. Calls no method of the values, so that it cannot fail."""
+        """Describe a call. The timeout is left out, since ranks may differ in it.
+
+        Calls no method of the values, so that it cannot fail.
+        """
         names = [option.name for option in dataclasses.fields(options) if option.name != "timeout"]
         return cls(operation, {"path": path, **more, **{name: getattr(options, name) for name in names}})
 
     def encode(self) -> bytes:
-        """Encode for the wire, each value as text: the values are the user's, and their methods may raise anything."""
+        """Encode for the wire, each value as text. The values are the user's: their methods may raise anything."""
         words = {name: _in_words(name, value) for name, value in self.fields.items()}
         return msgspec.msgpack.encode((self.operation, words))
 
 
 def digest_of(encoded: bytes) -> int:
-    """64 bits that differ when anything in an encoded request differs."""
+    """A 64-bit hash of an encoded request."""
     return xxhash.xxh3_64_intdigest(encoded)
 
 
 def asked_once(name: str, ask: Callable[[], T]) -> T:
-    """Ask a user's object something, once, since a second answer may differ. An error gets a note that names it."""
+    """Call a method of a user's object only once, since a second answer may differ. Errors get a note with `name`."""
     try:
         return ask()
     except Exception as error:
@@ -63,8 +66,8 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def _words_of(value: Any) -> str:
-    # Mappings are equal whatever their order, and sequences whatever their type. None in place of a path is compared
-    # as it is, since other ranks may have passed a path.
+    # Mappings are equal whatever their order, and sequences whatever their type. None in place of a path stays None,
+    # since other ranks may have passed a path.
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if hasattr(value, "items"):
@@ -118,8 +121,8 @@ class Attempt(Generic[T]):
     """The outcome of local work. An error is kept until all ranks can agree on it; raised at once, it would hang them.
 
     Attributes:
-        result: What the work returned.
-        error: What it raised.
+        result: The value that the work returned; None if it raised.
+        error: The error that it raised; None if it returned.
     """
 
     result: T | None
@@ -127,31 +130,31 @@ class Attempt(Generic[T]):
 
     @classmethod
     def of(cls, work: Callable[[], T]) -> Attempt[T]:
-        """Do the work, whatever it raises."""
+        """Do the work, and catch whatever it raises."""
         try:
             return cls(work(), None)
         except BaseException as error:  # KeyboardInterrupt too: a rank that leaves here would hang the others
             return cls(None, error)
 
     def require(self) -> None:
-        """Raise what the work raised, if it did."""
+        """Raise the error of the work, if there is one."""
         if self.error is not None:
             raise self.error
 
     @property
     def value(self) -> T:
-        """What the work returned; only asked for when no rank had an error."""
+        """The value that the work returned. Only to be used if the work did not raise."""
         assert self.result is not None
         return self.result
 
 
 def meet(coordinator: Coordinator, request: Request, error: BaseException | None, timeout: float) -> None:
-    """Wait for all ranks and see that they make the same call. Collective over the communicator.
+    """Wait for all ranks, and check that they make the same call. Collective over the communicator.
 
     Args:
-        coordinator: The coordinator of the ranks that make the call.
+        coordinator: Coordinator of the ranks that make the call.
         request: This rank's call.
-        error: What failed on this rank before it came; then all ranks raise.
+        error: An error that this rank had before; then all ranks raise.
         timeout: Seconds to wait.
 
     Raises:
