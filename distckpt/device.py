@@ -1,4 +1,4 @@
-"""Asynchronous copies between pinned host memory and GPUs, on streams beside those of the program."""
+"""Asynchronous copies between pinned host memory and GPUs, on streams separate from those of the program."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from distckpt.tensor_bytes import copy_bits
 
 
 def gpu_of(tensor: torch.Tensor) -> torch.device | None:
-    """The GPU that holds a tensor; None for tensors whose copies `copy_bits` makes at once."""
+    """The GPU that holds a tensor; None for tensors that `copy_bits` copies synchronously."""
     return tensor.device if tensor.is_cuda else None
 
 
 def pinned_memory(nbytes: int) -> torch.Tensor:
-    """Host memory that GPUs copy from and to directly.
+    """Allocate `nbytes` bytes of host memory that GPUs can access directly.
 
-    torch gives freed memory out again, but not before the copies that use it have ended.
+    torch reuses freed pinned memory, but not before the copies that use it have ended.
     """
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class Copy(NamedTuple):
-    """One copy, of elements of the same shape and dtype.
+    """One copy between two tensors of the same shape and dtype.
 
     Attributes:
-        gpu: The device of one side; the other side is contiguous, in pinned memory.
-        target: Where to.
-        source: Where from.
+        gpu: The device of one of the tensors; the other is contiguous, in pinned memory.
+        target: The tensor to copy into.
+        source: The tensor to copy from.
     """
 
     gpu: torch.device
@@ -38,14 +38,14 @@ class Copy(NamedTuple):
 
 
 class Event(Protocol):
-    """A mark in a stream."""
+    """A mark in a stream, as `torch.cuda.Event`."""
 
     def synchronize(self) -> None:
-        """Wait until the stream has come to the mark."""
+        """Wait until the stream has reached the mark."""
 
 
 class Ticket:
-    """Waits for copies to end: before that, neither use their targets nor change their sources."""
+    """Handle on copies that have begun. Until `wait` returns, do not use their targets or change their sources."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events = events
@@ -58,7 +58,7 @@ class Ticket:
 
 
 class SideStream:
-    """A stream of one GPU, beside that of the program, so that neither waits for the other's work.
+    """A stream for copies on one GPU, separate from that of the program, so that neither waits for the other's work.
 
     Args:
         gpu: The device.
@@ -69,23 +69,23 @@ class SideStream:
         self._stream = torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
-        """Let the copies that begin from now on see what the program has begun so far."""
+        """Make copies started from now on wait for the work that the program has queued on the GPU so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
 
     def start(self, copies: Sequence[Copy]) -> Event:
-        """Begin copies; returns the mark after them."""
+        """Start copies; returns an event after the last of them."""
         with torch.cuda.stream(self._stream):
             start_all(copies)
         mark: Event = self._stream.record_event()
         return mark
 
     def finish(self) -> None:
-        """Wait for all copies."""
+        """Wait for all copies on the stream."""
         self._stream.synchronize()
 
 
 def start_all(copies: Sequence[Copy]) -> None:
-    """Begin copies on the current stream: those that are plain in one call, which costs Python least."""
+    """Start copies on the current stream: the plain ones all in one call, which takes the least time in Python."""
     plain: list[Copy] = []
     special: list[Copy] = []
     for copy in copies:
@@ -98,24 +98,24 @@ def start_all(copies: Sequence[Copy]) -> None:
 
 
 def _is_plain(copy: Copy) -> bool:
-    """Whether torch can make the copy in one call with others, and moves the bytes as they are, whatever the dtype."""
+    """Whether `torch._foreach_copy_` can make the copy, moving the bytes unchanged whatever the dtype."""
     return _is_packed(copy.source) and _is_packed(copy.target) and not copy.target.is_inference()
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """As `tensor_bytes.is_packed`, on any device."""
+    """As `tensor_bytes.is_packed`, but on any device."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 class DeviceCopies:
-    """Copies from and to any number of GPUs, on one side stream each."""
+    """Asynchronous copies from and to any number of GPUs, on one side stream for each."""
 
     def __init__(self, moment: Iterable[torch.device] | None = None) -> None:
         """Local.
 
         Args:
             moment: GPUs whose memory is copied as of now: copies wait for the work that the program has queued there so
-                far, and for nothing later, whichever thread starts them. None: as of each `start`.
+                far, and for nothing later, whichever thread starts them. None copies as of each `start`.
         """
         self._streams: dict[torch.device, SideStream] = {}
         self._follows = moment is None
@@ -123,7 +123,7 @@ class DeviceCopies:
             self._stream_of(gpu).follow()
 
     def start(self, copies: Iterable[Copy]) -> Ticket:
-        """Begin copies; their tensors stay as they are until the ticket was waited for."""
+        """Start copies; returns a ticket. Their tensors must stay unchanged until `Ticket.wait` has returned."""
         by_gpu: dict[torch.device, list[Copy]] = {}
         for copy in copies:
             by_gpu.setdefault(copy.gpu, []).append(copy)
@@ -133,7 +133,7 @@ class DeviceCopies:
         return Ticket([self._stream_of(gpu).start(found) for gpu, found in by_gpu.items()])
 
     def finish(self) -> None:
-        """Wait for all copies, also for those of a `start` that failed."""
+        """Wait for all copies, including those of a `start` that failed."""
         for stream in self._streams.values():
             stream.finish()
 

@@ -1,4 +1,4 @@
-"""The memory of tensors as bytes, for any dtype."""
+"""Access to the memory of tensors as bytes, for any dtype."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from distckpt.errors import CheckpointError
 
-#: An integer of each size: elements are moved as bits, whatever their dtype can compute.
+#: Size of an element in bytes to an integer dtype of that size: elements are copied as bits, whatever their dtype.
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name in a file, which another version of torch may have written.
+    """The torch dtype of this name, which another version of torch may have written.
 
     Raises:
         CheckpointError: This torch has no such dtype.
@@ -30,10 +30,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def require_memory() -> None:
-    """Check that new tensors have memory of their own: to read or write what has none would end the process.
+    """Check that new tensors have real memory: accessing that of one without would crash the process.
 
     Raises:
-        RuntimeError: They have not, within a `FakeTensorMode` for instance.
+        RuntimeError: They have none, for instance within a `FakeTensorMode`.
     """
     kind = type(torch.empty(0, device="cpu"))
     if kind is not torch.Tensor:
@@ -44,7 +44,7 @@ def require_memory() -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A writeable view of a contiguous CPU tensor's memory, which keeps the tensor.
+    """A writeable view of a contiguous CPU tensor's memory, which keeps the tensor alive.
 
     NumPy has no bfloat16 or float8, and `tensor.view(torch.uint8).numpy()` takes 5 us; this takes 1 us.
     """
@@ -52,12 +52,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if nbytes == 0:
         return memoryview(b"")
     memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # type: ignore[attr-defined]  # else nothing would keep it
+    memory.tensor = tensor  # type: ignore[attr-defined]  # keeps the tensor alive
     return memoryview(memory).cast("B")
 
 
 class Memory:
-    """Memory that tensors of any shape and dtype are laid out in.
+    """A buffer in which tensors of any shape and dtype are placed.
 
     Args:
         data: The memory, as a contiguous tensor of uint8.
@@ -68,9 +68,13 @@ class Memory:
         self._of_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def room(self, like: torch.Tensor, start: int) -> torch.Tensor:
-        """Room for the elements of `like`, as a contiguous tensor, from byte `start`, a multiple of their size.
+        """A contiguous tensor in the buffer with the shape and dtype of `like`.
 
-        To narrow the memory and to view that as another dtype and shape takes three times as long.
+        Slicing the buffer and viewing the slice as another dtype and shape would take three times as long.
+
+        Args:
+            like: A tensor with the wanted shape and dtype.
+            start: Position of the first element, in bytes; a multiple of the element's size.
         """
         itemsize = like.element_size()
         memory = self._of_dtype.get(like.dtype)
@@ -89,22 +93,22 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 
 def share_memory(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether two tensors may have memory in common: from its first to its last element a tensor counts as having all.
+    """Whether any two tensors may share memory.
 
-    Empty tensors have none.
+    A tensor counts as holding all bytes from its first to its last element; an empty one holds none.
     """
     spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel())
     return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to the last one's end."""
+    """Bytes from the start of the first element to the end of the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
 
 def mark_changed(tensor: torch.Tensor) -> None:
-    """Tell autograd that the tensor changed: a backward pass that still needs the old values must fail."""
+    """Tell autograd that the tensor has changed, so that a backward pass that needs the old values fails."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
@@ -112,7 +116,7 @@ def mark_changed(tensor: torch.Tensor) -> None:
 def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy elements of the same dtype bit for bit, between any strides and devices."""
     if non_blocking and (source.is_conj() or source.is_neg()):
-        # On its GPU: for a target on the CPU torch would do it there, before the bytes have come.
+        # Resolve on the GPU: for a target on the CPU torch would do it there, before the bytes have arrived.
         source = source.resolve_conj().resolve_neg()
     raw = RAW.get(source.element_size())
     lazy = source.is_conj() or source.is_neg() or target.is_conj() or target.is_neg()

@@ -1,7 +1,7 @@
-"""Reading with several threads: system calls and checksums of large boxes run beside each other.
+"""Reading with several threads: system calls and checksums of large boxes run in parallel.
 
-One thread copies from the page cache, and hashes, at the speed of one core; file systems of clusters want several
-requests at once.
+A single thread copies from the page cache, and hashes, at the speed of one core, while the file systems of clusters
+need several requests at once to reach their bandwidth.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_
 from distckpt.storage.transfer import Progress, ReadJob
 from distckpt.tensor_bytes import is_packed
 
-#: Each thread gets so many bytes at least: to start one takes as long as to read a few hundred KiB. In bytes.
+#: Least bytes per thread: starting a thread takes as long as reading a few hundred KiB.
 _SHARE_NBYTES = 8 << 20
 
-#: So many threads have a buffer each for bytes on their way into tensors of GPUs, or into others that are not packed:
-#: together 48 MiB of memory.
+#: Most buffers of all threads together, 48 MiB of memory. Each thread needs one for tensors on GPUs, and one for
+#: tensors on the CPU that are not packed.
 _MAX_WITH_BUFFER = 6
 
 
 def read_in_threads(
     fd: int, jobs: Sequence[ReadJob], *, verify: bool, progress: Progress | None, threads: int
 ) -> ReadReport:
-    """Read boxes into tensors, of which no two share memory if `threads` is above 1.
+    """Read boxes into tensors. If `threads` is above 1, no two of the tensors may share memory.
 
     Args:
         fd: Descriptor of the file.
-        jobs: What to read. Fastest in file order.
-        verify: Compare checksums, where a job has one.
+        jobs: The boxes and their tensors; fastest in file order.
+        verify: Compare the checksums of jobs that have one.
         progress: Called with the number of bytes just put into tensors, by one thread at a time.
-        threads: Most threads that read, this one among them.
+        threads: Most threads that read, including this one.
 
     Returns:
-        How much was read and verified.
+        The bytes read and verified.
 
     Raises:
         CorruptCheckpointError: As `storage.reading.read`.
@@ -59,7 +59,7 @@ def read_in_threads(
 
 
 def _useful_threads(large: Sequence[ReadJob]) -> int:
-    """How many threads have enough to do, and room in memory."""
+    """Number of threads for which there are enough bytes to read, and enough memory for buffers."""
     worth = sum(map(_nbytes, large)) // _SHARE_NBYTES
     on_gpu = any(gpu_of(job.tensor) is not None for job in large)
     unpacked = any(gpu_of(job.tensor) is None and not is_packed(job.tensor) for job in large)

@@ -1,4 +1,4 @@
-"""Work of one rank in several threads."""
+"""Threads of one rank that share a list of jobs."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ import torch
 from distckpt.cores import cores_of_rank
 from distckpt.storage.transfer import Progress
 
-#: More threads of one rank are no faster, on any file system that we know of.
+#: Most threads of one rank. More are no faster on any file system that we know of.
 MAX_THREADS = 8
 
-#: Bytes from which on a job is for any thread. To read a small one is mostly Python: threads that take turns with such
-#: work are slower than one alone.
+#: Jobs of at least this many bytes go to any thread. Smaller ones are mostly Python work, which several threads, taking
+#: turns, do more slowly than one.
 LARGE_NBYTES = 1 << 20
 
-#: Several threads take longer steps than one: between two of them they wait for each other's Python. In bytes.
+#: Bytes that a thread reads in one step when several do. The steps are longer than those of a single thread, because
+#: between steps threads wait for each other's Python.
 SHARED_STEP_NBYTES = 1 << 20
 
 T = TypeVar("T")
 
 
 def threads_of_rank(ranks_on_node: int) -> int:
-    """How many threads may read on each rank of a node."""
+    """Number of threads with which each rank of a node may read. Local."""
     return min(cores_of_rank(ranks_on_node), MAX_THREADS)
 
 
 def share_out(alone: Iterable[T], jobs: Iterable[T], workers: Sequence[Callable[[Iterator[T]], object]]) -> None:
-    """Let workers take jobs, one after the other, until there are none or a worker fails. Local.
+    """Run workers in threads that take jobs one by one, until there are none or a worker fails. Local.
 
     Args:
-        alone: Jobs for the first worker, before all others: those below `LARGE_NBYTES`.
-        jobs: The others, in the order in which they begin.
-        workers: One per thread; each is called once, with an iterator over the jobs that it is to do. The first one is
-            called in this thread. Where the system has no more threads, the others are not called.
+        alone: Jobs that the first worker does before all others: those below `LARGE_NBYTES`.
+        jobs: The other jobs, in the order in which they begin.
+        workers: One per thread. Each is called once, with an iterator over the jobs that it is to do; the first one in
+            this thread. If the system cannot start more threads, the remaining workers are not called.
 
     Raises:
-        BaseException: What the first worker that failed has raised.
+        BaseException: The error of the first worker that failed.
     """
     shared = _Shared(jobs)
     inference = torch.is_inference_mode_enabled()
 
     def run(worker: Callable[[Iterator[T]], object], jobs: Iterator[T]) -> None:
         try:
-            with torch.inference_mode(inference), torch.no_grad():  # each thread has modes of its own
+            with torch.inference_mode(inference), torch.no_grad():  # torch's modes are per thread
                 worker(jobs)
         except BaseException as error:
             shared.fail(error)
@@ -67,7 +68,7 @@ class _Shared(Generic[T]):
     """An iterator that threads share; it ends when one of them fails.
 
     Attributes:
-        failure: Why the first one failed.
+        failure: Error of the first thread that failed; None without one.
     """
 
     def __init__(self, jobs: Iterable[T]) -> None:
@@ -90,7 +91,7 @@ class _Shared(Generic[T]):
 
 
 def one_at_a_time(progress: Progress | None) -> Progress | None:
-    """The same, for several threads to call."""
+    """A progress callback that several threads may call: it calls `progress` under a lock."""
     if progress is None:
         return None
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Compare all data of a checkpoint with its checksums."""
+"""Verify a checkpoint: compare all its data with the stored checksums."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from distckpt.tensor_bytes import torch_dtype
 
 
 def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
-    """Read a whole checkpoint and compare every checksum.
+    """Read a whole checkpoint and compare every checksum. Local.
 
     Args:
         path: Path of the file, with or without ".h5".
         progress: Called with the number of bytes just verified, by one thread at a time.
 
     Returns:
-        One sentence for each damaged piece, naming its variable; empty when all is well.
+        One sentence for each damaged piece, naming its variable; empty if there is none.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
@@ -50,13 +50,13 @@ def verify_file(path: str | os.PathLike[str], *, progress: Progress | None = Non
 
 
 class _Piece(NamedTuple):
-    """A piece of the file.
+    """A piece of the file to verify.
 
     Attributes:
-        number: Of all pieces.
-        variable: Index in the manifest's variables.
-        box: Where it is in the variable.
-        nbytes: Its size in bytes.
+        number: Index among all pieces, in file order.
+        variable: Index among the manifest's variables.
+        box: The elements, in global coordinates.
+        nbytes: Size in bytes.
         checksum: Index of its checksum.
     """
 
@@ -68,7 +68,7 @@ class _Piece(NamedTuple):
 
 
 class _Verification:
-    """One run over all pieces of a file."""
+    """The verification of one file: `run` shares its pieces out to threads, and collects the problems they find."""
 
     def __init__(self, opened: OpenedCheckpoint, stored: StoredChecksums, fd: int, progress: Progress | None) -> None:
         self._opened = opened
@@ -78,7 +78,7 @@ class _Verification:
         self._problems: list[tuple[int, str]] = []
 
     def run(self, threads: int) -> list[str]:
-        """One sentence for each damaged piece, in file order."""
+        """Verify all pieces; returns one sentence for each damaged one, in file order."""
         small: list[_Piece] = []
         large: list[_Piece] = []
         for piece in self._pieces():
@@ -96,7 +96,7 @@ class _Verification:
                 yield _Piece(next(numbers), index, box, box.numel * itemsize, checksum)
 
     def _verify(self, pieces: Iterator[_Piece]) -> None:
-        """Verify pieces, all in the same memory; the work of one thread."""
+        """Verify pieces, reading all into the same memory. Runs in one thread."""
         memory = torch.empty(MAX_PIECE_NBYTES, dtype=torch.uint8, device="cpu")
         checksums = ChecksumReader(self._fd, self._stored)
         for piece in pieces:
@@ -110,7 +110,7 @@ class _Verification:
 
 
 def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str | None:
-    """What is wrong with a piece; None when nothing is."""
+    """Read and verify one piece; returns what is wrong with it, or None."""
     try:
         if job.dataset_offset < 0:
             read_through_hdf5(path, [job], verify=True, progress=progress)
