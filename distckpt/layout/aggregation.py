@@ -1,14 +1,14 @@
 """Aggregation: small parts of a file are sent to one rank, which writes them together.
 
-A shard of a bias or of a norm is a few bytes. If every rank wrote its own, there would be ranks times variables writes,
-each into a page (on a parallel file system: a locked extent) that other ranks are writing as well. So ranks send such
-parts to an aggregator, which writes them as a few long ranges.
+A shard of a bias or of a norm has a few bytes. If every rank wrote its own, there would be ranks times variables
+writes, each into a page (on a parallel file system: a locked extent) that other ranks write to as well. So ranks send
+such parts to an aggregator, which writes them as a few long ranges.
 
 The file is divided into bins of equal length; a variable belongs to the bin in which it begins. If a bin has many
 shards of small variables, its small variables are aggregated.
 
 This is two-phase I/O, and the aggregators are those of ROMIO (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective
-I/O in ROMIO, Frontiers '99), but who sends what to whom is settled once per layout.
+I/O in ROMIO, Frontiers '99), but the messages are planned once per layout.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy.typing as npt
 #: Variables below this size are small: they are neighbours in the file, while larger ones are aligned. In bytes.
 SMALL_NBYTES = 64 << 10
 
-#: Length of a bin. An aggregator has the bytes of one bin in memory, twice. In bytes.
+#: Length of a bin. An aggregator holds the bytes of one bin in memory twice. In bytes.
 BIN_NBYTES = 4 << 20
 
-#: With fewer shards of small variables than this in a bin, writing them takes no longer than sending them.
+#: Bins with fewer shards of small variables than this are not aggregated: writing those takes no longer than sending.
 MIN_SHARDS = 256
 
 _Ints = npt.NDArray[np.int64]
@@ -49,11 +49,11 @@ class Extents(NamedTuple):
         return cls(*np.frombuffer(encoded, np.int64).reshape(2, -1))
 
     def encode(self) -> bytes:
-        """For the wire: `EXTENT_NBYTES` for each."""
+        """Encode for a message, in `EXTENT_NBYTES` for each extent."""
         return np.stack(self).tobytes()
 
     def slice(self, part: slice) -> Extents:
-        """Some of them."""
+        """The extents of a slice."""
         return Extents(self.starts[part], self.sizes[part])
 
 
@@ -63,11 +63,11 @@ EXTENT_NBYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class SmallParts:
-    """What one rank writes of small variables.
+    """The parts of small variables that one rank writes.
 
     Attributes:
-        extents: Where each part is in the file, ascending.
-        bins: The bin of each part.
+        extents: Position and size of each part in the file, ascending.
+        bins: Index of the bin of each part.
         is_shard: For each part, whether other ranks write other parts of its variable.
     """
 
@@ -77,16 +77,16 @@ class SmallParts:
 
     @classmethod
     def of_variables(cls, offsets: _Ints, extents: Extents, is_shard: npt.NDArray[np.bool_]) -> SmallParts:
-        """From where the variable of each part begins in the file."""
+        """Assign parts to bins by `offsets`, the position in the file at which the variable of each part begins."""
         return cls(extents, offsets // BIN_NBYTES, is_shard)
 
     def crowded(self, n_bins: int, n_ranks: int) -> npt.NDArray[np.uint8]:
-        """For each bin, whether it has many shards, supposing that all ranks have as many there as this one."""
+        """For each bin, 1 if it has at least `MIN_SHARDS` shards, assuming that all ranks have as many as this one."""
         shards = np.bincount(self.bins[self.is_shard], minlength=n_bins)
         return (shards * n_ranks >= MIN_SHARDS).astype(np.uint8)
 
     def within(self, number: int) -> slice:
-        """Which of the parts are in a bin."""
+        """The slice of the parts that are in a bin."""
         first, stop = np.searchsorted(self.bins, (number, number + 1)).tolist()
         return slice(first, stop)
 
@@ -97,17 +97,17 @@ def count_bins(file_nbytes: int) -> int:
 
 
 def aggregators(n_bins: int, n_ranks: int) -> list[int]:
-    """The rank that writes each of some bins: spread over the ranks, and neighbours at the same one."""
+    """The rank that writes each bin: bins are spread evenly over the ranks, and neighbours go to the same rank."""
     return [number * n_ranks // n_bins for number in range(n_bins)]
 
 
 class _Move(NamedTuple):
-    """Parts of equal size, from where they arrive to where they are put together.
+    """Copies of parts of equal size, from the messages received into the memory of the bin.
 
     Attributes:
-        size: Bytes of each.
-        sources: Position of each in what has arrived.
-        targets: Position of each in the memory of the bin.
+        size: Bytes of each part.
+        sources: Position of each part in the concatenated messages.
+        targets: Position of each part in the memory of the bin.
     """
 
     size: int
@@ -117,11 +117,11 @@ class _Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """How an aggregator puts a bin together.
+    """How an aggregator puts a bin together from the messages of all ranks.
 
     Attributes:
         lengths: Bytes that each rank sends: its parts, concatenated.
-        start: Position of the bin's memory in the file.
+        start: Position in the file of the first byte of the bin's memory.
         nbytes: Size of that memory.
         runs: (position in the memory, size) of each run without a gap, to be written.
     """
@@ -134,10 +134,11 @@ class Assembly:
 
     @classmethod
     def of(cls, by_rank: Sequence[Extents]) -> Assembly:
-        """From what each rank sends.
+        """Plan the assembly of a bin.
 
         Args:
-            by_rank: Its parts, in the order in which it sends them; those of all ranks are disjoint, and there is one.
+            by_rank: The parts of each rank, in the order in which it sends them. No two parts overlap, and at least one
+                rank has one.
         """
         starts = np.concatenate([extents.starts for extents in by_rank])
         sizes = np.concatenate([extents.sizes for extents in by_rank])
@@ -158,11 +159,11 @@ class Assembly:
         )
 
     def put_together(self, arrived: npt.NDArray[np.uint8], memory: npt.NDArray[np.uint8]) -> None:
-        """Copy what ranks have sent into the order of the file.
+        """Copy the received parts into the order of the file.
 
         Args:
-            arrived: What the ranks have sent, by rank; `sum(lengths)` bytes.
-            memory: Takes the bytes of `runs`; `nbytes` bytes.
+            arrived: The messages of all ranks, concatenated by rank; `sum(lengths)` bytes.
+            memory: Receives the bytes of `runs`; `nbytes` bytes.
         """
         windows = np.lib.stride_tricks.sliding_window_view
         for size, sources, targets in self._moves:

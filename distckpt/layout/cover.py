@@ -1,4 +1,4 @@
-"""How the ranks that hold a tensor cover it: the different boxes, and who holds each."""
+"""Covers: the different boxes of a tensor, and the ranks that hold each of them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distckpt.words import rank_list
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """The boxes of a tensor and their holders. Most tensors of a model share few covers.
+    """The boxes of a tensor and their holders. Made by `cover`; most tensors of a model share few covers.
 
     A rank's shard is one box, or a few that belong together; replicas are ranks with the same shard.
 
     Attributes:
-        boxes: Different, not empty, ascending by offset.
+        boxes: The different boxes with elements, ascending by offset.
         holders: For each box: the ranks that hold it, ascending.
         shards: The different shards, ascending by their first box.
-        order: Rows of all holders, shard by shard; a row is an index in the list of ranks that `cover` was given.
-        starts: For each shard: where its holders begin in `order`.
-        weights: For each row: what `SavePlan.weights` has for this tensor.
-        problems: Why the boxes do not tile the shape, as sentences without the key.
+        order: Rows of all holders, shard by shard; a row is an index into the list of ranks passed to `cover`.
+        starts: For each shard: the index in `order` of its first holder.
+        weights: For each row: the value of `SavePlan.weights` for this tensor.
+        problems: Reasons why the boxes do not tile the shape, as sentences without the key.
     """
 
     boxes: list[Box]
@@ -40,7 +40,7 @@ class Cover:
 
     @property
     def replicated(self) -> bool:
-        """Whether more than one rank holds some shard."""
+        """Whether some shard has more than one holder."""
         return len(self.order) > len(self.shards)
 
     def rows(self, shard: int) -> npt.NDArray[np.intp]:
@@ -49,17 +49,17 @@ class Cover:
         return self.order[self.starts[shard] : stop]
 
     def lowest_holders_shards(self) -> list[Shard]:
-        """The shards when each box is written by its lowest holder."""
+        """The shards to write if the lowest holder of each box writes it."""
         return [Shard(holders[0], *box) for box, holders in zip(self.boxes, self.holders, strict=True)]
 
 
 def cover(ranks: Sequence[int], rows: Sequence[Sequence[int]], shape: Shape) -> Cover:
-    """Sort out who holds what of a tensor.
+    """Find the different boxes of a tensor, their holders, and problems with them.
 
     Args:
-        ranks: The ranks that hold it, ascending.
-        rows: For each of them offset and extent in elements of each of its boxes, one list; a box with a zero extent
-            counts as none.
+        ranks: The ranks that hold the tensor, ascending.
+        rows: For each of these ranks one list: offset and extent, in elements, of each of its boxes. Boxes with a zero
+            extent are ignored.
         shape: Global shape.
     """
     rows_of: dict[tuple[Box, ...], list[int]] = {}
@@ -87,7 +87,7 @@ def cover(ranks: Sequence[int], rows: Sequence[Sequence[int]], shape: Shape) -> 
 
 
 def _boxes(numbers: Sequence[int], ndim: int) -> tuple[Box, ...]:
-    """The boxes with elements of one rank."""
+    """The boxes of one rank, without empty ones."""
     if len(numbers) == 2 * ndim:
         return () if 0 in numbers[ndim:] else (Box(tuple(numbers[:ndim]), tuple(numbers[ndim:])),)
     cut = [numbers[start : start + 2 * ndim] for start in range(0, len(numbers), 2 * ndim)]

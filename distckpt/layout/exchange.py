@@ -2,9 +2,9 @@
 
 Several ranks may want the same bytes of a file (replicas), or narrow strips that lie between those of other ranks
 (columns). Such variables are cut into ranges that are contiguous in the file. In each round every rank moves one unit
-of ranges between the file and memory that all ranks of the node see, and each rank takes what it wants from the units
-of all ranks, or puts there what it has. So each byte is read once, and file accesses are long. What ranks of another
-node want of a unit is sent to them (see `layout.parcels`).
+of ranges between the file and shared memory of its node. Each rank copies the elements that it wants from the units of
+all ranks, or copies the elements that it holds into them. So each byte is read once, and file accesses are long. The
+parts of a unit that ranks of another node want are sent to them (see `layout.parcels`).
 
 This is two-phase I/O (R. Thakur, W. Gropp, E. Lusk: Data Sieving and Collective I/O in ROMIO, Frontiers '99) with
 shared memory in place of messages between the ranks of a node.
@@ -26,7 +26,7 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.records import Variable
 from distckpt.layout.tiling import find_overlap
 
-#: Runs of bytes shorter than this are exchanged where other ranks have what lies between them. In bytes.
+#: Runs shorter than this are exchanged if other ranks hold the elements between them. In bytes.
 NARROW_NBYTES = 64 << 10
 
 _Ints = npt.NDArray[np.int64]
@@ -40,12 +40,12 @@ class Span(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A span of a variable, and where it is in the memory of the rank that moves it.
+    """A span of a variable, and its place in the memory of the rank that moves it.
 
     Attributes:
         variable: Index of the variable.
         span: The elements.
-        place: Position of the first byte; a multiple of the element's size.
+        place: Position of the first byte in that memory; a multiple of the element size.
     """
 
     variable: int
@@ -70,10 +70,10 @@ class InFile(NamedTuple):
 
 
 class PieceSpan(NamedTuple):
-    """A piece as written, from its first to its last element in row-major order; other pieces may lie in between.
+    """A piece and its hull, in which elements of other pieces may lie.
 
     Attributes:
-        span: From its first element to just past its last.
+        span: The hull: from the first element to just past the last, in row-major order.
         box: The piece.
         checksum: Index of its checksum.
     """
@@ -92,7 +92,7 @@ Unit = list[Range]
 
 @lru_cache(maxsize=1 << 14)  # models repeat few shapes
 def hull(box: Box, shape: Shape) -> Span:
-    """From the first to behind the last element of a box in row-major order; (0, 0) for an empty one."""
+    """The smallest span that contains a box; (0, 0) for an empty box."""
     first = last = 0
     for size, offset, extent in zip(shape, box.offset, box.shape, strict=True):
         if extent == 0:
@@ -103,7 +103,7 @@ def hull(box: Box, shape: Shape) -> Span:
 
 
 def hulls_that_meet(hulls: _Ints) -> list[int]:
-    """Variables of which some rank holds elements between, or among, those of another.
+    """Indices of the variables for which the hulls of at least two ranks overlap.
 
     Args:
         hulls: For each rank, for each variable, the hull of what it holds; shape (ranks, variables, 2).
@@ -118,12 +118,12 @@ def hulls_that_meet(hulls: _Ints) -> list[int]:
 
 
 def is_worth_exchanging(boxes: Sequence[Box], shape: Shape, itemsize: int) -> bool:
-    """Whether ranks that hold these boxes share elements, or would move short runs; `boxes` are not empty."""
+    """Whether some of the boxes overlap, or one of them is narrow. Each box must have elements."""
     return any(is_narrow(box, shape, itemsize) for box in boxes) or find_overlap(boxes) is not None
 
 
 def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
-    """Whether a non-empty box is several short runs of bytes in the file."""
+    """Whether a non-empty box consists of several runs in the file, each shorter than `NARROW_NBYTES`."""
     return not is_contiguous(box, shape) and math.prod(box.shape[run_axis(box, shape) :]) * itemsize < NARROW_NBYTES
 
 
@@ -131,11 +131,11 @@ def is_narrow(box: Box, shape: Shape, itemsize: int) -> bool:
 
 
 def piece_spans(variable: Variable, firsts: Iterable[int]) -> list[PieceSpan]:
-    """The pieces of a stored variable, in the order of their first elements.
+    """The pieces of a stored variable, sorted by their first element.
 
     Args:
         variable: The variable.
-        firsts: Its entry of `ChecksumIndex.firsts`.
+        firsts: The variable's entry in `ChecksumIndex.firsts`.
     """
     itemsize = dtype_info(variable.dtype).itemsize
     return sorted(
@@ -146,7 +146,7 @@ def piece_spans(variable: Variable, firsts: Iterable[int]) -> list[PieceSpan]:
 
 
 def bands(spans: Sequence[Span]) -> list[Span]:
-    """Spans joined where they overlap: what one rank must read to see pieces whole. `spans` are sorted."""
+    """Join spans that overlap; a rank that reads a whole band has read its pieces whole. `spans` must be sorted."""
     joined: list[Span] = []
     for span in spans:
         if joined and span.start < joined[-1].stop:
@@ -157,7 +157,7 @@ def bands(spans: Sequence[Span]) -> list[Span]:
 
 
 def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
-    """The bands of disjoint boxes that have no hole: one rank can write each as one range of the file."""
+    """The bands that disjoint boxes fill without a hole, so that one rank can write each as one range of the file."""
     spans = sorted((hull(box, shape), box.numel) for box in boxes)
     joined = bands([span for span, _ in spans])
     starts = [band.start for band in joined]
@@ -168,9 +168,10 @@ def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
 
 
 def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> dict[PieceSpan, Box]:
-    """The pieces that are not one range of the file and lie in one of the boxes, each with that box.
+    """Map each piece that is not contiguous in the file, and lies within one of the boxes, to that box.
 
-    Only boxes as wide as the piece are considered, so that one is found at once among those of thousands of ranks.
+    Only boxes with the piece's extent in all dimensions but the first are considered, which makes the search fast among
+    the boxes of thousands of ranks.
     """
     strided = [piece for piece in pieces if piece.span.stop - piece.span.start != piece.box.numel]
     of_width: dict[tuple[Shape, Shape], list[Box]] = {}
@@ -181,7 +182,7 @@ def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> 
 
 
 def _width(box: Box) -> tuple[Shape, Shape]:
-    """Where a box is in all dimensions but the first."""
+    """Offset and shape of a box without the first dimension."""
     return box.offset[1:], box.shape[1:]
 
 

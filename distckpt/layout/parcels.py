@@ -1,6 +1,6 @@
-"""The part of a unit that is sent to another node, and its layout in the message.
+"""Parcels: the parts of a unit that are sent to another node, and their layout in the message.
 
-See `layout.exchange` for what a unit is.
+See `layout.exchange` for the definition of a unit.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from distckpt.layout.exchange import InFile, Range, Unit
 
 
 class Cell(NamedTuple):
-    """A box of a variable in some memory, where its elements are packed in row-major order.
+    """A box of a variable whose elements are packed in some memory, in row-major order.
 
     Attributes:
         variable: Index of the variable.
         box: The elements, in the global tensor.
-        place: Position of the first byte; a multiple of the element's size.
+        place: Position of the first byte in that memory; a multiple of the element size.
     """
 
     variable: int
@@ -31,9 +31,9 @@ class Parcel(NamedTuple):
 
     Attributes:
         cells: The layout of the message.
-        origins: For each cell: the cell of the unit that it is a part of.
-        nbytes: Size of the message, at most that of the unit; 0 where nothing is wanted.
-        is_whole: The message is the unit itself.
+        origins: For each cell: the cell of the unit that contains it.
+        nbytes: Size of the message, at most that of the unit; 0 if the node wants nothing.
+        is_whole: Whether the message is the unit itself.
     """
 
     cells: list[Cell]
@@ -59,7 +59,7 @@ def _cells_of_range(part: Range, variable: InFile) -> list[Cell]:
 
 
 def parcel_of(unit: Unit, variables: Mapping[int, InFile], wanted: Mapping[int, Sequence[Box]]) -> Parcel:
-    """What is wanted of a unit; the same on the rank that sends it and on those that receive it.
+    """The parcel of a unit for one node. The rank that sends it and those that receive it compute the same.
 
     Args:
         unit: The unit.
@@ -79,7 +79,8 @@ def parcel_of(unit: Unit, variables: Mapping[int, InFile], wanted: Mapping[int, 
             if (common := origin.box.intersect(box))
         ]
         if sum(common.numel for _, common in found) >= part.span.stop - part.span.start:
-            # All, or the same elements more than once: the range as it is, so that no message is longer than its unit.
+            # The boxes want the whole range, or some elements several times. Sending the range unchanged makes no
+            # message longer than its unit.
             found = [(origin, origin.box) for origin in _cells_of_range(part, variable)]
         else:
             is_whole = False

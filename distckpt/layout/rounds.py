@@ -1,6 +1,6 @@
-"""Which rank moves which bytes between the file and memory, and in which round.
+"""The plan of an exchange: which rank moves which ranges between the file and memory, and in which round.
 
-See `layout.exchange` for what is moved.
+See `layout.exchange` for the terms.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy.typing as npt
 from distckpt.layout.box import Box, Shape
 from distckpt.layout.exchange import InFile, Range, Span, Unit, hull
 
-#: Behind every element.
+#: Greater than the index of any element.
 _NEVER = np.iinfo(np.int64).max
 
 
 class Wanted:
-    """What a rank wants of a variable, or more: the hulls of its boxes, joined."""
+    """The spans of a variable that a rank reads: the hulls of the boxes that it wants, joined."""
 
     def __init__(self, boxes: Sequence[Box], shape: Shape) -> None:
         self._set([hull(box, shape) for box in boxes])
 
     @classmethod
     def union(cls, parts: Sequence[Wanted]) -> Wanted:
-        """What is wanted by any of several."""
+        """The elements that any of several ranks wants."""
         joined = cls((), ())
         joined._set([span for part in parts for span in part._spans])
         return joined
@@ -44,7 +44,7 @@ class Wanted:
         self._stops = [span.stop for span in self._spans]
 
     def of(self, span: Span) -> list[Span]:
-        """What of a span is wanted."""
+        """The parts of a span that are wanted, ascending."""
         found: list[Span] = []
         for start, stop in self._spans[bisect.bisect_right(self._stops, span.start) :]:
             if start >= span.stop:
@@ -53,10 +53,10 @@ class Wanted:
         return found
 
     def touches_each(self, spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
-        """For each span, whether something of it is wanted."""
+        """For each span, whether any of its elements is wanted; shape (spans,)."""
         own = np.array([*self._spans, (_NEVER, _NEVER)], np.int64)
         starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
-        first = np.searchsorted(own[:, 1], starts, side="right")  # that ends behind the span's start
+        first = np.searchsorted(own[:, 1], starts, side="right")  # the first one that ends after the span's start
         touched: npt.NDArray[np.bool_] = own[first, 0] < stops
         return touched
 
@@ -65,8 +65,8 @@ class Party(NamedTuple):
     """Ranks that share what they read: those of a node, or of several nodes that want the same.
 
     Attributes:
-        wanted: Variable to what of it they want.
-        movers: Those of them that move bytes between the file and memory.
+        wanted: For each variable, by index: the elements that they want.
+        movers: The ranks among them that move bytes between the file and memory.
     """
 
     wanted: Mapping[int, Wanted]
@@ -80,17 +80,17 @@ def plan_rounds(
     size: int,
     unit_nbytes: int,
 ) -> list[list[Unit]]:
-    """Divide spans among ranks and rounds, evenly by bytes, each to a rank of a party that wants something of it.
+    """Divide spans evenly by bytes among ranks and rounds; each goes to a rank of a party that wants part of it.
 
     Args:
-        files: The variables, by numbers in file order.
-        moved: Variable to spans of it, ascending; each is moved by one rank, in order.
-        parties: Who wants what.
+        files: The variables, by indices in file order.
+        moved: For each variable, by index: its spans, ascending. Each span is moved by one rank, in order.
+        parties: The parties, with the elements that each wants.
         size: Number of ranks.
         unit_nbytes: Most bytes that a rank moves in one round; at least the size of an element.
 
     Returns:
-        For each round, for each rank, its unit; empty where it has nothing left to move.
+        For each round, for each rank: its unit, empty if the rank has nothing left to move.
     """
     shares = _Shares(parties)
     dealt = {index: list(zip(spans, shares.of(index, spans), strict=True)) for index, spans in moved.items()}
@@ -110,10 +110,10 @@ def plan_rounds(
 
 
 class _Share:
-    """The spans that the same parties want; each of their movers gets one stretch of them.
+    """The spans that the same set of parties wants; each mover of these parties gets a contiguous stretch of them.
 
     Attributes:
-        total: Bytes of all spans.
+        total: Bytes of all spans of the share.
     """
 
     def __init__(self, parties: list[Party]) -> None:
@@ -124,28 +124,28 @@ class _Share:
         self._done = 0
 
     def wanted(self, index: int) -> Wanted:
-        """What any of the parties wants of a variable."""
+        """The elements of a variable that any of the parties wants."""
         if index not in self._wanted:
             found = [party.wanted[index] for party in self._parties if index in party.wanted]
             self._wanted[index] = found[0] if len(found) == 1 else Wanted.union(found)
         return self._wanted[index]
 
     def next_mover(self, nbytes: int) -> int:
-        """The rank that moves the next span, of so many bytes; any rank where nobody wants it."""
+        """The rank that moves the next span, of `nbytes` bytes; rank 0 if no party wants it."""
         place = self._done * len(self._movers) // self.total
         self._done += nbytes
         return self._movers[min(place, len(self._movers) - 1)] if self._movers else 0
 
 
 class _Shares:
-    """The shares of all sets of parties that want the same."""
+    """The shares, one for each set of parties that want the same spans."""
 
     def __init__(self, parties: Sequence[Party]) -> None:
         self._parties = parties
         self._shares: dict[bytes, _Share] = {}
 
     def of(self, index: int, spans: Sequence[Span]) -> list[_Share]:
-        """For each span of a variable the share it is in; a single party has all of them."""
+        """The share of each span of a variable; a single party has all of them."""
         if len(self._parties) == 1:
             return [self._share(b"\x80")] * len(spans)
         touched = np.zeros((len(self._parties), len(spans)), np.bool_)
@@ -155,7 +155,7 @@ class _Shares:
         return [self._share(column.tobytes()) for column in np.packbits(touched, axis=0).T]
 
     def _share(self, bits: bytes) -> _Share:
-        """That of the parties whose bits are set."""
+        """The share of the parties whose bits are set."""
         if bits not in self._shares:
             flags = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._parties))
             self._shares[bits] = _Share([party for party, flag in zip(self._parties, flags, strict=True) if flag])
@@ -163,7 +163,7 @@ class _Shares:
 
 
 class _Units:
-    """The units of one rank, as they are filled."""
+    """Fills the units of one rank, one after the other."""
 
     def __init__(self, unit_nbytes: int) -> None:
         self.units: list[Unit] = []
@@ -181,7 +181,7 @@ class _Units:
 
 
 def _cut(span: Span, max_numel: int, row: int) -> Iterator[Span]:
-    """Cut a span, between rows where they are short enough."""
+    """Cut a span into spans of at most `max_numel` elements, between rows if a cut there makes the span shorter."""
     start = span.start
     while start < span.stop:
         stop = min(start + max_numel, span.stop)

@@ -1,4 +1,4 @@
-"""Tilings: whether boxes tile a shape (no overlap, no gap), and which variables are tiled alike."""
+"""Tilings: check that boxes tile a shape (no overlap, no gap), and find the variables that are tiled alike."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Pair(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """What disjoint boxes leave out.
+    """The elements of a shape that are in none of some disjoint boxes.
 
     Attributes:
         numel: Number of missing elements.
-        first: A box of missing elements with the first of them; None where the boxes are too irregular to say.
+        first: A box of missing elements that has the first of them; None if the boxes are too irregular to find it.
     """
 
     numel: int
@@ -40,10 +40,13 @@ class Gap(NamedTuple):
 
 
 def find_overlap(boxes: Sequence[Box]) -> Pair | None:
-    """Two boxes that overlap, if any; `boxes` are not empty and have the same number of dimensions.
+    """Find two boxes that overlap; None if there are none.
 
-    Fast where the boxes form a grid, regular or not; else near-linear as long as few boxes share a stretch of the
-    axis along which they differ most.
+    Fast if the boxes form a grid, regular or not; else nearly linear in time as long as few boxes share a stretch of
+    the axis along which they differ most.
+
+    Args:
+        boxes: Boxes with elements, all with the same number of dimensions.
     """
     if len(boxes) <= _FEW_BOXES:
         pairs = combinations(range(len(boxes)), 2)
@@ -56,9 +59,9 @@ def find_overlap(boxes: Sequence[Box]) -> Pair | None:
 
 
 def _is_grid(starts: _Ints, stops: _Ints) -> bool:
-    """Whether along each axis any two boxes have the same interval or disjoint ones.
+    """Whether any two boxes have, along each axis, either the same interval or disjoint ones.
 
-    Then two different boxes differ in the interval of some axis, and are disjoint.
+    Two different boxes then have disjoint intervals along some axis, so they are disjoint.
     """
     for axis in range(starts.shape[1]):
         order = np.argsort(starts[:, axis], kind="stable")
@@ -89,13 +92,18 @@ def _sweep(starts: _Ints, stops: _Ints) -> Pair | None:
 
 
 def find_gap(boxes: Sequence[Box], shape: Shape) -> Gap | None:
-    """What is missing, if anything; `boxes` are disjoint, not empty, and inside `shape`."""
+    """The elements of `shape` that are in none of the boxes; None if the boxes fill it.
+
+    Args:
+        boxes: Disjoint boxes with elements, inside `shape`.
+        shape: Global shape.
+    """
     missing = math.prod(shape) - sum(box.numel for box in boxes)
     return Gap(missing, _first_gap(boxes, shape)) if missing else None
 
 
 def _first_gap(boxes: Sequence[Box], shape: Shape) -> Box | None:
-    """The first empty cell of the grid that the boxes' bounds make."""
+    """The first empty cell of the grid formed by the bounds of the boxes; None if the grid has too many cells."""
     starts = np.array([box.offset for box in boxes], np.int64).reshape(len(boxes), len(shape))
     stops = starts + np.array([box.shape for box in boxes], np.int64).reshape(len(boxes), len(shape))
     bounds = [
@@ -132,7 +140,7 @@ class Tilings:
 
 
 def tilings_of(variables: Sequence[Variable]) -> Tilings:
-    """Find the variables that are tiled alike. Quick where they share one list, as in a decoded manifest."""
+    """Find the variables that are tiled alike. Fast if they share one list, as in a decoded manifest."""
     distinct: list[list[Shard]] = []
     by_value: dict[tuple[Shard, ...], int] = {}
     by_identity: dict[int, int] = {}

@@ -1,7 +1,8 @@
-"""One object graph from the graphs of all ranks.
+"""Merge the object graphs of all ranks into one.
 
-Nodes unify by path from the root: two ranks' nodes are one node when a path leads to both. Ranks may hold different
-parts of the graph (pipeline and expert parallelism); ranks with the same bytes are handled once, as a `RankGroup`.
+Nodes are identified by their path from the root: nodes of two ranks are the same node if one path leads to both. Ranks
+may hold different parts of the graph (pipeline and expert parallelism). Ranks whose encoded graphs are equal are
+handled once, as a `RankGroup`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ class RankGroup:
     """Ranks whose object graphs are the same.
 
     Attributes:
-        ranks: Ascending.
-        nodes: The graph, ids local.
-        node_ids: Node of the merged graph for each local node, -1 where no path leads to it.
+        ranks: The ranks, ascending.
+        nodes: The graph, with local ids.
+        node_ids: For each local node: its node in the merged graph, -1 if no path leads to it. Set by `unify`.
     """
 
     ranks: list[int]
@@ -36,11 +37,11 @@ class UnifiedGraph:
     """The merged graph without its values; node 0 is the root.
 
     Attributes:
-        keys: For each node: path of first discovery; "" for the root.
-        children: For each node: edges, in rank order and each rank's order.
-        slots: Optimizer's node to its slot variables.
-        parameters: Parameter group's node to its members on all ranks.
-        per_rank: Nodes that are a `PerRank`.
+        keys: For each node: the path by which it was found first; "" for the root.
+        children: For each node: its edges, in the order of the ranks and then in each rank's order.
+        slots: For each optimizer's node: its slot variables.
+        parameters: For each parameter group's node: its members on all ranks.
+        per_rank: Nodes of `PerRank` objects.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -57,7 +58,7 @@ class UnifiedGraph:
 
 
 def group_ranks(layouts: Sequence[LocalLayout]) -> list[RankGroup]:
-    """Ranks by equal graph, in order of the lowest rank; each different graph is decoded once."""
+    """Group ranks with equal graphs, in order of their lowest rank; each different graph is decoded once."""
     ranks_of: dict[bytes, list[int]] = {}
     for rank, layout in enumerate(layouts):
         ranks_of.setdefault(layout.graph, []).append(rank)
@@ -70,7 +71,7 @@ def unify(groups: Sequence[RankGroup], problems: list[str]) -> UnifiedGraph:
 
     Args:
         groups: The graphs.
-        problems: Receives nodes that are a `PerRank` on some ranks only, and such that cannot be reached.
+        problems: Receives messages on nodes that are a `PerRank` on some ranks only, or that no path leads to.
     """
     classes = _Classes()
     members = [classes.add_edges(group.nodes) for group in groups]
@@ -87,10 +88,11 @@ def unify(groups: Sequence[RankGroup], problems: list[str]) -> UnifiedGraph:
 
 
 class _Classes:
-    """Which local nodes are the same node: classes, closed under "equal parents and equal edge names".
+    """Classes of local nodes that are the same node, closed under "equal parents and equal edge names".
 
-    When a rank says that two paths lead to one object, the classes of both paths are joined, and so are the targets
-    of their edges of the same name (congruence closure with union-find).
+    If two paths lead to one object on some rank, the classes of both paths are joined, and so are the targets of their
+    edges of the same name (congruence closure with union-find). `unify` calls `add_edges` for each graph, then
+    `add_slots` for each, then `number` once.
     """
 
     def __init__(self) -> None:
@@ -126,14 +128,14 @@ class _Classes:
                 pending.append((self._slots.setdefault(a, {}).setdefault(slot, target), target))
 
     def add_edges(self, nodes: Sequence[LocalNode]) -> list[int]:
-        """Add a graph; returns the class of each local node, -1 where no path leads to it."""
+        """Add the edges of a graph; returns the class of each local node, -1 if no path leads to it."""
         of_local = [-1] * len(nodes)
         of_local[0] = 0
         self._follow(nodes, of_local, 0)
         return of_local
 
     def _follow(self, nodes: Sequence[LocalNode], of_local: list[int], start: int) -> None:
-        """Breadth-first over edges, from a local node that has a class."""
+        """Give classes to all nodes reachable from a local node that has one, breadth-first."""
         queue = [start]
         for local in queue:
             node = nodes[local]
@@ -154,7 +156,7 @@ class _Classes:
                     edges = self._edges[self._find(source)]
 
     def add_slots(self, nodes: Sequence[LocalNode], of_local: list[int]) -> None:
-        """Add the slots of a graph, when the edges of all graphs are in."""
+        """Add the slots of a graph, after the edges of all graphs."""
         for local, node in enumerate(nodes):
             if not node.slots or of_local[local] < 0:
                 continue
@@ -174,7 +176,7 @@ class _Classes:
                     self._join(target, known)
 
     def number(self, graph: UnifiedGraph) -> list[int]:
-        """Append the nodes of the union: breadth-first, then slots by optimizer; returns the node of each class."""
+        """Append the merged nodes to `graph`, breadth-first, then slots by optimizer; returns each class's node."""
         ids = [-1] * len(self._parent)
         order = self._number_from(0, "", graph, ids)
         for source in [found for found in order if found in self._slots]:
@@ -190,7 +192,7 @@ class _Classes:
         return [ids[self._find(member)] for member in range(len(ids))]
 
     def _number_from(self, start: int, key: str, graph: UnifiedGraph, ids: list[int]) -> list[int]:
-        """Number what is reachable from a class and not numbered yet; returns it in order."""
+        """Number the classes reachable from `start` that are not numbered yet; returns them in order."""
         parent, queue = self._parent, [start]
         ids[start] = graph.add(key)
         for source in queue:
@@ -206,7 +208,7 @@ class _Classes:
 
 
 def _add_parameters(groups: Sequence[RankGroup], graph: UnifiedGraph) -> None:
-    """The members of a parameter group are those of any rank: pipeline stages hold different ones."""
+    """Join the members of each parameter group over all ranks: pipeline stages hold different ones."""
     for group in groups:
         for node_id, local in zip(group.node_ids, group.nodes, strict=True):
             if local.parameters is not None and node_id >= 0:

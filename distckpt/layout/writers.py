@@ -1,4 +1,4 @@
-"""Who writes what, so that all ranks write about equally many bytes."""
+"""Assignment of shards to the ranks that write them, so that all ranks write about the same number of bytes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.merged_values import MergedValue
 from distckpt.layout.records import Shard
 
-#: Each writer of a box that is split gets at least about this many bytes.
+#: Boxes are split among several writers only if each gets at least about this many bytes.
 MIN_PART_NBYTES = 256 << 10
 
-# Parts that are whole multiples of a row are longer runs in the file; with this many rows for each writer the largest
-# part is at most 1/16 above the mean.
+# Parts that are whole multiples of a row are longer runs in the file. With at least this many rows for each writer, the
+# largest part is at most 1/16 above the mean.
 _MIN_ROWS_PER_PART = 16
 
 
 def assign_shards(
     tensors: Sequence[MergedValue], covers: Sequence[Cover], size: int, trust_lowest: bool
 ) -> list[list[Shard]]:
-    """The shards of each tensor with the rank that writes it, ascending by offset.
+    """The shards of each tensor, each with the rank that writes it, ascending by offset.
 
     Args:
-        tensors: In file order.
-        covers: Who holds what, parallel to `tensors`.
+        tensors: The tensors, in file order.
+        covers: The cover of each tensor.
         size: Number of ranks.
-        trust_lowest: The lowest holder writes each box; else the holders share the work, except for buffers.
+        trust_lowest: Whether the lowest holder writes each box; else the holders share the work, except for buffers.
     """
     loads = [0] * size
     lowest = _LowestHolders(loads)
@@ -59,7 +59,7 @@ def assign_shards(
 
 
 class _LowestHolders:
-    """The shards that are written by their lowest holders; tensors with the same cover share one list."""
+    """The shards written by their lowest holders; tensors with the same cover share one list."""
 
     def __init__(self, loads: list[int]) -> None:
         self._loads = loads
@@ -67,7 +67,7 @@ class _LowestHolders:
         self._nbytes_per_element: Counter[int] = Counter()
 
     def write(self, cover: Cover, itemsize: int) -> list[Shard]:
-        """Let the lowest holder of each box write it."""
+        """Assign each box of a tensor to its lowest holder; returns the shards."""
         shards = self._shards.get(id(cover))
         if shards is None:
             shards = self._shards[id(cover)] = cover.lowest_holders_shards()
@@ -75,7 +75,7 @@ class _LowestHolders:
         return shards
 
     def add_loads(self) -> None:
-        """Count the bytes of all that was written so far."""
+        """Add the bytes of all shards assigned so far to the loads of their ranks."""
         for cover, nbytes in self._nbytes_per_element.items():
             for shard in self._shards[cover]:
                 self._loads[shard.rank] += nbytes * math.prod(shard.shape)
@@ -92,9 +92,10 @@ class _Replica:
 
 
 def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: list[list[Shard]]) -> None:
-    """Give each box to the holders with the fewest bytes so far: those without a choice first, then by size.
+    """Assign each box to the holders with the fewest bytes so far: first boxes with a single holder, then by size.
 
-    Small ones come last, in stretches of neighbours, so that these go into one write; first those that the fewest hold.
+    Small boxes come last, in stretches of neighbours that can go into one write, beginning with those that have the
+    fewest holders.
     """
     dealer = _Dealer(loads)
     small: dict[tuple[int, ...], list[_Replica]] = {}
@@ -117,15 +118,15 @@ def _assign_replicas(replicas: Sequence[_Replica], loads: list[int], shards: lis
 def _stretches(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
     """Assign a row of boxes to holders, so that neighbours stay together and the loads become about equal.
 
-    The holders are filled up to one level, one after the other. A box goes where its middle falls: nobody gets more or
-    less than that by more than one box.
+    The holders are filled up to one level, one after the other. A box goes to the holder where its middle falls, so
+    each holder ends within one box of the level.
 
     Args:
         sizes: Bytes of each box.
         loads: Bytes that each holder has so far.
 
     Returns:
-        For each box: which of the holders.
+        For each box: index of its holder.
     """
     room = np.maximum(0, _level(sum(sizes), loads) - np.array(loads))
     middles = np.cumsum(sizes) - np.array(sizes) / 2
@@ -134,14 +135,14 @@ def _stretches(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
 
 
 def _level(nbytes: int, loads: Sequence[int]) -> float:
-    """The level to which `nbytes` fill up the holders with the smallest loads, as water would."""
-    # Were the k emptiest to share the bytes, none could end up lower than with the right k.
+    """The level that the holders with the smallest loads reach when `nbytes` are added evenly, as water would rise."""
+    # The level if the k emptiest holders share the bytes, for each k; the right k gives the smallest.
     levels = (np.cumsum(np.sort(loads)) + nbytes) / np.arange(1, len(loads) + 1)
     return float(levels.min())
 
 
 def _writers(replica: _Replica, loads: Sequence[int]) -> Sequence[int]:
-    """The holders that write a part, ascending: all of them, or those with the fewest bytes so far."""
+    """The holders that write a part of the box, ascending: all of them, or those with the fewest bytes so far."""
     count = replica.nbytes // MIN_PART_NBYTES
     if count >= len(replica.holders):
         return replica.holders
@@ -151,11 +152,11 @@ def _writers(replica: _Replica, loads: Sequence[int]) -> Sequence[int]:
 
 
 class _Dealt(NamedTuple):
-    """A box dealt out to its writers.
+    """A box divided among its writers.
 
     Attributes:
-        shards: What they write, in row-major order.
-        numels: Each writer, and how many elements it writes.
+        shards: The shards that they write, in row-major order.
+        numels: (rank, number of elements) of each writer.
     """
 
     shards: list[Shard]
@@ -163,10 +164,12 @@ class _Dealt(NamedTuple):
 
 
 class _Dealer:
-    """Deals boxes out. A model has many tensors with the same boxes, and most of them get the same writers.
+    """Divides boxes among their writers, and adds to the loads of these.
+
+    A model has many tensors with the same boxes, most of which get the same writers, so results are cached.
 
     Attributes:
-        dealt: The boxes of each variable so far.
+        dealt: For each variable: its boxes so far.
     """
 
     def __init__(self, loads: list[int]) -> None:
@@ -194,7 +197,7 @@ class _Dealer:
         return dealt
 
     def join(self, parts: Sequence[_Dealt]) -> list[Shard]:
-        """The shards of all boxes of a tensor, ascending by offset; tensors with the same parts share one list."""
+        """The shards of all boxes of a tensor, ascending by offset; tensors with the same boxes share one list."""
         key = tuple(map(id, parts))
         shards = self._joined.get(key)
         if shards is None:
@@ -206,7 +209,7 @@ class _Dealer:
 
 @lru_cache(maxsize=1024)
 def even_parts(box: Box, count: int) -> list[list[Box]]:
-    """Cut a box into `count` parts of nearly equal size, in row-major order; a part is one or a few boxes."""
+    """Cut a box into `count` parts of nearly equal size, in row-major order; each part is one or a few boxes."""
     row_numel = _row_numel(box, count)
     rows = box.numel // row_numel
     bounds = [rows * i // count * row_numel for i in range(count + 1)]
@@ -214,7 +217,7 @@ def even_parts(box: Box, count: int) -> list[list[Box]]:
 
 
 def _row_numel(box: Box, count: int) -> int:
-    """Elements of the largest rows that can be dealt out to `count` parts without making them uneven."""
+    """Number of elements of the largest rows that can be divided into `count` parts of nearly equal size."""
     for axis in range(1, len(box.shape)):
         rows = math.prod(box.shape[:axis])
         if rows % count == 0 or rows >= _MIN_ROWS_PER_PART * count:
