@@ -1,4 +1,4 @@
-"""Temporary files, the step that makes one of them a checkpoint, and the removal of checkpoints. Rank 0 only."""
+"""Temporary files, the commit of a finished one, and the removal of checkpoints. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from distckpt.log import log
 from distckpt.storage import rawio
 from distckpt.storage.paths import list_directory
 
-#: Temporary files of unknown writers are left alone for this long. In seconds.
+#: Age from which a temporary file is removed even if its writer may still run. In seconds.
 STALE_AGE = 24 * 3600.0
 
-# What MPI-IO leaves beside a temporary file has the same name and a further suffix (".locktest.<rank>").
+# Files that MPI-IO leaves beside a temporary file have its name and a further suffix (".locktest.<rank>").
 _TEMP_NAME = re.compile(r"\..+\.(?P<writer>[0-9a-f]{24})[0-9a-f]{8}\.tmp(\..+)?", re.DOTALL)
 
 _AT_FDCWD = -100
@@ -36,8 +36,8 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSY
 def temp_path(final: str | os.PathLike[str]) -> str:
     """A new name for the temporary file of `final`, in the same directory: `.<name>.<uuid>.tmp`.
 
-    The uuid says which process writes the file, so that `sweep` needs no locks: on some shared file systems there are
-    none, and on others they are those of MPI-IO itself, which would then wait for ours for ever.
+    The uuid identifies the process that writes the file, so that `sweep` needs no locks. Some shared file systems have
+    none, and on others MPI-IO uses them itself, and would wait for ours for ever.
     """
     path = Path(final)
     return str(path.with_name(f".{path.name}.{_this_writer()}{secrets.token_hex(4)}.tmp"))
@@ -50,7 +50,7 @@ def _this_writer() -> str:
 
 @cache
 def _host() -> str:
-    """Eight digits for the machine and the container, within which process numbers are unique."""
+    """Eight hexadecimal digits for the machine and the container, within which process ids are unique."""
     name = f"{socket.gethostname()}|{_read_or_empty('/etc/machine-id')}|{_link_or_empty('/proc/self/ns/pid')}"
     return xxhash.xxh32_hexdigest(name.encode())
 
@@ -70,23 +70,23 @@ def _link_or_empty(path: str) -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """Eight digits that tell a process from later ones of the same number; None when there is no such process."""
+    """Eight hexadecimal digits that tell a process from later ones with the same id; None if it does not run."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except OSError:
         pass
-    # Field 22 of the status, counted behind the command name, which may hold anything.
+    # The start time, field 22; fields are counted after the command name, which may contain anything.
     status = _read_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    if status and status[0] in "ZX":  # it has ended; only its parent has not asked yet how
+    if status and status[0] in "ZX":  # it has ended, but its parent has not waited for it yet
         return None
     boot = _read_or_empty("/proc/sys/kernel/random/boot_id")
     return xxhash.xxh32_hexdigest(f"{boot}|{status[19]}".encode()) if status else "0" * 8
 
 
 def _is_gone(writer: str) -> bool:
-    """Whether a temporary file's writer is known not to run any more."""
+    """Whether the writer of a temporary file is known to have ended."""
     host, pid, started = writer[:8], int(writer[8:16], 16), writer[16:]
     return host == _host() and _process_start(pid) != started
 
@@ -95,7 +95,7 @@ def sweep(directory: str | os.PathLike[str]) -> list[str]:
     """Remove temporary files whose writer is gone, and those older than a day.
 
     Returns:
-        The names removed.
+        Names of the files removed.
     """
     removed = [path.name for path in list_directory(directory) if _remove_if_stale(path)]
     if removed:
@@ -120,7 +120,7 @@ def _remove_if_stale(path: Path) -> bool:
 
 
 def discard(temp: str) -> None:
-    """Remove a temporary file and what MPI-IO left beside it; nothing happens when they are not there."""
+    """Remove a temporary file, and the files that MPI-IO left beside it, if they exist."""
     path = Path(temp)
     for found in list_directory(path.parent):
         if found.name == path.name or found.name.startswith(f"{path.name}."):
@@ -131,16 +131,16 @@ def discard(temp: str) -> None:
 
 
 def commit(temp: str, final: str, *, replace: bool, durable: bool) -> None:
-    """Give a finished temporary file its final name, in one step.
+    """Give a finished temporary file its final name, atomically.
 
     Args:
         temp: The temporary file; its bytes are on disk already.
         final: Its final path, in the same directory.
-        replace: Replace a file that is there.
+        replace: Replace an existing file.
         durable: Return only when the new name is on disk.
 
     Raises:
-        FileExistsError: A file is there, and `replace` is False; says what to do.
+        FileExistsError: The file exists, and `replace` is False; says what to do.
     """
     source, target = Path(temp), Path(final)
     if replace:
@@ -155,7 +155,7 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
     inode = source.stat().st_ino
     code = _renameat2(source, target)
     if code == 0 or (code in (errno.EEXIST, errno.ENOENT) and _has_inode(target, inode)):
-        # The latter: a network file system has repeated a request whose answer was lost.
+        # In the second case a network file system has repeated a request whose answer was lost.
         return
     if code == errno.EEXIST:
         raise _taken(target)
@@ -173,7 +173,7 @@ def _link_to_free_name(source: Path, target: Path, inode: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if os.path.lexists(target):  # nothing better is left
+        if os.path.lexists(target):  # this check and the rename are not atomic, but there is no better way left
             raise _taken(target) from error
         source.rename(target)
         return
@@ -181,7 +181,7 @@ def _link_to_free_name(source: Path, target: Path, inode: int) -> None:
 
 
 def _taken(target: Path) -> FileExistsError:
-    """The error about a file in the way: one rank chooses the numbers of a job, so it can only be another job's."""
+    """The error if the file exists. One rank chooses the numbers of a job, so another job must have written it."""
     return FileExistsError(
         errno.EEXIST,
         "another job has written this file meanwhile, and saves never replace one: save again, under the next number, "
@@ -198,7 +198,7 @@ def _has_inode(path: Path, inode: int) -> bool:
 
 
 def _renameat2(source: Path, target: Path) -> int:
-    """renameat2(2) that does not replace; 0, or the error code."""
+    """Call renameat2(2) with RENAME_NOREPLACE; returns 0 or the error code."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return errno.ENOSYS
@@ -211,10 +211,10 @@ def _renameat2(source: Path, target: Path) -> int:
 
 
 def remove_checkpoints(directory: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
-    """Remove files of a directory; those that are gone already count as removed.
+    """Remove checkpoints of a directory. Missing files count as removed.
 
     Returns:
-        The names that could not be removed.
+        Names of the files that could not be removed.
     """
     return [name for name in names if not _remove(Path(directory, name))]
 

@@ -1,4 +1,4 @@
-"""Read into packed memory boxes that are larger than a step, or not contiguous in the file."""
+"""Read boxes that are larger than a step, or not contiguous in the file, into packed memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from distckpt.storage import rawio
 from distckpt.storage.scratch import Scratch, is_slow_target
 from distckpt.storage.transfer import ReadJob
 
-#: A step of reading and hashing: it stays in the second-level cache in between. In bytes.
+#: Bytes of a step of reading and hashing: between the two they stay in the second-level cache.
 STEP_NBYTES = 256 << 10
 
-#: Runs closer than this are read together with what is between them: the disk delivers whole pages anyway. In bytes.
+#: Runs with gaps smaller than this are read together with the gaps: disks deliver whole pages anyway. In bytes.
 _PAGE_NBYTES = 4096
 
-#: Up to so many runs are read one by one even when they are close, so that a small box costs just its own bytes.
+#: Up to this many runs are read one by one even if the gaps are small, so that a small box costs just its own bytes.
 _FEW_RUNS = 64
 
-#: Most runs that are listed at once.
+#: Most runs that are listed in memory at once.
 _RUNS_AT_ONCE = 8192
 
 
 class Filler:
-    """Fills memory with the packed bytes of boxes that are more than a step long, or not contiguous in the file.
+    """Fills memory with the packed bytes of boxes: in steps, run by run, or as spans from which runs are picked.
 
     Attributes:
         fd: Descriptor of the file.
@@ -49,12 +49,12 @@ class Filler:
 
         Args:
             job: The job, for its dataset.
-            box: What to read of it, in coordinates of the dataset; not empty.
+            box: The part of the job's box to read, in coordinates of the dataset; not empty.
             data: The memory, as long as the packed bytes of the box.
-            hasher: Takes the bytes, in their order; None for no hash.
+            hasher: Hashes the bytes in order; None for no hash.
 
         Returns:
-            Bytes asked of the file system.
+            Bytes requested from the file system.
 
         Raises:
             CorruptCheckpointError: The file is too short.
@@ -102,7 +102,7 @@ class Filler:
         return len(data)
 
     def _fill_from_spans(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> int:
-        """Read runs with the narrow gaps between them, then pick the runs."""
+        """Read runs together with the small gaps between them, then copy the runs."""
         position = bytes_read = 0
         dtype = np.dtype(f"V{rows.itemsize}")
         at_once = min(rows.length, max(1, self._step_nbytes // rows.pitch_nbytes))
@@ -124,14 +124,14 @@ class Filler:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A box that is not contiguous in the file, as rows with gaps between them.
+    """A box that is not contiguous in the file, as rows of runs with gaps between them.
 
     Attributes:
         itemsize: Bytes per element.
         run_numel: Elements of a run.
         run_nbytes: Bytes of a run.
-        pitch_nbytes: Bytes from one run to the next.
-        length: Number of runs at this pitch.
+        pitch_nbytes: Bytes from the start of one run to the start of the next.
+        length: Number of consecutive runs at this pitch.
         count: Number of runs of the box.
     """
 

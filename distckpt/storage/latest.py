@@ -1,4 +1,4 @@
-"""Which checkpoints of a directory are complete, and which is the newest. Rank 0 only."""
+"""Find the complete checkpoints of a directory, and the newest of them. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distckpt.storage.verify import verify_file
 
 
 def is_complete(path: str | os.PathLike[str]) -> str | None:
-    """Why a file is not a complete checkpoint; None when it is. The data are not verified."""
+    """The reason why a file is not a complete checkpoint; None if it is one. Does not verify the data."""
     try:
         open_checkpoint(os.fspath(path))
     except (CheckpointError, OSError) as error:
@@ -48,7 +48,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
 
 
 def _warn_of_a_prefix(path: Path) -> None:
-    """None means a fresh start, which is not what is wanted where checkpoints are beside."""
+    """Warn if the path is a file or a file prefix: a caller starts afresh on None, although checkpoints exist."""
     if path.is_dir():
         return
     name = path.name.removesuffix(SUFFIX)
@@ -60,7 +60,7 @@ def _warn_of_a_prefix(path: Path) -> None:
 
 
 def file_of(path: str | os.PathLike[str]) -> str:
-    """The file that a path to read means; a directory means its latest checkpoint.
+    """The file to read for a path: the path itself, or the latest checkpoint if it is a directory.
 
     Raises:
         TypeError: `path` is no path.
@@ -78,7 +78,7 @@ def file_of(path: str | os.PathLike[str]) -> str:
 def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:
     """The complete checkpoints that `save` has made in a directory, newest first.
 
-    A file is opened when its turn comes; a damaged one is passed over with a warning.
+    Files are opened one by one during the iteration; a damaged one is passed over with a warning.
 
     Args:
         directory: The directory.
@@ -94,7 +94,7 @@ def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = Fa
 
 
 def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
-    """The numbered files of the known prefixes, of all prefixes when there is no state file."""
+    """The numbered files of the prefixes in the state file; of all prefixes if there is no usable state file."""
     files = numbered_files(directory)
     try:
         state = read_state(directory)
@@ -109,7 +109,7 @@ def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Found:
-    """A complete checkpoint: when it was made, its number, and its path."""
+    """A complete checkpoint: its time in seconds since the epoch, its number, and its path."""
 
     time: float
     number: int
@@ -117,7 +117,7 @@ class _Found:
 
 
 def _newest_first(directory: str | os.PathLike[str], files: list[NumberedFile], verify: bool) -> Iterator[_Found]:
-    """The complete ones by descending number, of files of one prefix in ascending order."""
+    """The complete checkpoints by descending number; `files` are those of one prefix, in ascending order."""
     for file in reversed(files):
         path = str(Path(directory, file.name))
         try:

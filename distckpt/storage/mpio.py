@@ -1,8 +1,8 @@
 """Write large pieces through parallel HDF5.
 
-HDF5's cost is per dataset, not per byte, so only contiguous pieces from a threshold on go through `H5Dwrite`; the rest
-are written with `pwrite` on the descriptor that each rank keeps anyway. MPI-IO never gets a strided selection: Open MPI
-4.1.0-4.1.6 and 5.0.0-5.0.5 corrupt data in their sieving of such writes.
+HDF5's cost is per dataset, not per byte. So only contiguous pieces of at least a threshold go through `H5Dwrite`; the
+rest is written with `pwrite` on the descriptor that each rank has open anyway. MPI-IO never gets a strided selection:
+Open MPI 4.1.0-4.1.6 and 5.0.0-5.0.5 corrupt data in their sieving of such writes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from distckpt.storage.hdf5 import MANIFEST
 from distckpt.storage.transfer import Progress, WriteJob
 from distckpt.storage.writing import Piece, PieceBytes, pieces_of, write_pieces
 
-#: Pieces from this size on go through HDF5. In bytes.
+#: Contiguous pieces of at least this size go through HDF5. In bytes.
 THRESHOLD_NBYTES = 1 << 20
 
 
 def why_unavailable() -> str | None:
-    """Why parallel HDF5 cannot be used; None when it can."""
+    """The reason why parallel HDF5 cannot be used; None if it can. Local."""
     try:
         import h5py
     except ImportError as error:
@@ -39,8 +39,8 @@ def why_unavailable() -> str | None:
 class ParallelFile:
     """The checkpoint file, open on all ranks with HDF5's MPI-IO driver.
 
-    Opening and closing are collective over the communicator. After opening, all ranks must close, whatever happened in
-    between.
+    The constructor and `close` are collective over the communicator. Once it is open, all ranks must call `close`,
+    also after an error.
 
     Args:
         path: Path of the file.
@@ -55,7 +55,7 @@ class ParallelFile:
         info = _info(comm, hints or {})
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fapl_mpio(comm, info)
-        # The version bounds of creation: HDF5 would else rewrite the superblock. Closing the file closes its datasets.
+        # The version bounds of creation, or HDF5 would rewrite the superblock. CLOSE_STRONG closes datasets, too.
         access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_LATEST)
         access.set_fclose_degree(h5f.CLOSE_STRONG)
         try:
@@ -65,7 +65,7 @@ class ParallelFile:
             info.Free()
 
     def prepare_collective(self) -> None:
-        """Get ready to take part in collective transfers without data, whatever fails then. Local.
+        """Prepare transfers without data, by which this rank takes part in collective writes after a failure. Local.
 
         Raises:
             OSError: HDF5 cannot open a dataset of the file.
@@ -78,7 +78,7 @@ class ParallelFile:
         self._file.close()
 
     def write(self, pieces: Iterable[Piece], fd: int, log: ChecksumLog | None, progress: Progress | None) -> None:
-        """Write contiguous pieces, each on its own: no other rank takes part."""
+        """Write contiguous pieces with independent transfers. Local."""
         with _Transfer(self._file, collective=False) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
             for piece in itertools.chain.from_iterable(source.batches(pieces)):
@@ -90,14 +90,14 @@ class ParallelFile:
     ) -> None:
         """Write contiguous pieces in `n_calls` collective transfers. Collective over the communicator.
 
-        A rank that has no piece left, or that failed, takes part in the remaining transfers without data, for which
-        `prepare_collective` has been called.
+        A rank that has no piece left, or that failed, takes part in the remaining transfers without data.
+        `prepare_collective` must have been called.
 
         Args:
             pieces: At most `n_calls` pieces of this rank.
             n_calls: Number of transfers, the same on all ranks.
             fd: Descriptor of the file, for write-back.
-            log: Takes the checksums.
+            log: Receives the checksums; None computes none.
             progress: Called with the number of bytes just written.
         """
         failure: BaseException | None = None
@@ -105,7 +105,7 @@ class ParallelFile:
         with _Transfer(self._file, collective=True) as transfer:
             source, writeback = PieceBytes(log), rawio.Writeback(fd)
             stream = itertools.chain.from_iterable(source.batches(pieces))
-            # Whatever interrupts one transfer, a call that was not made is made up for without data.
+            # If an exception prevents a transfer, the call is made without data instead.
             while transfer.calls < n_calls:
                 try:
                     piece = next(stream, None) if failure is None else None
@@ -121,14 +121,14 @@ class ParallelFile:
 
 
 class _EmptyTransfer(NamedTuple):
-    """The arguments of a transfer without data, made in advance so that nothing is left that could fail.
+    """The arguments of a transfer without data, made in advance so that nothing can fail when it is needed.
 
     Attributes:
         dataset: Some dataset of the file.
-        in_memory: A selection of no elements.
-        in_file: A selection of no elements.
-        data: No bytes.
-        datatype: That of the dataset.
+        in_memory: An empty selection.
+        in_file: An empty selection.
+        data: An empty array.
+        datatype: Datatype of the dataset.
     """
 
     dataset: Any
@@ -139,7 +139,7 @@ class _EmptyTransfer(NamedTuple):
 
     @classmethod
     def of(cls, file: Any) -> _EmptyTransfer:
-        """Into the manifest, a dataset that every checkpoint has."""
+        """Make a transfer into the manifest, a dataset that every checkpoint has."""
         from h5py import h5d, h5s
 
         dataset = h5d.open(file, MANIFEST.encode())
@@ -150,7 +150,7 @@ class _EmptyTransfer(NamedTuple):
 
 
 class _Transfer:
-    """`H5Dwrite` of pieces; keeps the dataset of the last piece open, and nothing after the context ends."""
+    """Calls `H5Dwrite` for pieces. Keeps the dataset of the last piece open until the context ends."""
 
     def __init__(self, file: Any, *, collective: bool) -> None:
         from h5py import h5fd, h5p
@@ -187,7 +187,7 @@ class _Transfer:
 
     def _write(self, write: Callable[..., None], *arguments: Any) -> None:
         options = self._options
-        # In the try there is nothing but the call: `calls` is right even when a signal handler raises.
+        # The try contains only the call, so that `calls` is right even if a signal handler raises.
         try:
             write(*arguments, options)
         finally:
@@ -215,7 +215,7 @@ def _finish(piece: Piece, writeback: rawio.Writeback, progress: Progress | None)
 
 
 def _info(comm: Any, hints: Mapping[str, str]) -> Any:
-    """An MPI info object with just these hints, made without importing mpi4py here."""
+    """An MPI info object with just these hints, made from the communicator's, since mpi4py is not imported here."""
     info = comm.Get_info()
     for key in [info.Get_nthkey(i) for i in range(info.Get_nkeys())]:
         info.Delete(key)
@@ -229,11 +229,11 @@ def _info(comm: Any, hints: Mapping[str, str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SplitPieces:
-    """The pieces of a rank's jobs, by the way they take.
+    """The pieces of a rank's jobs, divided by how they are written.
 
     Attributes:
-        large: Through HDF5: contiguous, from the threshold on.
-        small: With `pwrite`: all others.
+        large: Contiguous pieces of at least the threshold, written through HDF5.
+        small: All others, written with `pwrite`.
     """
 
     large: list[Piece]
@@ -241,7 +241,7 @@ class SplitPieces:
 
 
 def split_pieces(jobs: Iterable[WriteJob], threshold: int = THRESHOLD_NBYTES) -> SplitPieces:
-    """Divide pieces into those for HDF5, of at least `threshold` bytes, and those for `pwrite`."""
+    """Divide pieces into those for HDF5, contiguous and of at least `threshold` bytes, and those for `pwrite`."""
     split = SplitPieces([], [])
     for piece in pieces_of(jobs):
         through_hdf5 = piece.block.nbytes >= threshold and piece.is_contiguous
@@ -263,10 +263,10 @@ def write_mpio(
     Args:
         file: The open file.
         fd: This rank's own descriptor of the same file.
-        pieces: What to write.
+        pieces: The pieces of this rank.
         checksums: Compute the checksum of each piece.
-        n_collective_calls: None: independent transfers. Else the largest `len(pieces.large)` of all ranks: all of them
-            make as many collective transfers.
+        n_collective_calls: Number of collective transfers that every rank makes: the largest `len(pieces.large)` of all
+            ranks. None makes independent transfers.
         progress: Called with the number of bytes just written.
 
     Returns:

@@ -1,8 +1,8 @@
 """Verification of pieces whose bytes come in parts: as ranges of units, in row-major order.
 
-See `layout.exchange` for what a unit is. A piece is a box, so that is also the order of the bytes within a piece. A
-piece is hashed where its bytes are contiguous: in the unit if it is one range of the file, else in the tensor that has
-all of it. Only if no rank wants all of a piece, its bytes are collected just for the checksum.
+See `layout.exchange` for the terms. A piece is a box, so its own bytes come in row-major order as well. A piece is
+hashed where its bytes are contiguous: in the unit if it is one range of the file, else in the tensor that contains all
+of it. Only if no rank wants all of a strided piece are its bytes collected just for the checksum.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from distckpt.tensor_bytes import bytes_of
 class PieceVerifier:
     """Verifies pieces from the ranges of units.
 
-    Units come in one or more streams. In each, ranges come in the order of their spans; a piece is in one of them.
+    Units are fed in one or more streams. Within a stream the ranges come in the order of their spans, and all of a
+    piece comes in a single stream. A piece is opened with the first range that has part of it, and compared with its
+    checksum after the last.
 
     Attributes:
         report: Counts the bytes that were verified.
 
     Args:
         variables: The variables by index.
-        pieces: The pieces to verify here, sorted, by index of the variable.
-        checksums: The file's checksums; None: nothing is verified.
+        pieces: The sorted pieces to verify here, by index of the variable.
+        checksums: The file's checksums; None verifies nothing.
         report: See above.
         opened: Makes the `OpenPiece` that hashes a piece.
     """
@@ -55,11 +57,11 @@ class PieceVerifier:
         self._open: dict[tuple[int, int], list[OpenPiece]] = {}
 
     def feed(self, unit: Iterable[Range], memory: memoryview, stream: int = 0) -> None:
-        """Take a unit, or some of its ranges; compare the pieces that end in them.
+        """Hash a unit, or some of its ranges, and compare the checksums of the pieces that end in them.
 
         Args:
-            unit: What has been read.
-            memory: Its bytes; not used for pieces that are hashed elsewhere.
+            unit: The ranges, which have been read.
+            memory: Their bytes; not used for pieces that are hashed elsewhere.
             stream: Number of the stream.
 
         Raises:
@@ -81,7 +83,7 @@ class PieceVerifier:
         open_pieces[:] = [each for each in open_pieces if each.span.stop > span.stop]
 
     def _next_pieces(self, stream: int, variable: int, span: Span) -> Iterator[PieceSpan]:
-        """The pieces that begin in a span, or before it in a part that nobody wanted."""
+        """The pieces that begin in a span, or before it in elements that no rank wanted."""
         left = self._left.get((stream, variable))
         if left is None:
             left = self._left[stream, variable] = list(reversed(self._pieces[variable]))
@@ -101,8 +103,8 @@ class OpenPiece(ABC):
     """A piece that is being hashed.
 
     Attributes:
-        hasher: Has hashed the bytes so far.
-        fed: Number of bytes so far.
+        hasher: The hash of the bytes so far.
+        fed: Number of bytes hashed so far.
     """
 
     def __init__(self, piece: PieceSpan, variable: InFile) -> None:
@@ -113,7 +115,7 @@ class OpenPiece(ABC):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all bytes were hashed."""
+        """Whether all bytes of the piece have been hashed."""
         return self.fed == self.box.numel * self.variable.itemsize
 
     @abstractmethod
@@ -121,13 +123,13 @@ class OpenPiece(ABC):
         """Hash the part of the piece that is in a span; `data` are the bytes of the span."""
 
     def update(self, data: memoryview) -> None:
-        """Hash the next bytes."""
+        """Hash the next bytes of the piece."""
         self.hasher.update(data)
         self.fed += len(data)
 
 
 class PieceRead(OpenPiece):
-    """A piece that is hashed in the memory it was read into."""
+    """A piece that is hashed in the memory of the unit."""
 
     def feed(self, span: Span, data: memoryview) -> None:
         """See `OpenPiece.feed`."""
@@ -147,12 +149,12 @@ class PieceRead(OpenPiece):
 
 
 class PieceTaken(OpenPiece):
-    """A piece that is hashed in the tensor it was copied into, where its bytes lie together.
+    """A piece that is hashed in the tensor it was copied into, where its bytes are contiguous.
 
     Args:
         piece: The piece.
         variable: Its variable.
-        tensor: Its elements, packed, in memory of the CPU.
+        tensor: Its elements, packed, in host memory.
     """
 
     def __init__(self, piece: PieceSpan, variable: InFile, tensor: torch.Tensor) -> None:
@@ -161,11 +163,11 @@ class PieceTaken(OpenPiece):
         self._memory = bytes_of(tensor)
 
     def feed(self, span: Span, data: memoryview) -> None:
-        """See `OpenPiece.feed`; all of the span is in the tensor."""
+        """See `OpenPiece.feed`; the elements of the span have been copied into the tensor."""
         arrived = elements_before(self.box, self.variable.shape, span.stop) * self.variable.itemsize
         self.update(self._memory[self.fed : arrived])
 
 
 def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
-    """The index of a box in an array of the global shape; the result is an array also without dimensions."""
+    """The index of a box in an array; indexing with it gives an array even for zero dimensions."""
     return (*(slice(start, start + extent) for start, extent in zip(*box, strict=True)), ...)

@@ -1,4 +1,4 @@
-"""Read boxes with `pread` into the memory of live tensors, each step hashed while it is in the cache."""
+"""Read boxes with `pread` into the memory of live tensors, hashing each step while it is in the cache."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from distckpt.storage.room import ALIGNMENT, Arrivals, Room
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
 from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed
 
-#: Room for what is joined into one read, in bytes.
+#: Staging room for the boxes that are joined into one read, in bytes.
 _JOINED_NBYTES = STEP_NBYTES + rawio.MAX_VECTORS * ALIGNMENT
 
 
 @dataclass(slots=True)
 class ReadReport:
-    """What was read.
+    """The amount that was read and verified.
 
     Attributes:
-        bytes_read: Bytes asked of the file system.
-        bytes_verified: Bytes whose checksum was right.
+        bytes_read: Bytes requested from the file system.
+        bytes_verified: Bytes whose checksum matched.
     """
 
     bytes_read: int = 0
@@ -37,7 +37,7 @@ class ReadReport:
 
 
 class _Waiting(NamedTuple):
-    """A small box that waits to be read together with its neighbours."""
+    """A small box that waits to be read together with its neighbours; `room` is None for a packed tensor."""
 
     job: ReadJob
     data: memoryview
@@ -45,16 +45,16 @@ class _Waiting(NamedTuple):
 
 
 def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress | None = None) -> ReadReport:
-    """Read boxes into tensors.
+    """Read boxes into tensors. Local.
 
     Args:
         fd: Descriptor of the file.
-        jobs: What to read. Fastest in file order.
-        verify: Compare checksums, where a job has one.
+        jobs: The boxes and their tensors; fastest in file order.
+        verify: Compare the checksums of jobs that have one.
         progress: Called with the number of bytes just put into tensors.
 
     Returns:
-        How much was read and verified.
+        The bytes read and verified.
 
     Raises:
         CorruptCheckpointError: A checksum is wrong, or the file is too short; names the variable. Tensors of jobs up
@@ -66,19 +66,19 @@ def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress |
 
 
 class Reader:
-    """Reads boxes into tensors.
+    """Reads boxes into tensors: small contiguous ones joined with their neighbours, all others with a `Filler`.
 
     Attributes:
-        report: How much was read and verified.
+        report: The bytes read and verified.
     """
 
     def __init__(self, filler: Filler, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
         """Local.
 
         Args:
-            filler: For what is not joined with its neighbours.
-            arrivals: For what goes into tensors that are not packed.
-            verify: Compare checksums, where a job has one.
+            filler: Reads boxes that are not joined with their neighbours.
+            arrivals: Stages bytes for tensors that are on GPUs or not packed.
+            verify: Compare the checksums of jobs that have one.
             progress: Called with the number of bytes just put into tensors.
         """
         self.report = ReadReport()
@@ -92,7 +92,7 @@ class Reader:
         self._stop = 0
 
     def read(self, jobs: Iterable[ReadJob]) -> None:
-        """Read boxes; raises as the function `read`."""
+        """Read boxes into tensors; raises as the function `read`."""
         with self._arrivals:
             for job in jobs:
                 self._read_job(job)
@@ -125,7 +125,7 @@ class Reader:
         self._stop = offset + nbytes
 
     def _flush(self) -> None:
-        """Read what has been joined."""
+        """Read the boxes that have been joined."""
         if self._waiting:
             try:
                 rawio.read_vector(self._fd, [waiting.data for waiting in self._waiting], self._start)
@@ -152,7 +152,7 @@ class Reader:
             self._progress(len(waiting.data))
 
     def _read_alone(self, waiting: _Waiting) -> int:
-        """Read one of the joined boxes again: another of them may lie in the same memory. Gives its checksum."""
+        """Read one of the joined boxes again, as another one may share its memory. Returns its checksum."""
         rawio.read_into(self._fd, waiting.data, _file_offset(waiting.job))
         self.report.bytes_read += len(waiting.data)
         return digest(waiting.data)
@@ -208,16 +208,16 @@ def _compare(job: ReadJob, got: int, report: ReadReport) -> None:
 def read_through_hdf5(
     path: str, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress | None = None
 ) -> ReadReport:
-    """Read boxes of datasets that are not one range of bytes: chunked, compressed, written by another program.
+    """Read boxes of datasets that are not one range of bytes: chunked, compressed, or written by another program.
 
     Args:
         path: Path of the file.
-        jobs: What to read; `dataset_offset` is ignored. Fastest with the jobs of one key together.
-        verify: Compare checksums, where a job has one.
+        jobs: The boxes and their tensors; `dataset_offset` is ignored. Fastest with the jobs of one key together.
+        verify: Compare the checksums of jobs that have one.
         progress: Called with the number of bytes just put into tensors.
 
     Returns:
-        How much was read and verified.
+        The bytes read and verified.
 
     Raises:
         CorruptCheckpointError: HDF5 cannot read a dataset, or a checksum is wrong.

@@ -1,4 +1,4 @@
-"""Staging buffers in host memory, for bytes between the file and tensors that are not packed or on GPUs."""
+"""Staging buffers in host memory, for bytes between the file and tensors that are on GPUs or not packed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from distckpt.device import Copy, DeviceCopies, Ticket, gpu_of, pinned_memory
 from distckpt.layout.box import MAX_PIECE_NBYTES
 from distckpt.tensor_bytes import Memory, bytes_of, copy_bits
 
-#: Bytes of the one buffer for tensors of the CPU.
+#: Bytes of the buffer for tensors on the CPU.
 HOST_NBYTES = 2 * MAX_PIECE_NBYTES
 
-#: Bytes of each of the two buffers for tensors of GPUs.
+#: Bytes of each pinned buffer for tensors on GPUs.
 PINNED_NBYTES = MAX_PIECE_NBYTES
 
-#: Positions in a buffer are multiples of the largest element. In bytes.
+#: Positions in a buffer are multiples of this, the size of the largest element. In bytes.
 ALIGNMENT = 16
 
 
 def padded(nbytes: int) -> int:
-    """What `take` uses up for this many bytes."""
+    """Bytes of a buffer that `take` uses for `nbytes` bytes."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Room(NamedTuple):
-    """Room in a buffer.
+    """A part of a buffer, taken for the elements of one tensor.
 
     Attributes:
-        tensor: The room as a contiguous tensor.
+        tensor: The part as a contiguous tensor.
         data: The same memory as bytes.
     """
 
@@ -40,11 +40,11 @@ class Room(NamedTuple):
 
 
 class Buffer:
-    """Memory, made when first needed; room in it is taken until `clear`.
+    """A buffer from which rooms are taken, one after the other, until `clear`. Allocated at the first `take`.
 
     Args:
         nbytes: Its size in bytes.
-        pinned: For copies from or to GPUs.
+        pinned: Whether the memory is pinned, for copies from or to GPUs.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
@@ -54,7 +54,7 @@ class Buffer:
         self._used = 0
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether `take` can be called for this many bytes."""
+        """Whether `take` can be called for `nbytes` more bytes."""
         return self._used + nbytes <= self._nbytes
 
     def take(self, like: torch.Tensor) -> Room:
@@ -70,16 +70,16 @@ class Buffer:
         return Room(room, bytes_of(room))
 
     def clear(self) -> None:
-        """Take all room back; what was taken is not used any more."""
+        """Make the whole buffer free again; the rooms taken so far must not be used any more."""
         self._used = 0
 
 
 class Arrivals:
-    """Staging of bytes that go from the file into tensors.
+    """Stages bytes that go from the file into tensors. A context manager.
 
-    GPUs copy from one pinned buffer while the next one is filled. The order of calls: `make_room`, `take` as
-    often as there is room, `put` for each room when its bytes are there, and again. When the context ends, whatever
-    happened, all that was put is in the tensors.
+    GPUs copy from one pinned buffer while the next one is filled. The caller calls `make_room`, then `take` as often as
+    there is room, then `put` for each room once its bytes have been read; and so on. When the context ends, also with
+    an exception, everything that was put is in the tensors.
     """
 
     def __init__(self, moment: Iterable[torch.device] | None = None, n_buffers: int = 2) -> None:
@@ -87,7 +87,7 @@ class Arrivals:
 
         Args:
             moment: As for `DeviceCopies`.
-            n_buffers: Number of pinned buffers; with one of them the caller waits for each copy.
+            n_buffers: Number of pinned buffers; with a single one the caller waits for each copy.
         """
         self._host = Buffer(HOST_NBYTES)
         self._pinned = deque((Buffer(PINNED_NBYTES, pinned=True), Ticket([])) for _ in range(n_buffers))
@@ -101,14 +101,14 @@ class Arrivals:
         self.finish()
 
     def finish(self) -> None:
-        """Complete the copies of all that was put, whatever happened. Called at the end of the context."""
+        """Complete the copies of everything that was put, also after an exception. Called at the end of the context."""
         try:
             self._start()
         finally:
             self._copies.finish()
 
     def make_room(self, nbytes: int) -> None:
-        """Make room for so many bytes, at most `PINNED_NBYTES`. All rooms taken so far were put."""
+        """Make room for `nbytes` bytes, at most `PINNED_NBYTES`. All rooms taken so far must have been put."""
         self._host.clear()
         if not self._filling.has_room(nbytes):
             self._change_buffers()
@@ -122,7 +122,7 @@ class Arrivals:
         return (self._host if gpu_of(target) is None else self._filling).take(target)
 
     def put(self, target: torch.Tensor, room: Room) -> None:
-        """Copy what is now in the room into the tensor; into those of GPUs by the end of the context."""
+        """Copy the bytes in a room into a tensor: at once on the CPU, on a GPU at the latest by the context's end."""
         gpu = gpu_of(target)
         if gpu is None:
             copy_bits(target, room.tensor)
@@ -130,7 +130,7 @@ class Arrivals:
             self._waiting.append(Copy(gpu, target, room.tensor))
 
     def pass_on(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy other memory of the CPU, at most `PINNED_NBYTES`; it may change as soon as this returns."""
+        """Copy a tensor in host memory, of at most `PINNED_NBYTES`, which may change as soon as this returns."""
         if gpu_of(target) is None:
             copy_bits(target, source)
         else:
@@ -140,7 +140,7 @@ class Arrivals:
             self.put(target, room)
 
     def _change_buffers(self) -> None:
-        """Let GPUs take what is in one buffer, and go on with the one that they have taken everything from longest."""
+        """Start the copies from the current buffer, and go on with the one whose copies began first."""
         self._pinned[0] = self._filling, self._start()
         self._pinned.rotate(-1)
         buffer, ticket = self._pinned[0]
@@ -156,8 +156,8 @@ class Departing(NamedTuple):
     """A tensor, and the memory that it is copied to.
 
     Attributes:
-        source: The tensor; at most `PINNED_NBYTES`, any strides, any device.
-        target: The memory, of the CPU, as a tensor of the same shape and dtype.
+        source: The tensor, of at most `PINNED_NBYTES`; any strides, any device.
+        target: Host memory, as a tensor of the same shape and dtype.
     """
 
     source: torch.Tensor
@@ -165,9 +165,10 @@ class Departing(NamedTuple):
 
 
 class Departures:
-    """Staging of tensors that go into memory which GPUs cannot copy to, through one pinned buffer.
+    """Stages tensors that go into host memory to which GPUs cannot copy directly, through one pinned buffer.
 
-    The order of calls: `start`, other work, `arrive`, and again; `finish` at the end, whatever happened.
+    The caller calls `start`, does other work, calls `arrive`, and so on; it calls `finish` at the end, also after an
+    exception.
     """
 
     def __init__(self) -> None:
@@ -179,13 +180,13 @@ class Departures:
         self._ticket = Ticket([])
 
     def start(self, tensors: Iterable[Departing]) -> None:
-        """Begin to copy those tensors that are on GPUs, as many as there is room for."""
+        """Start to copy tensors from GPUs, as many as the buffer has room for; those on the CPU wait for `arrive`."""
         for departing in tensors:
             (self._at_once if gpu_of(departing.source) is None else self._left).append(departing)
         self._fill()
 
     def arrive(self) -> None:
-        """Copy all tensors into their targets."""
+        """Complete the copies of all tensors into their targets."""
         for source, target in self._at_once:
             copy_bits(target, source)
         self._at_once.clear()
@@ -196,11 +197,11 @@ class Departures:
             self._fill()
 
     def finish(self) -> None:
-        """Wait for all copies that were begun."""
+        """Wait for all copies that were started."""
         self._copies.finish()
 
     def _fill(self) -> None:
-        """Begin to copy the next ones into the buffer, which is not used any more."""
+        """Start to copy the next tensors into the buffer, whose former contents are not needed any more."""
         self._buffer.clear()
         self._under_way.clear()
         copies = []

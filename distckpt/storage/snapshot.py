@@ -1,7 +1,7 @@
-"""A copy of what a rank writes, as it was at one moment, while the program goes on to change it.
+"""Snapshots: a copy of the tensors that a rank writes, as of one moment, while the program goes on to change them.
 
 Values that may change at any time are copied when the snapshot is made. Those that only an optimizer step changes may
-be copied later, by whichever thread comes first: the one in the background, or one that has to wait for the copy.
+be copied later, by the background thread and by a thread that has to wait for the copy, whichever comes first.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from distckpt.storage.transfer import WriteJob
 from distckpt.tensor_bytes import copy_bits, is_packed
 from distckpt.words import listing
 
-#: Copies begin at multiples of this. In bytes.
+#: Copies begin at multiples of this, in bytes.
 _ALIGNMENT = 64
-#: What one thread copies at a time of what several may copy. In bytes.
+#: Bytes that one thread copies at a time when several threads share the copying.
 _SHARED_NBYTES = 16 << 20
-#: From here on torch's own copy, with as many threads as the program gives it, is worth its start. In bytes.
+#: Tensors of at least this many bytes are copied by torch, whose threads are then worth starting.
 _LARGE_NBYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class Watch:
-    """Finds tensors that were changed in place: torch counts the changes of each.
+    """Finds tensors that were changed in place, by the version counter that torch keeps for each.
 
     Attributes:
-        seen: (checkpoint key, live tensor, its count when the save was called). For a DTensor both itself and its local
-            tensor: torch counts the changes of either.
+        seen: (checkpoint key, live tensor, its version when the save was called). A DTensor has two entries, for itself
+            and for its local tensor, since torch counts their changes separately.
     """
 
     seen: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
@@ -44,36 +44,39 @@ class Watch:
         """Begin to watch a tensor.
 
         Raises:
-            RuntimeError: torch does not count the changes of an inference tensor.
+            RuntimeError: The tensor is an inference tensor, whose changes torch does not count.
         """
         self.seen.append((key, tensor, tensor._version))
 
     def changed(self) -> list[str]:
-        """Keys of the tensors that were changed since, each once."""
+        """Keys of the tensors that were changed since `add`, each once."""
         return list(dict.fromkeys(key for key, tensor, version in self.seen if tensor._version != version))
 
 
 class Snapshot:
-    """The copy of what a rank writes.
+    """The copy of the tensors that a rank writes.
+
+    The constructor copies the values that may change at any time. `complete` copies the others, from any number of
+    threads; then `jobs` gives the write jobs, and `release` returns the memory once they have been written.
 
     Attributes:
-        nbytes: Bytes of host memory that it takes.
+        nbytes: Bytes of host memory that the copies take.
     """
 
     def __init__(
         self, jobs: Sequence[WriteJob], later: Sequence[bool], watch: Watch, buffers: HostBuffers, limit: int | None
     ) -> None:
-        """Copy what must be copied at once. Local; may wait for memory.
+        """Copy the tensors that must be copied at once. Local; may wait for memory.
 
         Args:
-            jobs: What this rank writes.
+            jobs: The write jobs of this rank, with live tensors.
             later: For each job, whether it can be copied later.
-            watch: Finds changes of those tensors.
-            buffers: Gives the memory.
+            watch: Finds changes of the tensors to be copied later.
+            buffers: Source of the memory.
             limit: Most bytes of host memory; None for no limit.
 
         Raises:
-            MemoryError: There is not that much memory.
+            MemoryError: The limit is below the bytes needed.
         """
         self._live = list(jobs)
         self._sizes = [job.tensor.nbytes for job in jobs]
@@ -91,15 +94,15 @@ class Snapshot:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything is copied, or has failed to be."""
+        """Whether all copies have been made, or have failed."""
         return self._later.is_done
 
     def complete(self) -> None:
-        """Copy what is left, together with other threads that do the same; return when all of it is copied."""
+        """Make the remaining copies, together with other threads that call this; returns when all are made."""
         self._later.run()
 
     def jobs(self) -> list[WriteJob]:
-        """What to write, with the copies as tensors. The snapshot is complete.
+        """The write jobs, with the copies as tensors. The snapshot must be complete.
 
         Raises:
             RuntimeError: A tensor was changed before it was copied; names it.
@@ -108,7 +111,7 @@ class Snapshot:
         return [msgspec.structs.replace(job, tensor=self._room(index)) for index, job in enumerate(self._live)]
 
     def release(self) -> None:
-        """Give the memory back; nobody uses the jobs any more. May be called again."""
+        """Give the memory back; the jobs must not be used any more. May be called again."""
         buffer, self._buffer = self._buffer, None
         self._live = []
         if buffer is not None:
@@ -122,14 +125,14 @@ class Snapshot:
         return tensor if self._buffer is None else self._buffer.memory.room(tensor, self._starts[index])
 
     def _copy_now(self, indices: Sequence[int]) -> None:
-        """Copy tensors: those of the CPU while GPUs copy theirs."""
+        """Copy tensors; those on the CPU while GPUs copy theirs."""
         try:
             self._start_from_gpus(indices)
             for index in indices:
                 if self._gpus[index] is None:
                     self._copy_from_host(index)
         finally:
-            self._copies.finish()  # after a failure, too: the memory they copy into is given back
+            self._copies.finish()  # also after a failure, which gives back the memory that GPUs copy into
 
     def _copy_from_host(self, index: int) -> None:
         tensor, nbytes = self._live[index].tensor, self._sizes[index]
@@ -139,7 +142,7 @@ class Snapshot:
             copy_bits(self._room(index), tensor)
 
     def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
-        """The copies, in parts that threads can share: first those of GPUs, as one; then the others, large ones cut."""
+        """Divide copies among threads: all from GPUs are one part; of the others, large ones are cut into several."""
         parts: list[Callable[[], object]] = []
         if any(self._gpus[index] is not None for index in indices):
             parts.append(functools.partial(self._copy_from_gpus, indices))
@@ -159,7 +162,7 @@ class Snapshot:
             copy_bits(self._room(index), tensor)
 
     def _move(self, index: int, start: int, nbytes: int) -> None:
-        """Copy bytes of a packed tensor: torch would take longer to begin than to copy, or would start threads."""
+        """Copy bytes of a packed tensor without torch, whose call takes longer than a small copy and starts threads."""
         if nbytes:
             assert self._buffer is not None, "there are bytes"
             target = self._buffer.address + self._starts[index] + start
@@ -168,14 +171,14 @@ class Snapshot:
     # ---- GPUs ----
 
     def _device_copies(self) -> DeviceCopies:
-        """Copies that wait for the work which the program has queued on its GPUs so far, and for none after it."""
+        """Make copies that wait for the work that the program has queued on the GPUs so far, and for nothing later."""
         gpus = dict.fromkeys(gpu for gpu in self._gpus if gpu is not None)
         if gpus and self._buffer is not None:
             self._buffer.pin()
         return DeviceCopies(gpus)
 
     def _start_from_gpus(self, indices: Sequence[int]) -> None:
-        """Begin to copy those of some tensors that are on GPUs."""
+        """Start to copy the tensors that are on GPUs."""
         self._copies.start(
             Copy(gpu, self._room(index), self._live[index].tensor)
             for index in indices
@@ -190,7 +193,7 @@ class Snapshot:
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where each of the copies begins, and where the last one ends."""
+    """Positions of the copies in the buffer, and its size, in bytes."""
     starts, stop = [], 0
     for nbytes in sizes:
         starts.append(stop)
@@ -202,7 +205,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 class _SharedWork:
-    """Work in parts, each done by the first thread that comes; then a look at whether the sources have changed."""
+    """Parts of work that several threads share; the thread that ends the last one checks the watched tensors."""
 
     def __init__(self, parts: list[Callable[[], object]], watch: Watch) -> None:
         self._parts = parts
@@ -220,7 +223,7 @@ class _SharedWork:
         return self._done.is_set()
 
     def run(self) -> None:
-        """Do parts until none is left, and wait for those of other threads. Raises nothing."""
+        """Do parts until none is left, then wait for those of other threads. Raises nothing."""
         while (part := self._take()) is not None:
             try:
                 part()
@@ -230,7 +233,7 @@ class _SharedWork:
         self._done.wait()
 
     def require(self) -> None:
-        """Raise what a part raised, or what has changed."""
+        """Raise the error of a part that failed, or an error that names changed tensors."""
         if self._error is not None:
             raise self._error
 

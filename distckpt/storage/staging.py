@@ -1,4 +1,4 @@
-"""Host memory for snapshots: few large buffers, made once and used again for each save of a rank."""
+"""Host memory for snapshots: a few large buffers, allocated once and reused for each save of a rank."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from distckpt.tensor_bytes import Memory
 
-#: A free buffer that is larger than twice what is wanted, and by more than this, is given back. In bytes.
+#: A free buffer fits a request if it has at most twice the bytes requested, plus this many.
 _SPARE_NBYTES = 64 << 20
 
 
 class HostBuffer:
-    """Page-aligned memory, in huge pages where the system has them, faulted in by its first use.
+    """Page-aligned memory, in huge pages if the system has them, faulted in by its first use.
 
     Args:
         nbytes: Its size in bytes, above 0.
@@ -40,7 +40,7 @@ class HostBuffer:
         self._pinned = False
 
     def pin(self) -> None:
-        """Register the memory with CUDA, which then copies to it without a detour. May be called again."""
+        """Register the memory with CUDA, so that GPUs copy to it directly. May be called again."""
         if self._pinned:
             return
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ class HostBuffer:
 
 
 def _advise(memory: mmap.mmap, advice: str) -> None:
-    """A hint; systems without it do as they did."""
+    """Give the system a hint on memory; systems that do not know it ignore it."""
     option = getattr(mmap, advice, None)
     if option is not None:
         with suppress(OSError):
@@ -62,10 +62,10 @@ def _advise(memory: mmap.mmap, advice: str) -> None:
 
 @dataclass(slots=True)
 class HostBuffers:
-    """The buffers of one Checkpoint. Threads may share it.
+    """The buffers of one Checkpoint, which snapshots take and give back. Thread-safe.
 
     Attributes:
-        nbytes: Bytes of all buffers.
+        nbytes: Bytes of all buffers, free or in use.
     """
 
     nbytes: int = 0
@@ -74,14 +74,14 @@ class HostBuffers:
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self, nbytes: int, limit: int | None) -> HostBuffer:
-        """A buffer of at least `nbytes`, above 0; waits for one where the limit allows no further one.
+        """Take a buffer of at least `nbytes` bytes; wait for one if the limit does not allow a new one.
 
         Args:
-            nbytes: Bytes that are needed.
+            nbytes: Bytes needed, above 0.
             limit: Most bytes of all buffers together; None for no limit.
 
         Raises:
-            MemoryError: The limit is below what is needed even if no other buffer is in use.
+            MemoryError: The limit is below `nbytes`, with no other buffer in use.
         """
         with self._changed:
             while True:
@@ -105,7 +105,7 @@ class HostBuffers:
             return buffer
 
     def give_back(self, buffer: HostBuffer) -> None:
-        """Take a buffer back; nobody uses its memory any more."""
+        """Take a buffer back; its memory must not be used any more."""
         with self._changed:
             self._in_use -= 1
             self._free.append(buffer)

@@ -1,6 +1,6 @@
 """The state file `checkpoint` of a directory: JSON, relative names only, replaced atomically. Rank 0 only.
 
-It is a hint, never the truth: the files decide which checkpoints exist. Besides the newest file and the known prefixes
+The state file is a hint only: the files decide which checkpoints exist. Besides the newest file and the known prefixes
 it has an entry for each manager of the directory. Managers of one directory differ in the prefix of their files.
 """
 
@@ -17,19 +17,19 @@ from distckpt.storage import rawio
 from distckpt.storage.commit import temp_path
 from distckpt.storage.paths import STATE_FILE, numbered_files, parse_numbered
 
-#: Field of the managers' entries, by prefix.
+#: Name of the field with the managers' entries, by prefix.
 _MANAGERS = "managers"
 
-#: Held from reading the state file to replacing it: a background save may be committed at any moment.
+#: Held from reading the state file to replacing it, since a background save may be committed at any moment.
 _CHANGING = threading.RLock()
 
 
 class DamagedStateError(ValueError):
-    """The state file is there and cannot be understood."""
+    """The state file exists, but its contents are not valid."""
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The fields of the state file; None when there is no file.
+    """The fields of the state file; None if there is no file.
 
     Raises:
         DamagedStateError: The file is not what `write_state` writes.
@@ -47,7 +47,7 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def known_prefixes(state: Mapping[str, Any]) -> frozenset[str]:
-    """The prefixes that were saved to the directory."""
+    """The file prefixes with which checkpoints were saved to the directory."""
     return frozenset(_prefixes(state))
 
 
@@ -61,7 +61,7 @@ def write_state(directory: str | os.PathLike[str], state: Mapping[str, Any], *, 
 
     Args:
         directory: Directory of the state file.
-        state: All its fields.
+        state: All fields of the state file.
         durable: Return only when it is on disk.
     """
     path = Path(directory, STATE_FILE)
@@ -84,7 +84,7 @@ def write_state(directory: str | os.PathLike[str], state: Mapping[str, Any], *, 
 
 
 def record_save(path: str | os.PathLike[str], *, durable: bool) -> None:
-    """Note in the state file of its directory that a checkpoint was committed.
+    """Record a committed checkpoint in the state file of its directory.
 
     Args:
         path: The checkpoint.
@@ -110,16 +110,16 @@ def record_save(path: str | os.PathLike[str], *, durable: bool) -> None:
 
 
 def read_entry(directory: str | os.PathLike[str], prefix: str) -> Any | None:
-    """What the manager of a prefix wrote last; None when there is nothing.
+    """The entry that the manager of a prefix wrote last; None if there is none.
 
     Raises:
-        DamagedStateError: The state file cannot be understood.
+        DamagedStateError: The state file is not valid.
     """
     return _mapping((read_state(directory) or {}).get(_MANAGERS)).get(prefix)
 
 
 def write_entry(directory: str | os.PathLike[str], prefix: str, entry: Mapping[str, Any], *, durable: bool) -> None:
-    """Set the fields of a manager's entry; whatever else the state file has stays.
+    """Set fields of a manager's entry; all other contents of the state file stay.
 
     Args:
         directory: Directory of the state file.
@@ -135,7 +135,7 @@ def write_entry(directory: str | os.PathLike[str], prefix: str, entry: Mapping[s
 
 
 def _state_or_new(directory: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The state file, or one that finds all checkpoints that are there."""
+    """The state file; if it is missing or damaged, a new one with the prefixes of all checkpoints in the directory."""
     try:
         state = read_state(directory)
     except DamagedStateError:

@@ -1,4 +1,4 @@
-"""Write jobs and read jobs, and how both are divided: into blocks of the file, and the parts of tensors they hold."""
+"""Write jobs and read jobs, and their division into blocks of the file and the matching parts of tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class WriteJob(msgspec.Struct, frozen=True):
         key: Checkpoint key, for messages and for HDF5.
         dataset_offset: Position of the dataset in the file, in bytes.
         global_shape: Shape of the dataset.
-        box: Where the box is in the dataset.
+        box: The box, in coordinates of the dataset.
         tensor: Its elements, of shape `box.shape`; any strides, any device.
-        checksum: Index of the checksum of the first of its pieces.
+        checksum: Index of the checksum of its first piece.
     """
 
     key: str
@@ -42,9 +42,9 @@ class ReadJob(msgspec.Struct, frozen=True):
         key: Checkpoint key, for messages and for HDF5.
         dataset_offset: Position of the dataset in the file, in bytes.
         global_shape: Shape of the dataset.
-        box: Where the box is in the dataset.
-        tensor: Where its elements go, of shape `box.shape` and of the stored dtype; any strides, any device.
-        expected: Checksum of the box's packed bytes, when the box is a piece as written; None: cannot be verified.
+        box: The box, in coordinates of the dataset.
+        tensor: Receives its elements; of shape `box.shape` and of the stored dtype; any strides, any device.
+        expected: Checksum of the box's packed bytes if the box is a piece; None if it cannot be verified.
     """
 
     key: str
@@ -59,10 +59,10 @@ class ReadJob(msgspec.Struct, frozen=True):
 
 
 class Block(NamedTuple):
-    """A piece of a write job, or a part of a read job that fits the buffers it goes through.
+    """A piece of a write job, or a part of a read job that fits into a staging buffer.
 
     Attributes:
-        box: Where it is in the dataset.
+        box: Its box, in coordinates of the dataset.
         start: Position of its first byte in the packed bytes of the job.
         nbytes: Its size in bytes.
     """
@@ -90,12 +90,12 @@ def blocks_of(box: Box, itemsize: int) -> Iterator[Block]:
 
 
 def part_of(job: WriteJob | ReadJob, block: Block) -> torch.Tensor:
-    """The part of a job's tensor that a block holds."""
+    """The part of a job's tensor that belongs to a block."""
     return sub_tensor(job.tensor.detach(), block.box, job.box)
 
 
 def sub_tensor(tensor: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
-    """The part of a tensor that is `box`, where the whole tensor is `outer`; both in global coordinates."""
+    """The view of a tensor with the elements of `box`; the whole tensor is `outer`. Both in global coordinates."""
     if box == outer:
         return tensor
     for axis, (start, base, extent) in enumerate(zip(box.offset, outer.offset, box.shape, strict=True)):

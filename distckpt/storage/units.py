@@ -1,6 +1,6 @@
 """Units of an exchange: read into shared memory and verified there, or written from it, and copied to and from tensors.
 
-See `layout.exchange` for what a unit is.
+See `layout.exchange` for the definition of a unit.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from distckpt.tensor_bytes import RAW, is_packed
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A block of a variable that this rank has, or wants.
+    """A box of a variable that this rank holds, or wants.
 
     Attributes:
-        box: Where it is in the global tensor.
+        box: The box, in global coordinates.
         tensor: Its elements, of shape `box.shape` and of the stored dtype; any strides, any device, no gradient.
     """
 
@@ -38,12 +38,12 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class HeldArray(msgspec.Struct, frozen=True):
-    """A block in memory of the CPU: copying a part of an array costs a tenth of what it costs with a tensor.
+    """A `Held` in host memory, as an array: copying a part of an array takes a tenth of the time of a tensor's.
 
     Attributes:
-        box: Where it is in the global tensor.
+        box: The box, in global coordinates.
         array: Its elements as integers of the same size, of shape `box.shape`; any strides.
-        tensor: The tensor, whose memory this is.
+        tensor: The tensor that owns the memory.
     """
 
     box: Box
@@ -52,7 +52,7 @@ class HeldArray(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, held: Held) -> HeldArray | None:
-        """The array of a block; None on a GPU, and for elements that cannot be viewed as integers."""
+        """The array of a `Held`; None on a GPU, and for elements that cannot be viewed as integers."""
         tensor = held.tensor
         raw = RAW.get(tensor.element_size())
         if raw is None or gpu_of(tensor) is not None or tensor.is_conj() or tensor.is_neg():
@@ -64,7 +64,7 @@ _HeldT = TypeVar("_HeldT", Held, HeldArray)
 
 
 def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> Iterator[tuple[Cell, _HeldT, Box]]:
-    """The cells and blocks that have elements in common, and their intersections."""
+    """Pairs of a cell and a held box that have elements in common, with their intersection."""
     for cell in cells:
         for block in held.get(cell.variable, ()):
             common = cell.box.intersect(block.box)
@@ -75,15 +75,15 @@ def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> It
 def shared_parts(
     cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The parts of some memory that this rank has or wants.
+    """The parts of some memory that this rank holds or wants.
 
     Args:
         cells: The layout of the memory.
         memory: The bytes.
-        held: What this rank has or wants, by index of the variable.
+        held: The boxes that this rank holds or wants, by index of the variable.
 
     Yields:
-        Pairs of tensors of the same shape and dtype: a part of `memory`, and of what this rank holds.
+        Pairs of tensors of the same shape and dtype: a part of `memory`, and the same elements in a tensor of `held`.
     """
     of_dtype: dict[torch.dtype, torch.Tensor] = {}
     for (_, box, place), block, common in _meetings(cells, held):
@@ -98,7 +98,7 @@ def shared_parts(
 def shared_arrays(
     cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[HeldArray]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """See `shared_parts`; as arrays."""
+    """As `shared_parts`, but with arrays."""
     for (_, box, place), block, common in _meetings(cells, held):
         dtype, itemsize = block.array.dtype, block.array.itemsize
         start = place + first_element(common.relative_to(box), box.shape) * itemsize
@@ -108,13 +108,13 @@ def shared_arrays(
 
 
 def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], message: memoryview) -> None:
-    """Put together what is sent of a unit.
+    """Copy the cells of a parcel from its unit into a message.
 
     Args:
-        parcel: What is sent.
+        parcel: The parcel.
         unit: The bytes of the unit.
         variables: The variables by index.
-        message: Takes the bytes; at least `parcel.nbytes`.
+        message: Receives the bytes; at least `parcel.nbytes`.
     """
     for (variable, box, place), origin in zip(parcel.cells, parcel.origins, strict=True):
         dtype = f"V{variables[variable].itemsize}"
@@ -124,10 +124,10 @@ def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], mess
 
 
 def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int, int, int]]:
-    """The system calls that move a unit: neighbours in the file that are neighbours in memory, too, go together.
+    """The system calls that move a unit. Ranges that are adjacent both in the file and in memory are joined.
 
     Yields:
-        Position in the file, position in memory, and size, in bytes.
+        (position in the file, position in memory, size) of each call, in bytes.
     """
     file_start = memory_start = nbytes = 0
     for variable, span, place in unit:
@@ -149,7 +149,7 @@ def write_unit(
     """Write a unit from memory, and start write-back of its bytes.
 
     Raises:
-        OSError: It failed; names a variable of the unit.
+        OSError: Writing failed; names a variable of the unit.
     """
     for offset, place, nbytes in transfers(unit, variables):
         try:
@@ -161,16 +161,16 @@ def write_unit(
 
 
 class UnitReader:
-    """Reads units, one after the other in the order of their spans, and verifies every piece that it saw whole.
+    """Reads units, one after the other in the order of their spans, and verifies the pieces that it reads whole.
 
     Attributes:
-        report: How much was read and verified.
+        report: The bytes read and verified.
 
     Args:
         fd: Descriptor of the file.
         variables: The variables by index.
-        pieces: Their pieces, sorted; without an entry for variables that are not to be verified.
-        checksums: The file's checksums, or None.
+        pieces: The sorted pieces of each variable to be verified, by index of the variable.
+        checksums: The file's checksums; None verifies nothing.
     """
 
     def __init__(
@@ -206,13 +206,13 @@ def taken_verifier(
     held: Mapping[int, Sequence[Held]],
     checksums: Checksums | None,
 ) -> PieceVerifier:
-    """Verifies the pieces that a rank gets whole in one of its packed tensors, as it takes them from units.
+    """Make a verifier for the strided pieces that a rank takes whole, from units, into one of its packed tensors.
 
     Args:
         variables: The variables by index.
-        pieces: Their pieces, sorted.
-        held: What the rank takes.
-        checksums: The file's checksums, or None.
+        pieces: The sorted pieces of each variable.
+        held: The boxes that the rank takes.
+        checksums: The file's checksums; None verifies nothing.
     """
     tensors: dict[PieceSpan, torch.Tensor] = {}
     for index, blocks in held.items():

@@ -1,4 +1,4 @@
-"""Write pieces with `pwrite` at their positions in the file."""
+"""Write pieces at their positions in the file, with `pwrite` and `pwritev`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distckpt.storage.room import HOST_NBYTES, PINNED_NBYTES, Buffer, padded
 from distckpt.storage.transfer import Block, Progress, WriteJob, blocks_of, part_of
 from distckpt.tensor_bytes import bytes_of, copy_bits, is_packed
 
-#: Neighbours in the file are joined until a write has this many bytes.
+#: Pieces that are adjacent in the file are joined until a write has at least this many bytes.
 _JOINED_NBYTES = 1 << 20
 
-#: Most runs that are listed at once.
+#: Most runs that are listed in memory at once.
 _RUNS_AT_ONCE = 8192
 
 
@@ -28,9 +28,10 @@ class Piece(NamedTuple):
 
     Attributes:
         job: The job that it belongs to.
-        block: Where it is in the dataset, and in the bytes of the job.
+        block: Its position in the dataset, and in the packed bytes of the job.
         checksum: Index of its checksum.
-        data: Its bytes in the memory of the job's tensor; None where they are not packed, and have to be copied.
+        data: Its bytes in the memory of the job's tensor; None if they have to be copied, from a GPU or because the
+            tensor is not packed.
     """
 
     job: WriteJob
@@ -51,7 +52,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
-    """The pieces of jobs, in order."""
+    """The pieces of jobs, in order of the jobs."""
     for job in jobs:
         data = bytes_of(job.tensor) if is_packed(job.tensor) else None
         for number, block in enumerate(blocks_of(job.box, job.tensor.element_size()), job.checksum):
@@ -59,17 +60,20 @@ def pieces_of(jobs: Iterable[WriteJob]) -> Iterator[Piece]:
 
 
 class _OnTheWay(NamedTuple):
-    """Bytes that a GPU is copying: use them after waiting for the ticket."""
+    """Bytes that are being copied from a GPU; they may be used after waiting for the ticket."""
 
     data: memoryview
     ticket: Ticket
 
 
 class PieceBytes:
-    """Gives the packed bytes of pieces: the tensor's own memory where it is packed, else a copy.
+    """Gives the packed bytes of pieces: the memory of the tensor if it is packed, else a copy.
+
+    The caller iterates over `batches`. For each piece it calls `needs_flush`, writes the bytes so far and calls
+    `flushed` if that is true, and then calls `get`.
 
     Args:
-        log: Takes the checksums of the pieces; None: they are not computed.
+        log: Receives the checksums of the pieces; None computes none.
     """
 
     def __init__(self, log: ChecksumLog | None) -> None:
@@ -81,7 +85,7 @@ class PieceBytes:
     def batches(self, pieces: Iterable[Piece]) -> Iterator[Iterable[Piece]]:
         """The pieces in order. Those on GPUs are copied in batches, each while the one before is hashed and written.
 
-        `get` is called for each piece of a batch, and the bytes are written, before the next batch is asked for.
+        The caller must call `get` for each piece of a batch, and write the bytes, before it takes the next batch.
         """
         stream = iter(pieces)
         first: list[Piece] = []
@@ -100,7 +104,7 @@ class PieceBytes:
         yield ready
 
     def _start(self, batch: Iterable[Piece], buffer: Buffer) -> None:
-        """Begin to copy the pieces of a batch that are on GPUs; what was in the buffer has been written."""
+        """Start to copy the pieces of a batch that are on GPUs; the former contents of the buffer have been written."""
         buffer.clear()
         copies, rooms = [], []
         for piece in batch:
@@ -114,11 +118,11 @@ class PieceBytes:
         self._on_the_way.extend(_OnTheWay(data, ticket) for data in rooms)
 
     def needs_flush(self, piece: Piece) -> bool:
-        """Whether bytes given so far must be written, and `flushed` called, before `get`."""
+        """Whether the caller must write the bytes given so far, and call `flushed`, before it calls `get`."""
         return piece.data is None and not self._staging.has_room(piece.block.nbytes)
 
     def flushed(self) -> None:
-        """All bytes given so far have been written."""
+        """Tell that all bytes given so far have been written, so that their buffer can be reused."""
         self._staging.clear()
 
     def get(self, piece: Piece) -> memoryview:
@@ -139,7 +143,7 @@ class PieceBytes:
 
 
 def _before_gpus(stream: Iterator[Piece], first: list[Piece]) -> Iterator[Piece]:
-    """The pieces up to the first one on a GPU, which goes into `first`."""
+    """Yield the pieces before the first one on a GPU, which is appended to `first`."""
     for piece in stream:
         if piece.data is None and gpu_of(piece.job.tensor) is not None:
             first.append(piece)
@@ -148,7 +152,7 @@ def _before_gpus(stream: Iterator[Piece], first: list[Piece]) -> Iterator[Piece]
 
 
 def _fitting(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Batches whose pieces on GPUs fit into one buffer."""
+    """Divide pieces into batches whose pieces on GPUs fit into one pinned buffer."""
     batch: list[Piece] = []
     used = 0
     for piece in pieces:
@@ -162,11 +166,11 @@ def _fitting(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 class PieceWriter:
-    """Writes pieces with few system calls: neighbours in the file go into one `pwritev`.
+    """Writes pieces with few system calls: pieces that are adjacent in the file go into one `pwritev`.
 
     Args:
         fd: Descriptor of the file.
-        log: Takes the checksums of the pieces; None: they are not computed.
+        log: Receives the checksums of the pieces; None computes none.
         progress: Called with the number of bytes just written.
     """
 
@@ -176,13 +180,13 @@ class PieceWriter:
         self._progress = progress
         self._writeback = rawio.Writeback(fd)
         self._buffers: list[memoryview] = []
-        # What has been joined, and where it is in the file. The pieces keep the memory of their tensors alive.
+        # The pieces joined so far, and their range in the file. They keep the memory of their tensors alive.
         self._joined: list[Piece] = []
         self._start = 0
         self._stop = 0
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """Write pieces, whose tensors do not change meanwhile."""
+        """Write pieces. Their tensors must not change meanwhile."""
         for batch in self._bytes.batches(pieces):
             for piece in batch:
                 self._write(piece)
@@ -209,7 +213,7 @@ class PieceWriter:
         self._stop = offset + piece.block.nbytes
 
     def _flush(self) -> None:
-        """Write what has been joined."""
+        """Write the pieces that have been joined."""
         if self._joined:
             nbytes = self._stop - self._start
             try:
@@ -257,11 +261,11 @@ def write_posix(
     checksums: bool,
     progress: Progress | None = None,
 ) -> ChecksumLog:
-    """Write boxes with `pwrite`.
+    """Write boxes with `pwrite`. Local.
 
     Args:
         fd: Descriptor of the file.
-        jobs: What to write. Fastest in file order.
+        jobs: The boxes to write; fastest in file order.
         checksums: Compute the checksum of each piece.
         progress: Called with the number of bytes just written.
 
@@ -274,5 +278,5 @@ def write_posix(
 
 
 def write_pieces(fd: int, pieces: Iterable[Piece], log: ChecksumLog | None, progress: Progress | None) -> None:
-    """Write pieces with `pwrite`, noting checksums in `log`."""
+    """Write pieces with `pwrite`, and add their checksums to `log`. Local."""
     PieceWriter(fd, log, progress).write(pieces)
