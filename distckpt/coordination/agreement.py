@@ -1,4 +1,4 @@
-"""Which error all ranks raise when a step fails on some of them. Texts travel between ranks, never exceptions."""
+"""The error that all ranks raise when a step fails on some of them. Ranks exchange texts, never exceptions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from distckpt.errors import (
     RestoreMismatchError,
 )
 
-#: UTF-8 bytes of a text that travel; the rank where it happened shows the whole as the cause.
+#: Most UTF-8 bytes of a text sent to other ranks; the rank that failed shows the whole text as the cause.
 TEXT_LIMIT = 4096
 
-# Errors that say something about the checkpoint and not about a rank: all ranks raise them as they are.
+# Errors about the checkpoint, not about a rank: all ranks raise them with their own type.
 _RAISED_AS_THEY_ARE: dict[str, type[CheckpointError]] = {
     kind.__name__: kind for kind in (LayoutError, RestoreMismatchError, CorruptCheckpointError, CheckpointNotFoundError)
 }
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """What travels of an exception.
+    """An exception as sent to other ranks.
 
     Attributes:
-        raised_as: Name of the error that all ranks raise as it is; empty for any other exception.
-        type_name: Name of its type.
+        raised_as: Name of the error type, if all ranks raise the error with this type; else empty.
+        type_name: Name of the exception's type.
         text: Its message and notes, cut at `TEXT_LIMIT`.
     """
 
@@ -43,21 +43,21 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 def describe(error: BaseException) -> Failure:
-    """Put an exception into words."""
+    """Describe an exception for other ranks."""
     raised_as = next((name for name, kind in _RAISED_AS_THEY_ARE.items() if isinstance(error, kind)), "")
     return Failure(raised_as, type(error).__name__, _shortened(_message(error)))
 
 
 def encode(error: BaseException | None) -> bytes:
-    """Pack an exception for the other ranks; no bytes at all when there is none."""
+    """Encode an exception for the other ranks; no bytes for None."""
     return b"" if error is None else msgspec.msgpack.encode(describe(error))
 
 
 def decode(packed: Sequence[bytes]) -> dict[int, Failure]:
-    """Unpack what the ranks sent, in rank order.
+    """Decode the encoded exceptions of all ranks, in rank order.
 
     Returns:
-        Failing rank to failure.
+        For each rank that failed: its failure.
     """
     return {rank: msgspec.msgpack.decode(text, type=Failure) for rank, text in enumerate(packed) if text}
 
@@ -67,8 +67,8 @@ def agreed_error(step: str, failures: dict[int, Failure], remedy: str) -> Checkp
 
     Args:
         step: Name of the step that failed.
-        failures: Failing rank to failure; not empty.
-        remedy: The way out, shown with a `CollectiveError`.
+        failures: For each rank that failed: its failure; not empty.
+        remedy: Advice to the user, shown with a `CollectiveError`.
 
     Returns:
         The checkpoint error of the lowest rank that has one, else a `CollectiveError` that lists all failures.
@@ -80,9 +80,9 @@ def agreed_error(step: str, failures: dict[int, Failure], remedy: str) -> Checkp
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Drop the local variables of all ended functions that the exception went through, its causes included.
+    """Clear the local variables of all ended functions in the tracebacks of an exception and its causes.
 
-    While agreement is pending they would keep HDF5 objects alive, whose closing may be collective, and big buffers.
+    During the agreement they would keep alive HDF5 objects, whose closing may be collective, and large buffers.
     """
     seen = set[int]()
     while error is not None and id(error) not in seen:
@@ -95,7 +95,7 @@ def _message(error: BaseException) -> str:
     try:
         notes = (f"({note})" for note in getattr(error, "__notes__", ()))
         return " ".join(filter(None, (str(error), *notes)))
-    except Exception:  # whatever a foreign exception's __str__ does, its rank must come to the agreement
+    except Exception:  # even if the exception's __str__ fails, this rank must take part in the agreement
         return "(its message cannot be shown)"
 
 

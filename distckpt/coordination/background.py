@@ -1,10 +1,10 @@
-"""A thread that goes on with a collective operation while the program does something else.
+"""A background thread that goes on with a collective operation while the program does something else.
 
 There is one thread per communicator, so that operations over it end in the order in which they began, the same on all
-ranks. A task has a beginning and an end that are collective, and between them a local part. Where any thread may call
-MPI (THREAD_MULTIPLE), the thread does all of it, on a duplicate of the communicator that the main thread has made for
-it; it is then said to speak. Elsewhere the thread does the local part only: the main thread submits a task that needs
-no beginning, and ends it in the next collective call.
+ranks. A task has a beginning and an end that are collective, and a local part between them. If any thread may call MPI
+(THREAD_MULTIPLE), the thread does all of it, on a duplicate of the communicator that the main thread has made for it;
+it is then said to speak. Otherwise the thread does the local part only: the main thread submits a task that needs no
+beginning, and ends it in the next collective call.
 
     with THREAD_MULTIPLE     main thread    submit
                              this thread          begin --> local part --> end
@@ -33,53 +33,56 @@ from distckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: The lowest priority: the thread gets what the program leaves of the cores.
+#: The lowest priority, so that the thread uses only the core time that the program leaves.
 _NICE = 19
 
 
 class Task(Protocol):
-    """What is to be done in the background. Its methods raise nothing; what fails is kept in the task.
+    """Work for the background thread. Its methods raise nothing; the task keeps its error.
 
     Attributes:
-        timeout: Seconds that it may take to complete when the program exits.
+        timeout: Seconds that the task may take to complete when the program exits.
     """
 
     timeout: float
 
     def begin(self, coordinator: Coordinator) -> None:
-        """Do what all ranks must have finished before any rank works. Called if the thread speaks. Collective."""
+        """Do the part that all ranks must finish before any rank works. Called if the thread speaks. Collective."""
 
     def work(self) -> None:
-        """The part that needs no other rank. Local."""
+        """Do the part that needs no other rank. Local."""
 
     def end(self, coordinator: Coordinator) -> None:
         """Agree with the other ranks, and commit. Collective, unless the task has failed on all ranks by now."""
 
     def end_together(self, timeout: float | None) -> bool:
-        """Wait for the work, then end the task, unless it has ended. Called if the thread does not speak. Collective.
+        """Wait for the work, then end the task if it has not ended. Called if the thread does not speak. Collective.
 
         Args:
             timeout: Seconds to wait for the work; None for no limit.
 
         Returns:
-            Whether it has ended. The same on all ranks.
+            Whether the task has ended. The same on all ranks.
         """
 
     def complete(self, timeout: float) -> None:
-        """Wait for the end, or bring it about, from the main thread; give up after the timeout, in seconds.
+        """Wait for the end of the task, or end it, from the main thread; give up after `timeout` seconds.
 
-        Local where the thread speaks to the other ranks, else collective.
+        Local if the thread speaks, else collective.
         """
 
     def report(self) -> None:
-        """The program exits: log a failure that nobody has asked for, or that the task was not completed. Local."""
+        """Log at exit a failure that nobody has asked for, or that the task was not completed. Local."""
 
 
 class Background:
-    """The thread of one communicator.
+    """The background thread of one communicator.
+
+    `background_of` makes it at the first use: it calls `start`, then `speak_alone` or `speak_over` if the thread may
+    call MPI. The main thread calls `submit` for each task, and `finish` or `release` at the end.
 
     Attributes:
-        speaks: The thread calls MPI: it begins and ends tasks. Otherwise the main thread ends them.
+        speaks: Whether the thread begins and ends tasks, calling MPI. Otherwise the main thread ends them.
     """
 
     def __init__(self) -> None:
@@ -96,18 +99,18 @@ class Background:
         """Start the thread. Local.
 
         Raises:
-            RuntimeError: The system has no more threads.
+            RuntimeError: The system cannot start more threads.
         """
         self._thread.start()
         _register(self)
 
     def speak_alone(self) -> None:
-        """Let the thread begin and end tasks of a communicator of one rank, which needs no MPI."""
+        """Let the thread begin and end tasks of a communicator of one rank, which needs no MPI. Local."""
         self._coordinator = Coordinator.alone()
         self.speaks = True
 
     def speak_over(self, duplicate: MPI.Intracomm) -> None:
-        """Let the thread begin and end tasks, over a communicator that nobody else uses."""
+        """Let the thread begin and end tasks, over a communicator that nobody else uses. Local."""
         self._duplicate = duplicate
         self._collectives = PolledCollectives(duplicate)
         self._coordinator = Coordinator.over(Spoken(self._collectives))
@@ -117,7 +120,7 @@ class Background:
         """Check that the thread still takes tasks. Local.
 
         Raises:
-            CheckpointError: The program exits, or this is a forked process.
+            CheckpointError: The program is exiting, or this is a forked process.
         """
         if self._finished or not self._thread.is_alive():
             raise CheckpointError(
@@ -129,7 +132,7 @@ class Background:
         """Check that the thread is in this process, before waiting for it. Local.
 
         Raises:
-            CheckpointError: This process was forked from the one that has it.
+            CheckpointError: This process was forked from the one that has the thread.
         """
         if not self._thread.is_alive():
             raise CheckpointError(
@@ -137,23 +140,24 @@ class Background:
             )
 
     def submit(self, task: Task) -> None:
-        """Take a task. Local; raises nothing, for the other ranks take theirs."""
+        """Queue a task. Local; raises nothing, since the other ranks have queued theirs."""
         self._tasks.append(task)
         self._queue.put(task)
 
     def up_to(self, task: Task) -> list[Task]:
-        """A task and those before it whose results nobody has, in the order in which they end. Local."""
+        """A task and those before it whose results nobody has taken, in the order in which they end. Local."""
         before = list(self._tasks)
         return before[: before.index(task) + 1] if task in before else [task]
 
     def forget(self, task: Task) -> None:
-        """Drop a task that has ended and whose result somebody has. Local; may be called again."""
+        """Drop a task that has ended and whose result has been taken. Local; may be called again."""
         with suppress(ValueError):
             self._tasks.remove(task)
 
     def finish(self) -> None:
-        """Complete what is in flight, and end the thread. The program exits, or the communicator is freed. Local or
-        collective, as `Task.complete`.
+        """Complete all tasks, and end the thread. Local or collective, as `Task.complete`.
+
+        Called when the program exits or the communicator is freed.
         """
         start = time.monotonic()
         self._finished = True
@@ -170,7 +174,7 @@ class Background:
             _LIVING.remove(self)
 
     def release(self) -> None:
-        """The user frees the communicator. Collective over it."""
+        """End the thread and free the duplicate, when the user frees the communicator. Collective over it."""
         self.finish()
         if self._duplicate is not None and not self._thread.is_alive():
             self._duplicate.Free()
@@ -184,11 +188,11 @@ class Background:
             task.work()
             if self._coordinator is not None:
                 task.end(self._coordinator)
-            del task  # it may hold a whole checkpoint; the next one may come late
+            del task  # it may hold a whole checkpoint, and the next one may come much later
 
 
 def background_of(coordinator: Coordinator) -> Background:
-    """The thread of a coordinator's communicator. Collective at the first use, after all ranks have arrived.
+    """The background thread of a coordinator's communicator. Collective at the first use, after the arrival.
 
     Raises:
         CollectiveError: A rank cannot start a thread, or MPI has no communicators left.
@@ -209,7 +213,7 @@ def background_of(coordinator: Coordinator) -> Background:
 
 
 def _let_speak(background: Background, coordinator: Coordinator, session: Session | Alone | Spoken) -> None:
-    """Let the thread speak to the other ranks where that is allowed on all of them. Collective."""
+    """Let the thread call MPI if all ranks may do so. Collective."""
     if session.size == 1:
         background.speak_alone()
     elif isinstance(session, Session):
@@ -230,7 +234,7 @@ def _give_duplicate(background: Background, coordinator: Coordinator, session: S
 
 
 def threads_may_speak() -> bool:
-    """Whether MPI takes calls from any thread at any time. Local."""
+    """Whether any thread may call MPI at any time (THREAD_MULTIPLE). Local."""
     from mpi4py import MPI
 
     return MPI.Query_thread() == MPI.THREAD_MULTIPLE
@@ -238,7 +242,7 @@ def threads_may_speak() -> bool:
 
 # ---- the end of the program --------------------------------------------------------------------------------------
 
-#: All that have a thread; and the processes that they were made in: a forked process has none of the threads.
+#: All `Background`s with a thread, and the ids of the processes that made them: a forked process has no such threads.
 _LIVING: list[Background] = []
 _PROCESS: set[int] = set()
 
@@ -251,7 +255,7 @@ def _register(background: Background) -> None:
 
 
 def _finish_all() -> None:
-    """Complete everything that is in flight in this process. Python calls it before mpi4py finalises MPI."""
+    """Complete all tasks of this process. Python calls it at exit, before mpi4py finalises MPI."""
     if os.getpid() not in _PROCESS:
         return
     for background in tuple(_LIVING):
@@ -260,9 +264,9 @@ def _finish_all() -> None:
 
 @cache
 def _finish_before_finalize() -> None:
-    """Complete everything before MPI_Finalize, whoever calls it.
+    """Make MPI_Finalize complete all tasks first, whoever calls it.
 
-    MPI_Finalize first deletes the attributes of COMM_SELF, while MPI can still be used.
+    MPI_Finalize begins by deleting the attributes of COMM_SELF, while MPI can still be used.
     """
     from mpi4py import MPI
 

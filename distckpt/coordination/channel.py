@@ -21,14 +21,14 @@ _EMPTY_PROBES = 3
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The protocol's times, in seconds.
+    """The times of the arrival protocol, in seconds.
 
     Attributes:
-        grace: How much longer than root the other ranks wait, and how long they collect answers to a ROLL.
-        patience: How long a rank waits for its team before it turns to root; all deadlines are later by as much.
-        notice: How long a rank waits after it has heard that the others gave up.
-        spin: How long to poll without a pause.
-        polite: How long to poll after that, yielding the core between polls.
+        grace: Time that the other ranks wait longer than root, and for which they collect answers to a ROLL.
+        patience: Time that a rank waits for its team before it turns to root; all deadlines are later by as much.
+        notice: Time that a rank waits after it has heard that the others gave up.
+        spin: Time from the start of a wait for which the rank polls without a pause.
+        polite: Time from the start of a wait up to which it yields the core between polls.
         nap: Pause between two polls from then on.
     """
 
@@ -41,7 +41,7 @@ class Waits:
 
 
 class Channel:
-    """This rank's end of the messages over one communicator and tag."""
+    """Sends and receives the messages of this rank over one communicator and tag."""
 
     def __init__(self, comm: MPI.Intracomm, tag: int, waits: Waits) -> None:
         from mpi4py import MPI
@@ -71,11 +71,11 @@ class Channel:
         """Wait for the next message until the deadline.
 
         Args:
-            deadline: When to stop waiting, on the clock of `now`; may be infinite.
+            deadline: Time to stop waiting, on the clock of `now`; may be infinite.
             interruptible: Let KeyboardInterrupt through while waiting; no message is lost by it.
 
         Returns:
-            The message; None at the deadline, when nothing has arrived.
+            The message; None if none has arrived by the deadline.
         """
         start = 0.0
         while (message := self._probe()) is None:
@@ -93,7 +93,7 @@ class Channel:
         return message
 
     def drain(self) -> Iterator[Message]:
-        """Yield what has already arrived."""
+        """Yield the messages that have already arrived."""
         empty = 0
         while empty < _EMPTY_PROBES:
             message = self._probe()
@@ -107,7 +107,7 @@ class Channel:
         if waited < self.waits.spin:
             return
         if waited < self.waits.polite:
-            os.sched_yield()  # the rank that is waited for may need this core
+            os.sched_yield()  # the other rank may need this core
         elif interruptible:
             with INTERRUPTS.allowed():
                 time.sleep(self.waits.nap)

@@ -1,4 +1,4 @@
-"""Whether MPI, the user's communicator and the launcher allow a collective call: the checks before the first one."""
+"""Checks before the first collective call: of MPI, the user's communicator and the launcher."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def require_intracomm(comm: object) -> None:
-    """Check what a user passes as communicator, without importing MPI for something that cannot be one.
+    """Check that an argument is a communicator, without importing MPI if it cannot be one.
 
     Raises:
-        TypeError: It is no mpi4py intracommunicator.
+        TypeError: It is not an mpi4py intracommunicator.
     """
     mpi = sys.modules.get("mpi4py.MPI")
-    # A null communicator has no group, so any kind of it passes here; the first collective call refuses it.
+    # A null communicator has no group, so that of any kind passes here; the first collective call refuses it.
     if mpi is None or not isinstance(comm, mpi.Comm) or (comm and not isinstance(comm, mpi.Intracomm)):
         raise TypeError(
             f"comm: expected an mpi4py intracommunicator such as MPI.COMM_WORLD, or None for COMM_WORLD. "
@@ -65,10 +65,10 @@ def require_handle(comm: MPI.Intracomm, *, freed: bool = False) -> None:
 
     Args:
         comm: The communicator.
-        freed: It is known to be freed.
+        freed: Whether it is known to have been freed.
 
     Raises:
-        CheckpointError: It is null or freed.
+        CheckpointError: The communicator is null or has been freed.
     """
     if freed or not comm:
         raise CheckpointError(
@@ -78,13 +78,13 @@ def require_handle(comm: MPI.Intracomm, *, freed: bool = False) -> None:
 
 
 def require_single(cause: str) -> None:
-    """Check that a process that is alone was started alone.
+    """Check that a process without other ranks was started alone.
 
     Args:
-        cause: Why it knows nothing of others, a clause.
+        cause: The reason why it does not see other ranks, as a clause for the message.
 
     Raises:
-        CheckpointError: The launcher says that it has started more processes.
+        CheckpointError: The launcher has started more processes.
     """
     expected = expected_size()
     if expected is not None and expected.size > 1:

@@ -1,4 +1,4 @@
-"""Bytes and arrays between ranks: MPI collectives on buffers that exist already, so that no rank fails halfway."""
+"""Bytes and arrays between ranks: MPI collectives on buffers allocated before, so that no rank fails halfway."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALL_LIMIT = 1 << 30
 
 
 class Collectives(Protocol):
-    """What the coordinator needs from the ranks. Every method is collective over the communicator."""
+    """The collective operations that a coordinator needs. Every method is collective over the communicator."""
 
     rank: int
     size: int
@@ -31,30 +31,30 @@ class Collectives(Protocol):
         """Replace the array, uint8, by its elementwise maximum over all ranks."""
 
     def lengths(self, length: int) -> list[int]:
-        """The length that each rank passes."""
+        """The length that each rank passes, in rank order."""
 
     def broadcast(self, buffer: Buffer) -> None:
-        """Fill the buffer with that of rank 0, of the same length."""
+        """Fill the buffer with the bytes of rank 0's, which has the same length."""
 
     def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
-        """Concatenate the values of all ranks in the buffer of one rank; others pass an empty one.
+        """Concatenate the values of all ranks in the buffer of rank `root`; the others pass an empty one.
 
-        That rank passes the length of each value; others may pass any lengths, if only all know whether the values
-        take more than one call (`CALL_LIMIT`).
+        The root passes the length of each value. The others may pass any lengths, as long as their sum is above
+        `CALL_LIMIT` exactly if the root's is.
         """
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """The rows of all ranks, of the same length and type, on rank 0; None on the others."""
+        """Gather rows of the same length and type on rank 0: one row for each rank; None on the others."""
 
     def scatter(self, values: bytes, lengths: Sequence[int], buffer: bytearray) -> None:
-        """Hand out rank 0's concatenated values; others pass none. Fills the buffer.
+        """Fill each rank's buffer with its value, from the concatenated values on rank 0; the others pass none.
 
-        Rank 0 passes the length of each value; others may pass any lengths with the same sum.
+        Rank 0 passes the length of each value; the others may pass any lengths with the same sum.
         """
 
 
 class SingleRank:
-    """Collectives of a process that is alone; needs no MPI."""
+    """Collectives of a single process; needs no MPI."""
 
     rank = 0
     size = 1
@@ -154,18 +154,18 @@ class MpiCollectives:
                 self._comm.Recv((part, self._byte), 0, _TAG)
 
     def _parts(self, buffer: Buffer) -> Iterator[memoryview]:
-        """The buffer in parts that one MPI call can move."""
+        """The buffer in parts that one MPI call can move, of at most `CALL_LIMIT` bytes."""
         view = memoryview(buffer)
         for start in range(0, len(view), self._limit):
             yield view[start : start + self._limit]
 
     def _parts_of_others(self, buffer: Buffer, lengths: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
-        """The parts of this rank's buffer that belong to the other ranks, in the order in which these move them."""
+        """(rank, part) for the other ranks' parts of this rank's buffer, in the order in which these move them."""
         for rank, (start, length) in enumerate(zip(starts_of(lengths), lengths, strict=True)):
             for part in self._parts(memoryview(buffer)[start : start + length]) if rank != self.rank else ():
                 yield rank, part
 
 
 def starts_of(lengths: Sequence[int]) -> list[int]:
-    """Where each of some concatenated values begins."""
+    """The position of each of some concatenated values."""
     return [0, *itertools.accumulate(lengths)][:-1]

@@ -1,4 +1,4 @@
-"""The coordinator: what ranks do together, so that a failure on one of them is the same error on all."""
+"""The coordinator: operations of all ranks together, in which a failure on one rank becomes the same error on all."""
 
 from __future__ import annotations
 
@@ -28,27 +28,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds for the first call of all, where it is not an `arrive`.
+#: Seconds to wait for the other ranks in the very first call, if it is not an `arrive`.
 _FIRST_CALL_TIMEOUT = 600.0
 
 
 class Coordinator:
-    """What the ranks of a communicator do together.
+    """The operations that the ranks of a communicator do together.
+
+    A save or restore takes its `turn`, calls `arrive` and then runs its steps: `step` for local work, `on_root` and
+    `merge` for work on rank 0, and the other methods for bytes and arrays.
 
     Every method is collective over the communicator, in the same order on all ranks, unless it says otherwise. The
-    first one duplicates the communicator, once for all coordinators over it. Functions and `with` bodies given to a
-    coordinator are local: whatever they raise is caught, the ranks agree, and then all raise. `LayoutError`,
-    `RestoreMismatchError`, `CorruptCheckpointError` and `CheckpointNotFoundError` are raised as they are on the lowest
-    rank that has one; anything else becomes a `CollectiveError` naming the ranks. The exception that was caught is the
-    `__cause__` where it happened. Only a rank that is told to exit (KeyboardInterrupt, SystemExit) raises just that.
+    first call duplicates the communicator, once for all coordinators over it. Functions and `with` bodies given to a
+    coordinator are local: any exception in them is caught, the ranks agree, and then all raise. All ranks raise the
+    `LayoutError`, `RestoreMismatchError`, `CorruptCheckpointError` or `CheckpointNotFoundError` of the lowest rank that
+    has one; any other exception becomes a `CollectiveError` that names the ranks. On the rank where it was caught, the
+    exception is the `__cause__`. Only a rank that is told to exit (KeyboardInterrupt, SystemExit) raises just that.
     """
 
     def __init__(self, comm: object | None = None) -> None:
-        """Local; talks to nobody.
+        """Local; communicates with no other rank.
 
         Args:
             comm: An mpi4py intracommunicator; None is COMM_WORLD, looked up at the first use, or this process alone
-                when mpi4py is not installed.
+                if mpi4py is not installed.
 
         Raises:
             TypeError: `comm` is something else.
@@ -61,7 +64,7 @@ class Coordinator:
 
     @classmethod
     def over(cls, session: Spoken) -> Self:
-        """A coordinator for a thread in the background. Local."""
+        """A coordinator for a background thread. Local."""
         coordinator = cls()
         coordinator._session = session
         return coordinator
@@ -87,12 +90,12 @@ class Coordinator:
 
     @property
     def session(self) -> Session | Alone | Spoken:
-        """What all coordinators over the communicator share. Local; may initialise MPI."""
+        """The state that all coordinators over the communicator share. Local; may initialise MPI."""
         return self._open()
 
     @property
     def turn(self) -> AbstractContextManager[bool]:
-        """Held during a public call: threads of one process take turns over a communicator. Local.
+        """Lock held during a public call: threads of one process take turns over a communicator. Local.
 
         Their calls must come in the same order on all ranks, as all MPI calls; else they end in a `LayoutError`.
         """
@@ -117,7 +120,7 @@ class Coordinator:
 
     @property
     def nodes(self) -> Nodes:
-        """Which ranks are on which node. Collective at its first use."""
+        """The nodes and their ranks. Collective at its first use."""
         self._connect("nodes")
         session = self._open()
         assert not isinstance(session, Spoken), "a thread in the background exchanges nothing"
@@ -131,21 +134,21 @@ class Coordinator:
     # ---- who is here ---------------------------------------------------------------------------------------------
 
     def arrive(self, operation: str, shared: int, balance: int, timeout: float) -> bool:
-        """Wait for all ranks and compare what they bring. One exchange; starts every operation.
+        """Wait for all ranks, and check that they agree. One exchange; starts every operation.
 
         Args:
-            operation: Name of the public call, such as "save". Compared, too.
-            shared: uint64 that must be the same on all ranks.
-            balance: uint64 whose sum over all ranks must be 0 modulo 2**64.
+            operation: Name of the public call, such as "save"; must be the same on all ranks.
+            shared: uint64 that should be the same on all ranks.
+            balance: uint64 whose sum over all ranks should be 0 modulo 2**64.
             timeout: Seconds to wait for the other ranks.
 
         Returns:
-            Whether shared and balance are as they must be. The same on all ranks.
+            Whether `shared` and `balance` fulfil these conditions. The same on all ranks.
 
         Raises:
             LayoutError: The ranks are in different operations.
             RankTimeoutError: Some ranks did not come, or this one came after the others had given up.
-            CheckpointError: Local: MPI is not running or the communicator is freed.
+            CheckpointError: Local, on this rank only: MPI is not running, or the communicator has been freed.
         """
         digest = xxhash.xxh3_64_intdigest(shared.to_bytes(8, "little") + operation.encode())
         with INTERRUPTS.held():
@@ -157,13 +160,13 @@ class Coordinator:
     def uninterrupted(self) -> AbstractContextManager[None]:
         """Hold KeyboardInterrupt back over an operation of several steps. Local.
 
-        It is let through where it can be agreed on: in the body of a step, in functions run on rank 0 and while
+        It is let through where ranks can agree on it: in the body of a step, in functions run on rank 0 and while
         waiting for arrivals; otherwise at the end.
         """
         return INTERRUPTS.held()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let KeyboardInterrupt through where nobody depends on this rank yet, also within `uninterrupted`. Local."""
+        """Let KeyboardInterrupt through, also within `uninterrupted`, while no rank depends on this one. Local."""
         return INTERRUPTS.allowed()
 
     # ---- local work ----------------------------------------------------------------------------------------------
@@ -174,12 +177,12 @@ class Coordinator:
 
         Args:
             name: Name of the step, shown in errors.
-            remedy: The way out, shown with a `CollectiveError`.
-            clear_frames: When the body fails, drop the local variables of the functions it called before agreeing,
+            remedy: Advice to the user, shown with a `CollectiveError`.
+            clear_frames: If the body fails, clear the local variables of the functions that it called before agreeing,
                 so that they keep no HDF5 object open. Those of the function that contains the body stay.
 
         Raises:
-            CheckpointError: As the class describes, when the body failed on any rank.
+            CheckpointError: As the class describes, if the body failed on any rank.
         """
         with INTERRUPTS.held():
             collectives = self._connect(name)
@@ -194,12 +197,12 @@ class Coordinator:
             try:
                 outcome.agree(collectives, name, own, remedy)
             finally:
-                own = None  # else the exception and this frame keep each other, and all they hold, alive
+                own = None  # else the exception and this frame keep each other alive, with all their objects
 
     def any_set(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. One reduction; raises nothing.
 
-        Ranks may use it to stop together, and raise what failed in a later step of more ranks than these.
+        Ranks may use it to stop together, and raise their errors in a later step of more ranks than these.
         """
         with INTERRUPTS.held():
             return self._connect("agree").any_set(flag)
@@ -207,19 +210,19 @@ class Coordinator:
     # ---- work on rank 0 ------------------------------------------------------------------------------------------
 
     def on_root(self, name: str, fn: Callable[[], T], result_type: type[T], *, remedy: str = "") -> T:
-        """Run a function on rank 0 and give all ranks its result. One broadcast when the result is small.
+        """Run a function on rank 0 and give all ranks its result. One broadcast if the result is small.
 
         Args:
             name: Name of the step, shown in errors.
             fn: Run on rank 0 only.
-            result_type: Type of the result: anything msgspec can encode. `type(None)` for no result.
-            remedy: The way out, shown with a `CollectiveError`.
+            result_type: Type of the result: any type that msgspec can encode; `type(None)` for no result.
+            remedy: Advice to the user, shown with a `CollectiveError`.
 
         Returns:
-            The result as decoded from its encoding, on rank 0, too.
+            The result as decoded from its encoding, also on rank 0.
 
         Raises:
-            CheckpointError: As the class describes, when the function failed.
+            CheckpointError: As the class describes, if the function failed.
         """
         with INTERRUPTS.held():
             collectives = self._connect(name)
@@ -244,14 +247,14 @@ class Coordinator:
         Args:
             name: Name of the step, shown in errors.
             value: This rank's value.
-            fn: Run on rank 0 only: all values in rank order to one reply per rank.
-            remedy: The way out, shown with a `CollectiveError`.
+            fn: Run on rank 0 only; takes all values in rank order, and returns one reply per rank.
+            remedy: Advice to the user, shown with a `CollectiveError`.
 
         Returns:
             This rank's reply.
 
         Raises:
-            CheckpointError: As the class describes, when the function failed.
+            CheckpointError: As the class describes, if the function failed.
         """
 
         def merge(values: list[Parts]) -> list[Parts]:
@@ -262,7 +265,7 @@ class Coordinator:
     def merge_parts(
         self, name: str, value: Parts, fn: Callable[[list[Parts]], Sequence[Parts]], *, remedy: str = ""
     ) -> Reply:
-        """`merge`, where much of the values, and of the replies, is the same on many ranks: that travels once."""
+        """As `merge`, for values and replies that are partly the same on many ranks; common parts are sent once."""
         with INTERRUPTS.held():
             return merging.merge(self._connect(name), name, value, fn, remedy)
 
@@ -288,25 +291,25 @@ class Coordinator:
                 return outcome.split(values, lengths)
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """Give rank 0 a few numbers of every rank. One gather; nothing foreseeable fails in it.
+        """Give rank 0 a few numbers of every rank. One gather; no failure is expected in it.
 
         Args:
-            row: One-dimensional, of the same length and type on all ranks.
+            row: The numbers, one-dimensional; of the same length and type on all ranks.
 
         Returns:
-            On rank 0 one row for each rank; None on the others.
+            On rank 0: an array with one row for each rank. None on the others.
         """
         with INTERRUPTS.held():
             return self._connect("gather rows").gather_rows(row)
 
     def gather_into(self, root: int, data: Buffer, lengths: Sequence[int], memory: bytearray | memoryview) -> None:
-        """Concatenate the bytes of all ranks in the memory of one. One gather; nothing foreseeable fails.
+        """Concatenate the bytes of all ranks in the memory of one rank. One gather; no failure is expected in it.
 
         Args:
             root: The rank that receives.
             data: This rank's bytes.
-            lengths: On the root: the number of bytes of each rank. Together at most `collectives.CALL_LIMIT`.
-            memory: On the root: for as many bytes.
+            lengths: On the root: the number of bytes of each rank; at most `collectives.CALL_LIMIT` together.
+            memory: On the root: receives the bytes; as long as all of them.
         """
         with INTERRUPTS.held():
             collectives = self._connect("gather into")
@@ -322,7 +325,7 @@ class Coordinator:
             An array of the same type and shape; on rank 0 the one passed, if it is contiguous.
 
         Raises:
-            CheckpointError: As the class describes, when the array cannot be sent.
+            CheckpointError: As the class describes, if the array cannot be sent.
         """
         name = "share"
         with INTERRUPTS.held():
@@ -353,22 +356,22 @@ class Coordinator:
             return result
 
     def shared_memory(self, nbytes: int) -> SharedMemory | None:
-        """Memory that all ranks of a node see, a part for each rank. For a coordinator of one node (see `node`).
+        """Allocate memory that all ranks of a node share, with a part for each. For a coordinator of a node (`node`).
 
         Args:
-            nbytes: Bytes for each rank, the same on all.
+            nbytes: Bytes of each part, the same on all ranks.
 
         Returns:
-            The memory, which all ranks free together; None on all ranks where there is none to be had.
+            The memory, which all ranks free together; None on all ranks if any cannot allocate it.
         """
         with INTERRUPTS.held():
             collectives = self._connect("shared memory")
             return allocate(self._open().duplicate, collectives, nbytes)
 
     def swap(self, outgoing: Payload, incoming: Payload) -> None:
-        """Send bytes to one rank and receive some from another one; for empty ones nothing is sent.
+        """Send bytes to one rank and receive bytes from another; no message is sent for an empty payload.
 
-        Not collective: the ranks that are sent to and received from call it, too, with the same sizes.
+        Not collective: only the ranks that exchange messages call it, each pair with the same sizes.
         """
         with INTERRUPTS.held():
             self._connect("swap")
@@ -377,15 +380,15 @@ class Coordinator:
     # ---- steps that cannot be agreed on --------------------------------------------------------------------------
 
     def watchdog(self, name: str, timeout: float) -> AbstractContextManager[None]:
-        """End the job, naming the step, when the body takes longer than the timeout. Local.
+        """End the job, naming the step, if the body takes longer than the timeout. Local.
 
-        For calls that can hang on all ranks because they fail on one. h5py keeps Python's lock while it opens a file,
-        so that no watchdog runs on the ranks that hang there: the body must contain the agreement after such a call,
-        where the rank that failed waits.
+        For calls that can hang on all ranks if they fail on one. h5py holds the GIL while it opens a file, so the
+        watchdog cannot run on the ranks that hang there. Therefore the body must contain the agreement after such a
+        call: the rank that failed waits there, and its watchdog ends the job.
 
         Args:
             name: Name of the step, for the message.
-            timeout: Seconds.
+            timeout: Seconds that the body may take.
         """
         return job_end.watchdog(name, self.rank, timeout)
 
@@ -398,7 +401,7 @@ class Coordinator:
         return self._session
 
     def _connect(self, name: str) -> Collectives:
-        """The collectives of the duplicate. The very first call of all duplicates, so the ranks must arrive first."""
+        """The collectives of the duplicate. The very first call makes the duplicate, after the ranks have arrived."""
         session = self._open()
         if session.collectives is None:
             self.arrive(name, 0, 0, _FIRST_CALL_TIMEOUT)
@@ -411,7 +414,7 @@ class Coordinator:
 
 
 class _ArrayType(msgspec.Struct, frozen=True, array_like=True):
-    """Type of an array that is about to be shared."""
+    """dtype and shape of an array that is about to be shared."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when a rank may leave without the others waiting for it for ever."""
+"""Delay of Ctrl-C until a rank may leave without other ranks waiting for it for ever."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class _Undo(enum.Enum):
-    """What the end of a region has to do."""
+    """The action at the end of a region."""
 
     NOTHING = enum.auto()
     HOLD = enum.auto()
@@ -24,8 +24,8 @@ class Interrupts:
     """Holds SIGINT back while other ranks depend on this one.
 
     Python raises KeyboardInterrupt between any two instructions, also between two collectives, where it would leave
-    the other ranks behind. Within `held()` it waits for the next `allowed()` region, or for the end of `held()`. Both
-    do nothing outside the main thread, which alone gets signals, and where SIGINT has no handler in Python.
+    the other ranks waiting. Within `held()` it waits for the next `allowed()` region, or for the end of `held()`. Both
+    do nothing outside the main thread, which alone gets signals, and if SIGINT has no Python handler.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class Interrupts:
         self._pending = False
 
     def held(self) -> Region:
-        """Hold interrupts back; nests, and the outermost region delivers at its end what is still pending."""
+        """Hold interrupts back. Regions nest; the outermost one delivers a pending interrupt at its end."""
         return Region(self, allow=False)
 
     def allowed(self) -> Region:
-        """Let interrupts through, a pending one at once."""
+        """Let interrupts through within `held()`, a pending one at once."""
         return Region(self, allow=True)
 
     def postpone(self) -> None:
-        """Take back an interrupt that was let through too early: it comes again where it is let through next."""
+        """Hold back again an interrupt that was let through too early; the next `allowed()` region delivers it."""
         self._pending = self._handler is not None
 
     def begin(self, *, allow: bool) -> _Undo:
@@ -75,7 +75,7 @@ class Interrupts:
         handler = signal.getsignal(signal.SIGINT)
         if not callable(handler):
             return _Undo.NOTHING
-        # signal.signal() first runs the handler of a signal that is pending, which may raise: then nothing has begun.
+        # signal.signal() first runs the handler of a pending signal, which may raise; the region has not begun then.
         signal.signal(signal.SIGINT, self._on_signal)
         self._handler = handler
         return _Undo.UNINSTALL
@@ -88,12 +88,12 @@ class Interrupts:
     def _deliver(self) -> None:
         if self._pending and self._handler is not None:
             self._pending = False
-            self._allowed = False  # the exception is on its way; a second one would hit the agreement about it
+            self._allowed = False  # a second exception would interrupt the agreement about this one
             self._handler(signal.SIGINT, None)
 
 
 class Region:
-    """A context manager of `Interrupts`. Written out, for it is entered several times in each exchange."""
+    """A context manager of `Interrupts`. A class, not a generator, since it is entered several times per exchange."""
 
     __slots__ = ("_allow", "_interrupts", "_undo")
 
@@ -109,5 +109,5 @@ class Region:
         self._interrupts.end(self._undo)
 
 
-#: SIGINT is one per process, and so is this.
+#: The one instance of a process, as SIGINT has one handler per process.
 INTERRUPTS = Interrupts()

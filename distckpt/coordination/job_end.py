@@ -1,4 +1,4 @@
-"""Ending the whole job, in the two cases where nothing else can: the ranks would wait for one another for ever."""
+"""End the whole job with MPI_Abort, in the two cases in which ranks would otherwise wait for each other for ever."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _EXIT_CODE = 1
 
 @contextmanager
 def watchdog(step: str, rank: int, timeout: float) -> Iterator[None]:
-    """End the job when the body takes longer than the timeout.
+    """End the job if the body takes longer than the timeout. Local.
 
     Args:
         step: Name of the step, for the message.
         rank: This rank, for the message.
-        timeout: Seconds.
+        timeout: Seconds that the body may take.
     """
     ended = threading.Event()
     thread = threading.Thread(
@@ -31,7 +31,7 @@ def watchdog(step: str, rank: int, timeout: float) -> Iterator[None]:
     )
     try:
         thread.start()
-    except RuntimeError:  # no more threads: a step without a watchdog is better than a rank that leaves
+    except RuntimeError:  # no more threads; going on without a watchdog is better than leaving the other ranks
         log.warning("rank %d: cannot start the watchdog of step '%s'", rank, step)
     try:
         yield
@@ -40,9 +40,9 @@ def watchdog(step: str, rank: int, timeout: float) -> Iterator[None]:
 
 
 def end_job_on_uncaught_timeout() -> None:
-    """Make a `RankTimeoutError` that nobody catches end the job.
+    """Make an uncaught `RankTimeoutError` end the job. Local.
 
-    The rank would otherwise wait in MPI_Finalize for the ranks that did not come, which may be never.
+    The rank would otherwise wait in MPI_Finalize for the ranks that did not come, possibly for ever.
     """
     if not isinstance(sys.excepthook, _EndOnTimeout):
         sys.excepthook = _EndOnTimeout(sys.excepthook)
@@ -79,7 +79,7 @@ def _show_stacks() -> None:
 def _end_job(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
-    # A second thread may call MPI only at the highest thread level; the launcher ends the others when a process dies.
+    # Other threads may call MPI only with THREAD_MULTIPLE. Otherwise exit: the launcher then ends the other processes.
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and _may_call(mpi):
         mpi.COMM_WORLD.Abort(_EXIT_CODE)
     os._exit(_EXIT_CODE)

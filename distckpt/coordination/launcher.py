@@ -1,4 +1,4 @@
-"""What the launcher says about the job, read from the variables it gives each process it starts."""
+"""The number of processes in the job, from the environment variables that launchers set for each process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class LauncherSize:
 
 @dataclass(frozen=True, slots=True)
 class _Variables:
-    """A launcher's variables: `size` counts only where `process` is set too.
+    """The variables of a launcher; `size` is valid only if `process` is set, too.
 
-    Batch scripts see the size of their allocation; only a process that the launcher started has its own mark.
+    Batch scripts see the size of their allocation, but only a process started by the launcher has a rank or task id.
     """
 
     launcher: str
@@ -37,7 +37,7 @@ class _Variables:
     process: str
 
 
-# In this order: a launcher that runs inside another one's step comes before it.
+# A launcher that runs inside a step of another one comes before it.
 _KNOWN = (
     _Variables("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     _Variables("mpiexec", "PMI_SIZE", "PMI_RANK"),
@@ -50,13 +50,13 @@ _KNOWN = (
 
 
 def expected_size(environ: Mapping[str, str] = os.environ) -> LauncherSize | None:
-    """Find how many processes this process was started together with.
+    """The number of processes that were started together with this one, itself included. Local.
 
     Args:
         environ: Environment variables.
 
     Returns:
-        What the innermost known launcher says; None without one, also in the shell of a batch script.
+        The size that the innermost known launcher reports; None without one, also in the shell of a batch script.
     """
     for known in _KNOWN:
         size = _positive_int(environ.get(known.size))
@@ -69,14 +69,14 @@ def expected_size(environ: Mapping[str, str] = os.environ) -> LauncherSize | Non
 
 
 def singleton_message(expected: LauncherSize, cause: str) -> str:
-    """Explain why a process that is alone although others were started with it must not save or restore.
+    """The message that a process must not save or restore, as it does not see the others started with it.
 
     Args:
-        expected: What the launcher says.
-        cause: Why this process knows nothing of the others, a clause.
+        expected: The size reported by the launcher.
+        cause: The reason why this process does not see the others, as a clause.
 
     Returns:
-        The message, with the ways out.
+        The message, with advice.
     """
     return (
         f"{expected.launcher} started {expected.size} processes ({expected.variable}={expected.size}), but {cause}: "

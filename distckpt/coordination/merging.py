@@ -1,7 +1,7 @@
-"""Values of all ranks to rank 0, and its replies back; what is the same on many ranks travels once.
+"""Gather values of all ranks on rank 0, and hand out its replies; parts that many ranks have in common are sent once.
 
-    gather     headers -> which of them send their common part -> values, each with it or without
-    hand out   common parts that many get, broadcast -> replies, each with its common part or without
+    gather     headers -> orders: which ranks send their common part -> values, with or without their common part
+    hand out   broadcast of the common parts of many replies -> replies, with or without their common part
 
 Every function that takes `collectives` is collective over the communicator; the others are local.
 """
@@ -24,13 +24,14 @@ from distckpt.coordination.collectives import Collectives
 from distckpt.coordination.interrupts import INTERRUPTS
 from distckpt.coordination.message import Buffer
 
-#: A common part of replies is broadcast if at least one of so many ranks gets it, so that no rank gets more than that.
+#: A common part of replies is broadcast if at least 1/16 of the ranks get it. So at most 16 parts are broadcast.
 _BROADCAST_SHARE = 16
-# From rank 0: whether to send the common part, and the bytes that all ranks send.
+# From rank 0: whether to send the common part, and the number of bytes that all ranks send together.
 _ORDER = struct.Struct("<?Q")
-# From rank 0: bytes of the own part, and of a common part behind it; else where that is in what is broadcast.
+# From rank 0: bytes of the own part, bytes of a common part that follows it, or else start and length of the common
+# part in the broadcast.
 _REPLY = struct.Struct("<QQQQ")
-# From rank 0: bytes of all that is handed out to single ranks, and of what is broadcast.
+# From rank 0: number of bytes handed out to single ranks, and of those broadcast.
 _TOTALS = struct.Struct("<QQ")
 
 
@@ -38,8 +39,8 @@ class Parts(NamedTuple):
     """A value in two parts.
 
     Attributes:
-        common: What other ranks may have, too. Equal ones are the same object on rank 0.
-        own: The rest.
+        common: The part that other ranks may have, too. Equal ones are the same object on rank 0.
+        own: The part of this rank alone.
     """
 
     common: bytes
@@ -59,11 +60,11 @@ def merge(
     """Gather a value of every rank on rank 0, run a function on them there, and hand out its replies.
 
     Args:
-        collectives: Between the ranks.
+        collectives: The collectives of the communicator.
         step: Name of the step, for the error.
         value: This rank's value.
-        fn: Run on rank 0 only: all values in rank order to one reply per rank.
-        remedy: The way out, for the error.
+        fn: Run on rank 0 only; takes all values in rank order, and returns one reply per rank.
+        remedy: Advice to the user, for the error.
 
     Returns:
         This rank's reply.
@@ -88,22 +89,23 @@ def merge(
 
 
 def header_of(value: Parts) -> np.ndarray[Any, Any]:
-    """What rank 0 receives of a value first: bytes of the own and of the common part, and a digest of the common part.
+    """The header of a value, which rank 0 receives first: four uint64.
 
-    The parts themselves are not compared, so the digest has 128 bits. Four uint64.
+    They are the bytes of the own part, those of the common part, and a digest of the common part. The digest has 128
+    bits, since the parts themselves are not compared.
     """
     digest = np.frombuffer(xxhash.xxh3_128_digest(value.common), np.uint64)
     return np.array([len(value.own), len(value.common), *digest], np.uint64)
 
 
 def letter_of(value: Parts, order: Buffer) -> bytes:
-    """What rank 0 receives of a value next, as it has ordered."""
+    """The bytes of a value that rank 0 has ordered: the own part, and the common part if it is to be sent."""
     with_common, _ = _ORDER.unpack(order)
     return bytes(value.own) + value.common if with_common else bytes(value.own)
 
 
 def _gather(collectives: Collectives, step: str, value: Parts) -> _Gathered:
-    """The values of all ranks on rank 0; none on the others."""
+    """Gather the values of all ranks on rank 0; none on the others."""
     size, is_root = collectives.size, collectives.rank == 0
     orders = _Orders(collectives.gather_rows(header_of(value)))
     order = bytearray(_ORDER.size)
@@ -115,7 +117,7 @@ def _gather(collectives: Collectives, step: str, value: Parts) -> _Gathered:
 
 
 class _Orders:
-    """Who sends what to rank 0: the lowest of the ranks with the same common part sends it. Empty on other ranks.
+    """The parts that each rank sends to rank 0: the lowest rank with a common part sends it. Empty on other ranks.
 
     Attributes:
         lengths: Bytes that each rank sends.
@@ -136,7 +138,7 @@ class _Orders:
         self.packed = b"".join(_ORDER.pack(sends, total) for sends in self._sends)
 
     def open(self, letters: bytearray) -> list[Parts]:
-        """The values, from the concatenated letters of the ranks."""
+        """Decode the values from the concatenated letters of the ranks."""
         view, position, commons = memoryview(letters).toreadonly(), 0, dict[tuple[int, int], bytes]()
         values: list[Parts] = []
         for (own, common, digest), sends in zip(self._headers, self._sends, strict=True):
@@ -149,7 +151,7 @@ class _Orders:
 
 
 class _Gathered(NamedTuple):
-    """What rank 0 has received."""
+    """The orders and the letters received, on rank 0."""
 
     orders: _Orders
     letters: bytearray
@@ -164,13 +166,13 @@ class _Gathered(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Replies:
-    """What rank 0 hands out. Empty on other ranks.
+    """The replies that rank 0 hands out, encoded. Empty on other ranks.
 
     Attributes:
-        totals: Bytes of `letters` and `commons`.
-        commons: Common parts of many replies, concatenated.
-        records: For each rank, what its reply consists of.
-        letters: For each rank, what only it gets.
+        totals: Number of bytes in `letters` and `commons`, encoded.
+        commons: Common parts that are broadcast, concatenated.
+        records: For each rank, the composition of its reply (`_REPLY`), concatenated.
+        letters: For each rank, the bytes sent to it alone, concatenated.
         lengths: Bytes of each letter.
     """
 
@@ -201,7 +203,7 @@ def _pack(replies: Sequence[Parts], size: int) -> _Replies:
 
 
 def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters: int, n_commons: int) -> Reply:
-    """This rank's reply."""
+    """Hand out the replies of rank 0; returns this rank's reply."""
     size, is_root = collectives.size, collectives.rank == 0
     record = bytearray(_REPLY.size)
     collectives.scatter(replies.records, [_REPLY.size] * size, record)
@@ -215,7 +217,7 @@ def _hand_out(collectives: Collectives, step: str, replies: _Replies, n_letters:
 
 
 def reply_of(record: Buffer, letter: Buffer, commons: Buffer) -> Reply:
-    """A rank's reply, from all that it has received; nothing is copied."""
+    """Decode a rank's reply from the bytes that it has received, without copying."""
     own, inline, start, length = _REPLY.unpack(record)
     common = memoryview(letter)[own:] if inline else memoryview(commons)[start : start + length]
     return Reply(common, memoryview(letter)[:own])

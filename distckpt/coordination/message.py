@@ -10,8 +10,9 @@ import numpy as np
 
 Buffer = bytes | bytearray | memoryview
 
-# Kind, with the flag as its highest bit, call, generation; with ARRIVE, digest and balance follow, and for a team what
-# it adds; with ABORT the absent ranks as one bit per rank. Short, for each rank sends and gets four at each call.
+# Kind, with the flag as its highest bit, call, generation. ARRIVE is followed by digest and balance, and for a team by
+# `last` and `differs`; ABORT by the absent ranks as one bit per rank. Messages are short, as each rank sends and
+# receives four in each call.
 _HEADER = struct.Struct("<BII")
 _BROUGHT = struct.Struct("<QQ")
 _TEAM = struct.Struct("<I?")
@@ -19,7 +20,7 @@ _FLAG = 0x80
 
 
 class Kind(enum.IntEnum):
-    """What a message says. A rank's head is rank 0, called root, or the captain of its team."""
+    """Meaning of a message. A rank's head is rank 0, called root, or the captain of its team."""
 
     ARRIVE = 1
     """To the head: I am in a call; with what all ranks must agree on. The flag says that I was told of a give-up."""
@@ -48,14 +49,14 @@ class Message(NamedTuple):
     """One message of the arrival protocol.
 
     Attributes:
-        kind: What it says.
-        call: Number of the call it belongs to, as counted by the rank that is not the head; 0 is no call.
+        kind: Meaning of the message.
+        call: Number of the call it belongs to, as counted by the rank that is not the head; 0 for none.
         generation: Number of give-ups the sender knows of.
-        flag: Depends on the kind.
+        flag: Meaning depends on the kind.
         digest: With ARRIVE: uint64 that must be the same on all ranks.
         balance: With ARRIVE: uint64 whose sum over all ranks must be 0 modulo 2**64.
-        last: With ARRIVE: rank that came last of the team that the sender speaks for; -1 when it speaks for itself.
-        differs: With ARRIVE: the digests of the team differ.
+        last: With ARRIVE: rank that came last of the team that the sender speaks for; -1 if it speaks for itself.
+        differs: With ARRIVE: whether the digests of the team differ.
         absent: With ABORT: ranks that did not come, ascending.
         source: Sending rank, set by the receiver.
     """
@@ -78,12 +79,12 @@ class Message(NamedTuple):
 
 
 def max_nbytes(size: int) -> int:
-    """Bytes of the longest message of a communicator with `size` ranks."""
+    """Bytes of the longest message in a communicator with `size` ranks."""
     return _HEADER.size + max(_BROUGHT.size + _TEAM.size, (size + 7) // 8)
 
 
 def encode(message: Message, size: int) -> bytes:
-    """Pack a message of a communicator with `size` ranks."""
+    """Encode a message in a communicator with `size` ranks."""
     kind, call, generation, flag, digest, balance, last, differs, absent, _ = message
     header = _HEADER.pack(kind | (_FLAG if flag else 0), call, generation)
     if kind is Kind.ARRIVE:
@@ -96,7 +97,7 @@ def encode(message: Message, size: int) -> bytes:
 
 
 def decode(inbox: Buffer, nbytes: int, source: int, size: int) -> Message:
-    """Unpack the message of `nbytes` bytes that rank `source` has sent."""
+    """Decode a message of `nbytes` bytes from rank `source`."""
     coded, call, generation = _HEADER.unpack_from(inbox)
     kind, flag = _KINDS[coded & ~_FLAG], bool(coded & _FLAG)
     if kind is Kind.ARRIVE:

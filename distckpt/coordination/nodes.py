@@ -1,4 +1,4 @@
-"""Which ranks are on which node, and bytes between ranks of different nodes."""
+"""The nodes of a job, their ranks, and transfers of bytes between ranks of different nodes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Nodes(NamedTuple):
     """The nodes of a job.
 
     Attributes:
-        ranks: For each node its ranks, ascending; nodes in the order of their first ranks.
-        own: The node of this rank.
+        ranks: For each node: its ranks, ascending. Nodes are in the order of their first ranks.
+        own: Index of this rank's node.
     """
 
     ranks: list[list[int]]
@@ -23,7 +23,7 @@ class Nodes(NamedTuple):
 
     @classmethod
     def of(cls, firsts: Sequence[int], rank: int) -> Nodes:
-        """From the first rank on each rank's node."""
+        """The nodes, from the first rank on the node of each rank."""
         ranks: dict[int, list[int]] = {first: [] for first in sorted(set(firsts))}
         for each, first in enumerate(firsts):
             ranks[first].append(each)
@@ -31,7 +31,7 @@ class Nodes(NamedTuple):
 
     @classmethod
     def single(cls, size: int, rank: int) -> Nodes:
-        """Every rank as a node of its own."""
+        """Nodes of one rank each."""
         return cls([[each] for each in range(size)], rank)
 
     @property
@@ -41,20 +41,20 @@ class Nodes(NamedTuple):
 
     @property
     def n_lanes(self) -> int:
-        """Number of ranks on the smallest node: so many ranks of each node have a counterpart on every other."""
+        """Number of ranks on the smallest node, which is the number of lanes."""
         return min(map(len, self.ranks))
 
     def lanes(self, node: int) -> list[int]:
-        """The ranks of a node that have a counterpart, the rank at the same position, on every other node."""
+        """The ranks of a node that have a counterpart on every other node: the rank at the same position."""
         return self.ranks[node][: self.n_lanes]
 
 
 class Payload(NamedTuple):
-    """Bytes to or from a rank.
+    """Bytes sent to, or received from, a rank.
 
     Attributes:
         rank: The other rank.
-        data: The bytes, or memory for them.
+        data: The bytes to send, or the memory that receives them.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""Sharing outcomes with all ranks: errors, and results of rank 0. Collective, except where it says otherwise."""
+"""Share outcomes with all ranks: errors, and results of rank 0. Collective, unless a function says otherwise."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from distckpt.coordination.message import Buffer
 
 T = TypeVar("T")
 
-# What rank 0 announces: whether it failed, and the length of what follows, in the same broadcast when it fits.
+# The packet that rank 0 broadcasts: whether it failed, the length of its value, and the value itself if it fits.
 _PACKET_HEADER = struct.Struct("<?Q")
 _PACKET_SIZE = agreement.TEXT_LIMIT + 512
 _INLINE_LIMIT = _PACKET_SIZE - _PACKET_HEADER.size
 
 
 def agree(collectives: Collectives, step: str, own: BaseException | None, remedy: str = "") -> None:
-    """Raise on all ranks what `agreement.agreed_error` chooses, if any rank has an exception. One reduction if none.
+    """Raise the error of `agreement.agreed_error` on all ranks if any rank has an exception. One reduction if none has.
 
     Args:
-        collectives: Between the ranks.
+        collectives: The collectives of the communicator.
         step: Name of the step, for the error.
-        own: What this rank caught.
-        remedy: The way out, for the error.
+        own: The exception that this rank caught; None without one.
+        remedy: Advice to the user, for the error.
     """
     if collectives.any_set(own is not None):
         texts = gather_texts(collectives, agreement.encode(own))
@@ -37,14 +37,14 @@ def agree(collectives: Collectives, step: str, own: BaseException | None, remedy
 
 
 def announce(collectives: Collectives, step: str, value: bytes, own: BaseException | None, remedy: str = "") -> Buffer:
-    """Give all ranks rank 0's value, or raise its exception on all. One broadcast when the value is small.
+    """Give all ranks rank 0's value, or raise its exception on all. One broadcast if the value is small.
 
     Args:
-        collectives: Between the ranks.
+        collectives: The collectives of the communicator.
         step: Name of the step, for the error.
-        value: On rank 0: what to announce.
-        own: On rank 0: what it caught instead.
-        remedy: The way out, for the error.
+        value: On rank 0: the value.
+        own: On rank 0: the exception that it caught instead; None without one.
+        remedy: Advice to the user, for the error.
 
     Returns:
         The value of rank 0.
@@ -69,12 +69,12 @@ def announce(collectives: Collectives, step: str, value: bytes, own: BaseExcepti
 
 
 def allocate(collectives: Collectives, step: str, nbytes: int) -> bytearray:
-    """Make a buffer on every rank, or on none: a rank without memory must not miss the transfer that follows."""
+    """Allocate a buffer on every rank; raise on all if a rank lacks memory, so that none misses the next transfer."""
     return make(collectives, step, lambda: bytearray(nbytes))
 
 
 def make(collectives: Collectives, step: str, fn: Callable[[], T]) -> T:
-    """Make what a transfer needs on every rank, or on none: `fn` may run out of memory."""
+    """Run `fn`, which allocates, on every rank and return its result; raise on all ranks if one lacks memory."""
     made: list[T] = []
     own: BaseException | None = None
     try:
@@ -95,7 +95,7 @@ def gather_texts(collectives: Collectives, text: bytes) -> list[bytes]:
 
 
 def split(values: bytearray, lengths: Sequence[int]) -> list[bytes]:
-    """Split concatenated values. Local."""
+    """Split concatenated values by their lengths. Local."""
     view = memoryview(values)
     return [bytes(view[end - length : end]) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
 
@@ -113,7 +113,7 @@ def _raise_agreed(
 ) -> NoReturn:
     try:
         if own is not None and not isinstance(own, Exception):
-            raise own  # told to exit: this rank raises just that
+            raise own  # this rank is told to exit
         raise agreement.agreed_error(step, failures, remedy) from own
     finally:
         own = None  # else the exception, its traceback and this frame keep each other alive

@@ -1,6 +1,6 @@
-"""Collectives for a thread in the background, which polls and naps until the other ranks have come.
+"""Nonblocking collectives for the background thread, which polls and sleeps until the other ranks have come.
 
-Blocking ones would spin on a core that the program needs, for as long as the slowest rank takes.
+Blocking collectives would keep a core busy that the program needs, for as long as the slowest rank takes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAP = 0.001
 
 
 class PolledCollectives:
-    """See `Collectives`. For short messages: agreement, texts of errors, small results of rank 0."""
+    """`Collectives` for short messages: agreement, texts of errors, small results of rank 0."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
@@ -35,7 +35,7 @@ class PolledCollectives:
         self._closed = False
 
     def close(self) -> None:
-        """Make whoever waits raise: MPI or the communicator is about to end. Local."""
+        """Make pending and later calls raise, since MPI or the communicator is about to end. Local."""
         self._closed = True
 
     def any_set(self, flag: bool) -> bool:

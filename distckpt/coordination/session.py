@@ -1,4 +1,4 @@
-"""What all coordinators over one user communicator share."""
+"""Sessions: the state that all coordinators over one user communicator share."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
 
     from distckpt.coordination.background import Background
 
-#: On the duplicate, where nobody else sends messages.
+#: Tag of the arrival protocol on the duplicate, where nobody else sends messages.
 _ARRIVAL_TAG = 0
 
 
 class Session:
-    """The duplicate of one user communicator, and the arrival protocol over it. Cached on the communicator.
+    """The duplicate of one user communicator, and the arrival protocol over it.
 
-    Until all ranks have come to a first call, the protocol runs on the user's communicator with the highest tag but
-    one, and nothing is duplicated: MPI has no way back from a duplication that some ranks do not join. (A program that
-    receives there with ANY_TAG could steal such a message.)
+    `open_session` makes it at the first use and caches it on the communicator; MPI calls `release` when the user frees
+    that. Until all ranks have come to a first call, the protocol runs on the user's communicator with the highest tag
+    but one, and nothing is duplicated, since a duplication that some ranks do not join cannot be undone. (A program
+    that receives there with ANY_TAG could steal such a message.)
 
     Attributes:
         rank: This rank.
         size: Number of ranks.
         duplicate: The duplicate, for everything but the first arrival; None before that.
-        collectives: Bytes and arrays over the duplicate; None before the first arrival.
-        background: The thread that finishes what was begun over the communicator; None before it is needed.
-        turn: Held by the thread of the program that is in a call.
+        collectives: The collectives of the duplicate; None before the first arrival.
+        background: The background thread of the communicator; None before it is needed.
+        turn: Lock held by the thread of the program that is in a call.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -80,7 +81,7 @@ class Session:
         return agreed
 
     def node_communicator(self) -> MPI.Intracomm:
-        """The ranks that share memory with this one. The first call is collective, on all ranks of the communicator."""
+        """The ranks that share memory with this one. Collective over the communicator at the first call."""
         if self._node is None:
             from mpi4py import MPI
 
@@ -90,7 +91,7 @@ class Session:
         return self._node
 
     def nodes(self) -> Nodes:
-        """Which ranks are on which node. The first call is collective, on all ranks of the communicator."""
+        """The nodes and their ranks. Collective over the communicator at the first call."""
         if self._nodes is None:
             node, duplicate = self.node_communicator(), self.duplicate
             assert duplicate is not None, "the ranks have met"
@@ -104,7 +105,7 @@ class Session:
         return self._nodes
 
     def release(self) -> None:
-        """Free the duplicates, when the user frees the communicator."""
+        """Free the duplicates, when the user frees the communicator. Collective over it."""
         if self.background is not None:
             self.background.release()
         self._freed = True
@@ -114,7 +115,7 @@ class Session:
             self.duplicate.Free()
 
     def duplicate_again(self, name: str) -> MPI.Intracomm:
-        """A further duplicate, for other messages. Collective; blocking, so all ranks must have arrived."""
+        """Make a further duplicate, for other messages. Collective and blocking, so all ranks must have arrived."""
         from mpi4py import MPI
 
         duplicate = self._comm.Dup()
@@ -123,10 +124,10 @@ class Session:
         return duplicate
 
     def _duplicate(self) -> None:
-        # Blocking, but safe: every rank has confirmed that it is here.
+        # The call blocks, but every rank has confirmed that it is here.
         self.duplicate = self.duplicate_again("distckpt")
         self.collectives = MpiCollectives(self.duplicate)
-        # The protocol starts anew on all ranks; nobody reads any more what is under way on the user's communicator.
+        # The protocol starts anew on all ranks. Messages still under way on the user's communicator are never read.
         self._arrival = arrival_over(Channel(self.duplicate, _ARRIVAL_TAG, waits_of(self.size)))
 
 
@@ -159,10 +160,10 @@ class Alone:
 
 
 class Spoken:
-    """The session of a thread in the background: all ranks are in the same task, so nobody has to arrive.
+    """The session of a background thread: all ranks are in the same task, so there is no arrival.
 
     Args:
-        collectives: Those of the thread.
+        collectives: The collectives of the thread.
     """
 
     duplicate: MPI.Intracomm | None = None
@@ -191,7 +192,7 @@ def open_session(comm: MPI.Intracomm | None) -> Session | Alone:
     """Find or make the session of a communicator. Local.
 
     Args:
-        comm: The user's communicator; None is COMM_WORLD, or this process alone when mpi4py is not installed.
+        comm: The user's communicator; None is COMM_WORLD, or this process alone if mpi4py is not installed.
 
     Raises:
         CheckpointError: MPI is not running, the communicator is freed, or the launcher started more processes than
@@ -227,6 +228,6 @@ def _session_key() -> int:
 def _delete_session(_comm: MPI.Comm, _key: int, session: Session) -> None:
     from mpi4py import MPI
 
-    # MPI_Finalize deletes the attributes of COMM_WORLD too, when nothing can be freed any more.
+    # MPI_Finalize deletes the attributes of COMM_WORLD, too, at a time when nothing can be freed any more.
     if not MPI.Is_finalized():
         session.release()

@@ -1,4 +1,4 @@
-"""Memory that the ranks of one node share: each has a part of its own, and sees those of the others."""
+"""Memory shared by the ranks of one node: each rank has a part of its own, and sees those of the others."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class SharedMemory:
-    """One part per rank of a node.
+    """Shared memory with one part for each rank of a node. Made by `allocate`, given back by `free`.
 
-    Between two fences a rank may write its own part, or what the ranks have agreed on of another part; what was
-    written before a fence is seen by all ranks after it.
+    Between two fences a rank may write its own part, and bytes of other parts that the ranks have agreed on. All ranks
+    see after a fence the bytes that were written before it.
 
     Attributes:
-        parts: The memory of each rank.
+        parts: The part of each rank.
 
     Args:
-        window: The memory; None for a rank that is the only one of its node.
-        parts: Its parts.
+        window: The MPI window; None on a node with a single rank.
+        parts: The part of each rank.
     """
 
     def __init__(self, window: MPI.Win | None, parts: list[memoryview]) -> None:
@@ -31,11 +31,11 @@ class SharedMemory:
         self.parts = parts
 
     def fence(self, any_set: Callable[[bool], bool], *, failed: bool) -> bool:
-        """Wait for all ranks, and hear whether any has failed. Collective.
+        """Wait for all ranks, and return whether any has failed. Collective over the ranks of `any_set`.
 
         Args:
-            any_set: `Coordinator.any_set` of the ranks that are waited for: those of the node, or more.
-            failed: Whether this one has.
+            any_set: `Coordinator.any_set` of the ranks to wait for: those of the node, or more.
+            failed: Whether this rank has failed.
         """
         self._sync()
         any_failed = any_set(failed)
@@ -43,7 +43,7 @@ class SharedMemory:
         return any_failed
 
     def free(self) -> None:
-        """Give the memory back; nobody uses it any more. Collective over the node."""
+        """Give the memory back; it must not be used any more. Collective over the node."""
         self.parts = []
         if self._window is not None:
             self._window.Unlock_all()
@@ -55,13 +55,13 @@ class SharedMemory:
 
 
 def allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
-    """Shared memory of `nbytes` for every rank of a node. Collective over the node.
+    """Allocate shared memory of `nbytes` bytes for every rank of a node. Collective over the node.
 
     Returns:
-        The memory, or None on all ranks where there is none to be had.
+        The memory; None on all ranks if any cannot allocate it.
     """
     memory = _allocate(comm, collectives.size, nbytes)
-    # What some ranks have got is left to the end of the job: to free it, all ranks must.
+    # Memory that only some ranks have got stays allocated until the end of the job, as freeing it takes all ranks.
     return None if collectives.any_set(memory is None) else memory
 
 
@@ -80,9 +80,9 @@ def _allocate(comm: Any, size: int, nbytes: int) -> SharedMemory | None:
 
 def _private(nbytes: int) -> SharedMemory | None:
     try:
-        # At a page, as the bytes of files are in the system's cache: x86 copies several times slower to an address that
-        # is a few bytes behind its source modulo 4 KiB (Intel: Optimization Reference Manual, "4 KiB aliasing"), which
-        # is where large bytearrays and arrays begin.
+        # Page-aligned, as the bytes of files in the page cache are: x86 copies several times slower to an address that
+        # is a few bytes after its source modulo 4 KiB (Intel: Optimization Reference Manual, "4 KiB aliasing"), as the
+        # memory of large bytearrays and arrays is.
         return SharedMemory(None, [memoryview(mmap.mmap(-1, nbytes))])
     except OSError:
         return None

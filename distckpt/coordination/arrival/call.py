@@ -1,4 +1,4 @@
-"""What a rank brings to a collective call, and the errors of a call that does not start."""
+"""The values that a rank brings to a collective call, and the errors of a call that does not start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN_RANKS = 20
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one rank brings to a collective call.
+    """The values that one rank brings to a collective call.
 
     Attributes:
         operation: Name of the call, for messages.
@@ -27,7 +27,7 @@ class Call:
 
 
 def absent_error(call: Call, absent: tuple[int, ...], size: int) -> RankTimeoutError:
-    """The error of a rank that came in time.
+    """The error of a rank that came in time, while others did not come.
 
     Args:
         call: The call of this rank.
@@ -46,7 +46,7 @@ def absent_error(call: Call, absent: tuple[int, ...], size: int) -> RankTimeoutE
 
 
 def late_error(call: Call, rank: int) -> RankTimeoutError:
-    """The error of a rank that came when the others had given up."""
+    """The error of a rank that came after the others had given up."""
     return RankTimeoutError(
         f"{call.operation}: rank {rank} came when the others had given up waiting for it, and none of them is in a "
         f"newer call. {call.operation} is collective: call it on every rank, in the same order as every other "

@@ -1,4 +1,4 @@
-"""The protocol on a rank that speaks with root for its team, or for itself when the team does not come together."""
+"""The protocol on a rank that speaks with root for its team, or for itself if the team does not come together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from distckpt.errors import RankTimeoutError
 
 
 class Captain(Member):
-    """The lowest rank of a team that root does not lead."""
+    """The lowest rank of a team that root does not lead.
+
+    `arrive` gathers the crew; if all confirm, it speaks with root as a member for the whole team and passes the verdict
+    on. Otherwise it dissolves the team and speaks for itself.
+    """
 
     def __init__(self, channel: Channel, teams: Teams) -> None:
         super().__init__(channel, teams)
         self._crew_size = len(teams.team_of(self._rank)) - 1
-        # The ARRIVE of each of the crew that waits for this rank; it may be there before this rank itself.
+        # The ARRIVE of each rank of the crew that waits for this one; it may come before this rank is in the call.
         self._present: dict[int, Message] = {}
-        # The WITHDRAW of each of the crew that has gone without having come again.
+        # The WITHDRAW of each rank of the crew that has left and not come again.
         self._astray: dict[int, Message] = {}
-        # The ARRIVE of each of the crew once all have confirmed; none when this rank speaks for itself.
+        # The ARRIVE of each rank of the crew once all have confirmed; empty while this rank speaks for itself.
         self._team: list[Message] = []
-        # Who of the team came last to this call.
+        # The rank of the team that came last to this call.
         self._last = self._rank
 
     def arrive(self, call: Call) -> bool:
@@ -42,7 +46,7 @@ class Captain(Member):
     # ---- the team ----
 
     def _is_complete(self) -> bool:
-        """GATHERING and STARTING: whether all of the crew are here and shall not leave."""
+        """GATHERING and STARTING: whether all of the crew are here and have confirmed that they stay."""
         deadline = self._entered + self._waits.patience
         while len(self._present) < self._crew_size:
             message = None if self._astray else self._receive(deadline)
@@ -57,7 +61,7 @@ class Captain(Member):
         return self._all_confirm()
 
     def _all_confirm(self) -> bool:
-        """STARTING. No deadline: whoever is asked confirms, or has left word that it went."""
+        """STARTING. No deadline: each rank that is asked confirms, or has sent a WITHDRAW."""
         confirmed = set[int]()
         while len(confirmed) < self._crew_size:
             message = self._channel.receive_surely()
@@ -73,7 +77,7 @@ class Captain(Member):
         return True
 
     def _file(self, message: Message) -> None:
-        """Note who of the crew waits for this rank, and who has gone."""
+        """Record an ARRIVE or WITHDRAW of the crew."""
         if message.kind is Kind.ARRIVE:
             self._astray.pop(message.source, None)
             self._present[message.source] = message
@@ -83,7 +87,7 @@ class Captain(Member):
             self._astray[message.source] = message
 
     def _joint_arrival(self, call: Call) -> Message:
-        """What the team brings, as one."""
+        """The ARRIVE of this rank for the whole team."""
         self._own = self._teams.team_of(self._rank)
         self._generation = max(self._generation, *(message.generation for message in self._team))
         differs = any(message.digest != call.digest for message in self._team)
@@ -91,12 +95,12 @@ class Captain(Member):
         return Message(Kind.ARRIVE, self._call, self._generation, False, call.digest, balance, self._last, differs)
 
     def _go_alone(self, call: Call) -> None:
-        """Dissolve the team, and speak with root for this rank."""
+        """Dissolve the team, and arrive at root for this rank alone."""
         self._dissolve()
         self._tell_arrival(ROOT, call)
 
     def _dissolve(self) -> None:
-        """Send the crew to root: who waits, who has confirmed, and who asks to leave."""
+        """Send a DISMISS to the crew: to ranks that wait, have confirmed, or ask to leave."""
         team = {message.source: message for message in self._team}
         for rank, message in (team | self._astray | self._present).items():
             self._send(rank, Kind.DISMISS, message.call)
@@ -105,7 +109,7 @@ class Captain(Member):
         self._end_team()
 
     def _tell_team(self, kind: Kind, generation: int, *, flag: bool = False, absent: tuple[int, ...] = ()) -> None:
-        """Pass an answer of root on."""
+        """Pass an answer of root on to the team."""
         for message in self._team:
             self._channel.send(message.source, Message(kind, message.call, generation, flag, absent=absent))
         self._end_team()
@@ -114,7 +118,7 @@ class Captain(Member):
         self._team = []
         self._own = range(self._rank, self._rank + 1)
 
-    # ---- what happens to a member, and what that means for its team ----
+    # ---- events of a member, with their effect on the team ----
 
     def _note(self, message: Message) -> None:
         super()._note(message)

@@ -1,4 +1,4 @@
-"""The protocol on a rank that speaks with its captain, or with root when the team does not come together."""
+"""The protocol on a rank that speaks with its captain, or with root if the team does not come together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distckpt.coordination.message import Kind
 
 
 class Crew(Member):
-    """Every rank of a team but its captain."""
+    """A rank of a team that is not its captain."""
 
     def __init__(self, channel: Channel, teams: Teams) -> None:
         super().__init__(channel, teams)
@@ -28,7 +28,7 @@ class Crew(Member):
         verdict = self._join(call)
         if verdict is not None:
             return verdict
-        # With a number of its own, so that no answer to the one can pass for an answer to the other.
+        # A new call number, so that no answer of the captain can be taken for one of root.
         self._call += 1
         self._head = ROOT
         self._tell_arrival(ROOT, call)
@@ -39,7 +39,7 @@ class Crew(Member):
         self._send(self._head, Kind.WITHDRAW, self._call)
 
     def _join(self, call: Call) -> bool | None:
-        """The call with the team; None when this rank has to turn to root."""
+        """Take part in the call with the team; returns the verdict, or None if this rank has to turn to root."""
         if not self._noticed:
             self._tell_arrival(self._captain, call)
             deadline = self._entered + self._waits.patience
@@ -55,7 +55,7 @@ class Crew(Member):
         return None
 
     def _locked(self, call: Call) -> bool | None:
-        """LOCKED. No deadline: the captain is in the protocol and answers. None when it dissolves the team."""
+        """LOCKED. No deadline: the captain is in the protocol and answers. None if it dissolves the team."""
         self._send(self._captain, Kind.CONFIRM, self._call)
         interrupt: BaseException | None = None
         while True:
@@ -65,7 +65,7 @@ class Crew(Member):
                 if interrupt is not None:
                     raise
                 interrupt = error
-                self._leave()  # once the captain lets this rank go
+                self._leave()  # takes effect when the captain dismisses this rank
                 continue
             if message is None:
                 continue

@@ -1,4 +1,4 @@
-"""Which part of the protocol a rank plays."""
+"""Choice of the role that a rank has in the protocol."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distckpt.coordination.channel import Channel
 
 
 def arrival_over(channel: Channel, teams: Teams | None = None) -> Arrival:
-    """This rank's part of the protocol. Local.
+    """Make this rank's role in the protocol. Local.
 
     Args:
         channel: This rank's channel.
-        teams: The same on all ranks; None for those that suit the number of ranks.
+        teams: The teams, the same on all ranks; None for those of `Teams.of`.
     """
     teams = teams or Teams.of(channel.size)
     captain = teams.captain_of(channel.rank)

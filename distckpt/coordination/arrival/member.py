@@ -1,4 +1,4 @@
-"""The protocol on a rank that speaks with root."""
+"""The protocol on a rank that speaks with root itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distckpt.errors import RankTimeoutError
 
 
 class Member(Arrival):
-    """Every rank but root, in a team of its own."""
+    """A rank other than root that speaks for itself. Base class of `Captain` and `Crew`."""
 
     def __init__(self, channel: Channel, teams: Teams) -> None:
         super().__init__(channel, teams)
-        # The ranks that this one speaks for when it speaks with root.
+        # The ranks for which this one speaks with root.
         self._own = range(self._rank, self._rank + 1)
         self._entered = 0.0
-        # Messages that came when they could not be acted on, of this call.
+        # Messages received in this call that could not be acted on yet.
         self._kept: deque[Message] = deque()
 
     def arrive(self, call: Call) -> bool:
@@ -43,7 +43,7 @@ class Member(Arrival):
         self._channel.send(head, arrive)
 
     def _wait(self, call: Call) -> bool:
-        """WAITING."""
+        """WAITING for root; returns the verdict."""
         # The grace lets a present root decide first. With equal deadlines the ranks would name different absentees.
         patience = call.timeout + self._waits.patience + self._waits.grace
         deadline = self._entered + patience
@@ -66,7 +66,7 @@ class Member(Arrival):
         return self._roll_call(call)
 
     def _meanwhile(self, _call: Call, message: Message) -> None:
-        """Act on a message that is no part of the exchange with root, while this rank waits for it."""
+        """Act on a message outside the exchange with root, while this rank waits for root."""
         self._note(message)
 
     def _receive(self, deadline: float) -> Message | None:
@@ -80,7 +80,7 @@ class Member(Arrival):
         return self._kept.popleft() if self._kept else self._channel.receive(deadline, interruptible=interruptible)
 
     def _leave(self) -> None:
-        """Tell root that this rank is not in the call any more."""
+        """Tell root that this rank has left the call."""
         self._send(ROOT, Kind.WITHDRAW, self._call)
 
     def _confirm(self, call: Call) -> bool:
@@ -89,7 +89,7 @@ class Member(Arrival):
         while True:
             message = self._channel.receive_surely()
             if message.call == self._call and message.kind is Kind.START:
-                # Root knows the newest generation of all, so no give-up from before this start counts any more.
+                # Root knows the newest generation of all ranks, so give-ups from before this start are over.
                 self._generation = message.generation
                 return message.flag
             if message.call == self._call and message.kind is Kind.ABORT:
@@ -97,10 +97,10 @@ class Member(Arrival):
             self._overhear(message)
 
     def _overhear(self, message: Message) -> None:
-        """Act on a message that is no part of the exchange, when this rank can no longer react to it."""
+        """Take note of a message outside the exchange, at a time when this rank can no longer react to it."""
 
     def _roll_call(self, call: Call, first: Message | None = None) -> bool:
-        """ROLL CALL. Ends in an error, or in WAITING again when it was called for a give-up that is over."""
+        """ROLL CALL. Ends in an error, or in WAITING again if it was called for a give-up that is over."""
         heard, too_late = set(self._own), False
         if first is not None:
             heard.update(self._teams.spoken_for(first))
@@ -125,17 +125,17 @@ class Member(Arrival):
             else:
                 too_late |= self._is_without_this_rank(message)
                 self._overhear(message)
-        # Not before the answers are in: root, when it comes in between, may still abort for all with one list.
+        # Not before all answers have come: if root comes meanwhile, it may still abort for all with one list.
         self._leave()
         self._generation += 1
         raise self._gave_up(call, () if too_late else tuple(sorted(set(range(self._size)) - heard)))
 
     def _is_without_this_rank(self, message: Message) -> bool:
-        """Whether root gave up just before it heard from this rank: then those with root do not answer any more."""
+        """Whether root gave up just before it heard from this rank; ranks that were with root do not answer then."""
         return self._is_news(message) and self._rank in message.absent
 
     def _reassure(self, message: Message) -> None:
-        """Root is in a newer call than the give-ups it knows of: forget them and wait as usual."""
+        """Forget the give-ups that root knows of, since it is in a newer call, and wait as usual."""
         self._generation = max(self._generation, message.generation)
         self._notice_end = math.inf
         self._entered = self._channel.now()

@@ -1,4 +1,4 @@
-"""What all ranks have in common: counting calls and give-ups."""
+"""The base class of all roles in the protocol: it counts calls and give-ups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = 0
 
 
 class Arrival(abc.ABC):
-    """One rank's part of the protocol."""
+    """One rank's role in the protocol. `Session.arrive` calls `arrive` once for each collective call."""
 
     def __init__(self, channel: Channel, teams: Teams) -> None:
         self._channel = channel
@@ -25,7 +25,7 @@ class Arrival(abc.ABC):
         self._waits = channel.waits
         self._call = 0
         self._generation = 0
-        # When this rank stops waiting because it was told of a give-up; infinity without a notice.
+        # Time at which this rank stops waiting because it was told of a give-up; infinity without a notice.
         self._notice_end = math.inf
 
     @abc.abstractmethod
@@ -33,7 +33,7 @@ class Arrival(abc.ABC):
         """Wait until all ranks have come to the same call. Collective over the communicator.
 
         Args:
-            call: What this rank brings.
+            call: The values that this rank brings.
 
         Returns:
             Whether all digests are equal and the balances add up to 0.
@@ -50,11 +50,11 @@ class Arrival(abc.ABC):
         return self._notice_end < math.inf
 
     def _is_news(self, message: Message) -> bool:
-        """Whether it tells of a give-up that this rank does not know of."""
+        """Whether a message tells of a give-up that this rank does not know of."""
         return message.kind in (Kind.ABORT, Kind.ROLL) and message.generation >= self._generation
 
     def _note(self, message: Message) -> None:
-        """Take an ABORT or ROLL of a call this rank is not in as a notice, unless that give-up is known already."""
+        """Take an ABORT or ROLL of a call that this rank is not in as a notice, unless the give-up is known."""
         if self._is_news(message):
             self._generation = message.generation + 1
             self._notice_end = self._channel.now() + self._waits.notice

@@ -15,18 +15,18 @@ from distckpt.errors import RankTimeoutError
 
 
 class Root(Arrival):
-    """Rank 0, which decides. Its members are single ranks, and captains that speak for their teams."""
+    """Rank 0, which decides whether a call starts. Its members are single ranks, and captains that speak for teams."""
 
     def __init__(self, channel: Channel, teams: Teams) -> None:
         super().__init__(channel, teams)
-        # Who is in a call; members may be there before root itself.
+        # The ranks that are in a call; members may come before root itself.
         self._roster = Roster(teams)
-        # Members that have been asked to GO in this call, and those of them that have confirmed.
+        # Members to which a GO was sent in this call, and those of them that have confirmed.
         self._asked: set[int] = set()
         self._confirmed: set[int] = set()
-        # Who came last to this call.
+        # The rank that came last to this call.
         self._last = ROOT
-        # Give-ups below this generation are over: a rank has come back from them. Later ones may still be going on.
+        # Give-ups below this generation are over, since a rank has come back from them. Later ones may be going on.
         self._settled = 0
 
     def arrive(self, call: Call) -> bool:
@@ -56,16 +56,16 @@ class Root(Arrival):
         return self._roster.is_complete and len(self._confirmed) == len(self._roster.arrivals)
 
     def _ask(self) -> None:
-        """From GATHERING to STARTING, once all are here. Back again when one of them has left instead of confirming."""
+        """Go to STARTING once all are here: send each GO that is missing. If a member leaves, it is GATHERING again."""
         if self._roster.is_complete and len(self._asked) < len(self._roster.arrivals):
             for rank in self._roster.arrivals.keys() - self._asked:
                 self._asked.add(rank)
                 self._send(rank, Kind.GO, self._roster.arrivals[rank].call)
 
     def _deadline(self, deadline: float) -> float:
-        """With a notice root waits as briefly as a member does, unless somebody is in a newer call with it."""
+        """The time until which to wait. With a notice it is as short as a member's, unless another rank is here."""
         if self._roster.is_complete:
-            return math.inf  # each of them answers, for it is in the protocol or has left word that it is not
+            return math.inf  # each of them answers: it is in the protocol, or has sent a WITHDRAW or ROLL
         return deadline if self._roster.arrivals else min(deadline, self._notice_end)
 
     def _receive(self, deadline: float) -> Message | None:
@@ -76,7 +76,7 @@ class Root(Arrival):
             raise
 
     def _calls_roll(self, message: Message) -> bool:
-        """Whether a member that is in this call has come to its deadline, so that all give up now, with one list."""
+        """Whether a member in this call has reached its deadline, so that all give up now, with one list."""
         new = message.generation >= self._generation or message.source in self._asked
         return message.kind is Kind.ROLL and new and not self._is_over(message) and self._roster.has(message)
 
@@ -93,27 +93,27 @@ class Root(Arrival):
         elif message.kind is Kind.CONFIRM and message.source in self._asked and self._roster.has(message):
             self._confirmed.add(message.source)
         elif message.kind is Kind.ROLL and message.source in self._asked and self._roster.has(message):
-            # It was told to WAIT, after it may have missed the GO: once more, for it cannot tell.
+            # It was told to WAIT, possibly after it had missed the GO. Send the GO again.
             self._send(message.source, Kind.GO, message.call)
 
     def _file(self, message: Message) -> None:
-        """Note who is in a call and who has left it."""
+        """Record that a rank is in a call, or has left it."""
         if message.kind is Kind.ARRIVE:
             self._roster.add(message)
             self._asked.discard(message.source)
             self._generation = max(self._generation, message.generation)
             self._settled = max(self._settled, message.generation)
         elif message.kind is Kind.ROLL and self._is_over(message):
-            pass  # its sender, told late of what is over, has been told to WAIT since: it returns or withdraws
+            pass  # its sender heard late of a give-up that is over. It has been told to WAIT, and returns or withdraws
         elif message.kind in (Kind.ROLL, Kind.WITHDRAW) and self._roster.has(message):
             self._roster.remove(message.source)
             self._asked.discard(message.source)
         self._note(message)
 
     def _reassure(self, ranks: Iterable[int]) -> None:
-        """Tell those to WAIT that do not know whether root is in a newer call than a give-up.
+        """Send WAIT to ranks that do not know whether root is in a newer call than a give-up.
 
-        These are the ones with a notice, and those whose notice is still on its way.
+        These are the ranks with a notice, and those whose notice is still on its way.
         """
         for rank in ranks:
             arrival = self._roster.arrivals[rank]
@@ -125,13 +125,13 @@ class Root(Arrival):
             return self._gave_up(call, ())
         present = self._roster.ranks()
         absent = tuple(rank for rank in range(1, self._size) if rank not in present)
-        # Nobody is missing when a member came to its deadline before it could confirm: the last one was too late.
+        # No rank is missing if a member reached its deadline before it could confirm; then the last one was too late.
         absent = absent or (self._last,)
         self._abort(absent)
         return self._gave_up(call, absent)
 
     def _abort(self, absent: tuple[int, ...]) -> None:
-        """Tell all ranks, so that those away, and those that leave a team just now, find a notice."""
+        """Send ABORT to all ranks, so that absent ones, and those that are just leaving a team, find a notice."""
         for rank in range(1, self._size):
             arrival = self._roster.arrivals.get(rank)
             call = 0 if arrival is None else arrival.call
