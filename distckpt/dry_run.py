@@ -1,4 +1,4 @@
-"""What a restore would do, found out without reading a tensor or changing anything. In one process."""
+"""Plan a restore without reading tensors or changing anything, to see what it would do. In one process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from distckpt.source import Source
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDiff:
-    """Where a checkpoint and a live object differ; as the properties of `RestoreStatus`, all sorted.
+    """The differences between a checkpoint and a live object, as the properties of `RestoreStatus`; all sorted.
 
     Attributes:
         missing: Keys of live values that the file does not have.
-        unexpected: Keys of saved values that nothing live takes.
+        unexpected: Keys of saved values that no live object takes.
         pending: Those of `unexpected` that would wait for a name to appear on an existing object.
         mismatched: Saved values that do not fit the live ones.
     """
@@ -36,15 +36,15 @@ class CheckpointDiff:
 
 
 class DryRun:
-    """A restore that is planned, and not carried out."""
+    """A restore that is planned but not carried out. The constructor plans; `matches` and `diff` report."""
 
     def __init__(self, source: Source, live: object, options: RestoreOptions) -> None:
-        """Plan it. Local; changes nothing live.
+        """Plan the restore. Local; changes no live object.
 
         Args:
-            source: The file.
-            live: A `Checkpoint`, or what would be its positional root.
-            options: How to restore.
+            source: The open checkpoint file.
+            live: A `Checkpoint`, or an object that would be its positional root.
+            options: Options of the restore.
 
         Raises:
             TypeError: The object cannot be checkpointed.
@@ -55,11 +55,11 @@ class DryRun:
         self._binding, self._assignment = self._restoration.plan(self._live)
 
     def matches(self) -> dict[str, str]:
-        """Key of each saved value that fits, to the key of the live one."""
+        """For the key of each saved value that fits: the key of the live value."""
         return {key: where for key, where in _live_keys(self._binding) if key in self._assignment.consumed}
 
     def diff(self) -> CheckpointDiff:
-        """What the status of the restore would say."""
+        """The differences that the status of the restore would report."""
         report = combine(self._restoration, [self._restoration.report(self._live, self._binding, self._assignment)])
         return CheckpointDiff(report.missing, report.unexpected, tuple(sorted(report.pending)), report.mismatched)
 
@@ -75,7 +75,7 @@ def _walk(live: object, *, with_counter: bool) -> LiveGraph:
 
 
 def _live_keys(binding: Binding) -> Iterator[tuple[str, str]]:
-    """Saved keys and the keys of the live values that they are bound to."""
+    """Pairs of a saved key and the key of the live value bound to it."""
     for match in binding.matches:
         if match.key != COUNTER_KEY:
             yield match.key, match.node.attribute_key(match.name)

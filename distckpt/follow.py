@@ -1,4 +1,4 @@
-"""Following the checkpoints of another job, as an evaluation beside the training does."""
+"""Follow the checkpoints of another job, as an evaluation that runs beside the training does."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def checkpoints_iterator(
     timeout: float | None = None,
     timeout_fn: Callable[[], bool] | None = None,
 ) -> Iterator[str]:
-    """Wait for checkpoints that another job makes, and give each in turn. One process; no MPI.
+    """Wait for checkpoints that another job makes, and yield them one by one. One process; no MPI.
 
-    Gives the newest complete checkpoint each time it is another than the last one given, so those made while the
-    caller was busy with one are left out, but for the newest.
+    Yields the newest complete checkpoint whenever it differs from the last one yielded. Of several checkpoints made
+    while the caller was busy, only the newest is yielded.
 
     Args:
         directory: Directory of the checkpoints; it need not exist yet.
-        min_interval_secs: Seconds from giving one checkpoint to looking for the next, at least.
+        min_interval_secs: Least seconds from yielding one checkpoint to looking for the next.
         timeout: Seconds to wait for a new checkpoint; None waits for ever.
-        timeout_fn: Called after each checkpoint and each time that the timeout has passed: True ends the iteration.
-            Without it, the timeout does.
+        timeout_fn: Called after each checkpoint and whenever the timeout has passed; returning True ends the iteration.
+            Without it, the timeout ends the iteration.
 
     Yields:
         Paths, below `directory`.
@@ -46,7 +46,7 @@ def checkpoints_iterator(
 
 
 def _wait_for_other(directory: str | os.PathLike[str], last: str | None, timeout: float | None) -> str | None:
-    """The newest complete checkpoint when it is not `last`; None when the timeout has passed."""
+    """Wait for a newest complete checkpoint other than `last`; None if the timeout has passed."""
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     while (path := latest_checkpoint(directory)) in {None, last}:
         left = deadline - time.monotonic()

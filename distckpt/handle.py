@@ -1,4 +1,4 @@
-"""`SaveHandle`: what `save_async` returns."""
+"""`SaveHandle`, the result of `save_async`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from distckpt.timing import Timing
 class SaveHandle:
     """A save that goes on in the background.
 
-    Where MPI gives THREAD_MULTIPLE, as it does by default with mpi4py, `result` and `done` are local, and the
-    checkpoint is committed without a further call. Elsewhere they are collective over the communicator, and the
+    If MPI provides THREAD_MULTIPLE, as it does by default with mpi4py, `result` and `done` are local, and the
+    checkpoint is committed without a further call. Otherwise they are collective over the communicator, and the
     checkpoint is committed by the first of them, by the next save or restore, or at exit.
     """
 
@@ -23,7 +23,7 @@ class SaveHandle:
 
     @property
     def path(self) -> str:
-        """Path that the checkpoint has once it is committed. Local."""
+        """Path of the checkpoint once it is committed. Local."""
         return self._save.file.path
 
     @property
@@ -33,7 +33,7 @@ class SaveHandle:
 
     @property
     def timing(self) -> Timing | None:
-        """How long the save took, step by step; None until this rank knows that it is committed. Local."""
+        """Durations of the steps of the save; None until this rank knows that it is committed. Local."""
         return self._save.timing
 
     def result(self, timeout: float | None = None) -> str:
@@ -46,8 +46,8 @@ class SaveHandle:
             Path of the file.
 
         Raises:
-            ValueError: `timeout` is no number of seconds.
-            TimeoutError: The time is over. The save goes on, and `result` may be called again.
+            ValueError: `timeout` is not a number >= 0.
+            TimeoutError: The timeout has passed. The save goes on, and `result` may be called again.
             CollectiveError: The save failed on some rank; the same on all ranks. The previous checkpoint stays the
                 latest.
             RankTimeoutError: The call is collective, and some ranks did not come.
@@ -58,13 +58,13 @@ class SaveHandle:
         return self._save.outcome()
 
     def done(self) -> bool:
-        """Whether the save has ended, well or not. Local, or collective: see `is_local`."""
+        """Whether the save has ended, successfully or not. Local, or collective: see `is_local`."""
         return self._save.wait(0)
 
     def wait_staged(self) -> None:
-        """Wait until everything that this rank saves is copied, so that tensors may change. Local.
+        """Wait until all values that this rank saves are copied, so that tensors may change. Local.
 
-        Without `SaveOptions(overlap=True)` that is so when `save_async` returns.
+        Without `SaveOptions(overlap=True)` they are copied when `save_async` returns.
         """
         self._save.stage()
 

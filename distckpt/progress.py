@@ -15,9 +15,10 @@ _MIN_NBYTES = 256 << 20
 
 @contextmanager
 def progress_bar(rank: int, what: str, nbytes: int) -> Iterator[Callable[[int], None] | None]:
-    """A function to call with the number of bytes that were just moved, or None where nobody watches.
+    """Show a progress bar during the body, on rank 0. Local.
 
-    It may stand around collective calls: whatever standard error is, this raises only what the body does.
+    Yields a function to call with the number of bytes that were just moved, or None if no bar is shown. Safe around
+    collective calls: it raises only exceptions of the body, whatever standard error is.
 
     Args:
         rank: This process's rank.
@@ -26,7 +27,7 @@ def progress_bar(rank: int, what: str, nbytes: int) -> Iterator[Callable[[int], 
     """
     progress = None
     if rank == 0 and nbytes >= _MIN_NBYTES:
-        with suppress(Exception):  # closed, hung up, or replaced by something with less than a stream has
+        with suppress(Exception):  # standard error may be closed, hung up, or replaced by an incomplete stream object
             progress = _started(f"distckpt {what} (rank 0)", nbytes)
     if progress is None:
         yield None
@@ -40,7 +41,7 @@ def progress_bar(rank: int, what: str, nbytes: int) -> Iterator[Callable[[int], 
 
 
 def _started(text: str, nbytes: int) -> Progress | None:
-    """A bar on the terminal, if standard error is one."""
+    """Start a bar, if standard error is a terminal."""
     if not sys.stderr.isatty():
         return None
     from rich.console import Console

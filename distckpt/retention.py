@@ -1,4 +1,4 @@
-"""Which checkpoints a manager keeps: pure functions on its records."""
+"""Retention: pure functions on a manager's records that decide which checkpoints it keeps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: File name within the manager's directory.
-        time: When it was saved, in seconds since the epoch on rank 0's clock.
+        time: Time of the save, in seconds since the epoch on rank 0's clock.
         step: Value of the step counter when it was saved; without a step counter the number in its name.
-        metrics: Passed to `save`; finite values only.
-        durable: It was on disk, whatever happens to the machine, when `save` returned.
+        metrics: The metrics passed to `save`; finite values only.
+        durable: Whether it was saved durably: on disk when `save` returned, so that it survives a power cut.
     """
 
     name: str
@@ -31,14 +31,14 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager remembers, in this form in the state file, too.
+    """The records of a manager, also stored in the state file.
 
     Attributes:
-        checkpoints: Those that it may delete, oldest first.
-        pinned: Names that it must not delete.
+        checkpoints: The checkpoints that it may delete, oldest first.
+        pinned: Names of checkpoints that it must not delete.
         last_preserved_time: Time of the newest checkpoint kept for good by `keep_every_n_hours`, in seconds; at first
-            the time when the manager began.
-        last_preserved_step: Step of the newest one kept for good by `keep_every_n_steps`; 0 at first.
+            the time at which the manager began.
+        last_preserved_step: Step of the newest checkpoint kept for good by `keep_every_n_steps`; 0 at first.
     """
 
     checkpoints: tuple[CheckpointRecord, ...] = ()
@@ -53,8 +53,8 @@ class Best:
 
     Attributes:
         metric: Name of the metric.
-        mode: Whether the smallest or the largest values are the best.
-        count: How many to keep.
+        mode: Whether the smallest ("min") or the largest values ("max") are the best.
+        count: Number of checkpoints to keep.
     """
 
     metric: str
@@ -75,7 +75,7 @@ class Best:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What to keep. A checkpoint is deleted when nothing here keeps it. See `CheckpointManager`."""
+    """Rules by which checkpoints are kept; one that no rule keeps is deleted. See `CheckpointManager`."""
 
     max_to_keep: int | None = None
     keep_every_n_hours: float | None = None
@@ -97,10 +97,10 @@ class Policy:
 
 
 def as_best(keep_best: object) -> Best | None:
-    """The option `keep_best` as given by the user.
+    """Convert the option `keep_best` as given by the user.
 
     Raises:
-        ValueError: It is no tuple of three, or a value is not among those documented.
+        ValueError: It is not a tuple of three, or a value is not among those documented.
     """
     if keep_best is None:
         return None
@@ -115,20 +115,20 @@ def _require_count(name: str, value: object) -> None:
 
 
 def require_positive(name: str, value: object) -> None:
-    """Check an option that is a number or None.
+    """Check that an option is None or a number above 0.
 
     Raises:
-        ValueError: It is something else, or not above 0.
+        ValueError: It is neither.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
         raise ValueError(f"{name}: expected a number > 0, or None. Got {value!r}.")
 
 
 def finite_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """Metrics as they are recorded: as floats, without infinities and NaN, which rank nowhere.
+    """Convert metrics for a record: to floats, without infinities and NaN, which cannot be ranked.
 
     Raises:
-        ValueError: They are no mapping with str keys, or a value is no number.
+        ValueError: `metrics` is not a mapping with str keys, or a value is not a number.
     """
     _require_names(metrics)
     numbers = {name: _as_float(name, value) for name, value in (metrics or {}).items()}
@@ -148,26 +148,26 @@ def _as_float(name: str, value: Any) -> float:
         raise ValueError(f"metrics[{name!r}]: expected a number. Got {value!r:.100}.") from error
 
 
-# ---- the life of a history ---------------------------------------------------------------------------------------
+# ---- changes of a history ----------------------------------------------------------------------------------------
 
 
 def decode(entry: object) -> History:
-    """A history from the state file.
+    """Decode a history from the state file.
 
     Raises:
-        msgspec.ValidationError: It is none.
+        msgspec.ValidationError: The entry is not a history.
     """
     return msgspec.convert(entry, type=History)
 
 
 def encode(history: History) -> dict[str, Any]:
-    """A history for the state file."""
+    """Encode a history for the state file."""
     fields: dict[str, Any] = msgspec.to_builtins(history)
     return fields
 
 
 def present(history: History, names: Collection[str]) -> History:
-    """The history without the checkpoints that are not among the names."""
+    """The history with only the checkpoints among the names."""
     return msgspec.structs.replace(
         history,
         checkpoints=tuple(record for record in history.checkpoints if record.name in names),
@@ -184,12 +184,12 @@ def after_clock_reset(history: History, now: float) -> History:
 
 
 def after_save(history: History, record: CheckpointRecord) -> History:
-    """The history with one more checkpoint, as the newest."""
+    """The history with a new checkpoint, the newest."""
     older = tuple(other for other in history.checkpoints if other.name != record.name)
     return msgspec.structs.replace(
         history,
         checkpoints=(*older, record),
-        # The steps went back: training continues from an older checkpoint.
+        # If the step is smaller, training continues from an older checkpoint.
         last_preserved_step=min(history.last_preserved_step, record.step),
     )
 
@@ -210,15 +210,15 @@ def forget(history: History, names: Collection[str]) -> History:
     return msgspec.structs.replace(history, checkpoints=checkpoints)
 
 
-# ---- what to delete ----------------------------------------------------------------------------------------------
+# ---- deletion ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a policy makes of a history.
+    """The result of applying a policy to a history.
 
     Attributes:
-        history: Without those that are now kept for good; those to delete are still in it.
+        history: The history without checkpoints that are now kept for good, but with those to delete.
         delete: Names of the checkpoints to delete, oldest first.
     """
 
@@ -227,9 +227,9 @@ class Sweep:
 
 
 def sweep(history: History, policy: Policy) -> Sweep:
-    """Decide what becomes of the checkpoints beyond the newest `max_to_keep`.
+    """Decide which of the checkpoints beyond the newest `max_to_keep` are deleted.
 
-    The newest durable checkpoint is never deleted, even where newer ones were saved without being made durable.
+    The newest durable checkpoint is never deleted, even if newer ones were saved without being made durable.
     """
     if policy.max_to_keep is None:
         return Sweep(history, ())
@@ -242,7 +242,7 @@ def sweep(history: History, policy: Policy) -> Sweep:
 
 
 def _preserve(history: History, aged: Collection[CheckpointRecord], policy: Policy) -> History:
-    """Keep for good those of the aged checkpoints that are due by time or by step."""
+    """Keep for good the aged checkpoints that are due by `keep_every_n_hours` or `keep_every_n_steps`."""
     hours, steps = policy.keep_every_n_hours, policy.keep_every_n_steps
     last_time, last_step = history.last_preserved_time, history.last_preserved_step
     preserved = set()
@@ -263,7 +263,7 @@ def _newest_durable(records: Collection[CheckpointRecord]) -> list[str]:
 
 
 def _best(records: Collection[CheckpointRecord], best: Best | None) -> list[str]:
-    """The names of the best checkpoints; of equal ones the newer is better."""
+    """Names of the best checkpoints; of equal ones the newer is better."""
     if best is None:
         return []
     sign = 1 if best.mode == "max" else -1

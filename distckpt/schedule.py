@@ -1,4 +1,4 @@
-"""When a manager saves: at intervals of steps or seconds."""
+"""Schedules of a manager's saves: at intervals of steps or seconds, or as their cost allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from distckpt.interval import checkpoint_interval, require_seconds
 from distckpt.retention import require_positive
 
-#: Called for the step, or holds it, or names an attribute of the Checkpoint that does.
+#: A function that returns the step, a tensor that holds it, or the name of an attribute of the Checkpoint that does.
 StepCounter = Callable[[], int] | torch.Tensor | str
 
 
@@ -25,8 +25,8 @@ class LastSave:
     """The checkpoint from which intervals count: the last one saved or restored.
 
     Attributes:
-        step: Value of the step counter then; None before there was one.
-        time: When it was, in seconds on rank 0's clock; None before there was one.
+        step: Value of the step counter at that time; None without one.
+        time: Time of the save or restore, in seconds on rank 0's clock; None before the first.
     """
 
     step: int | None = None
@@ -35,7 +35,7 @@ class LastSave:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """At least one of the intervals must have passed; without any every call saves.
+    """Intervals between saves. A save is due when one of them has passed; without intervals every call saves.
 
     Attributes:
         steps: Steps between two checkpoints.
@@ -49,19 +49,19 @@ class Schedule:
         """Reject bad values.
 
         Raises:
-            ValueError: An interval is not above 0.
+            ValueError: An interval is not a number above 0.
         """
         require_positive("checkpoint_interval", self.steps)
         require_positive("checkpoint_interval_seconds", self.seconds)
 
     def is_due(self, step: int | None, now: float, last: LastSave, *, check_interval: bool) -> bool:
-        """Whether to save.
+        """Whether a save is due.
 
         Args:
             step: Value of the step counter; None without one.
-            now: In seconds.
-            last: Where the intervals begin.
-            check_interval: False saves at any time, but not twice at one step.
+            now: Present time, in seconds.
+            last: The checkpoint from which the intervals count.
+            check_interval: False saves at any time, but, with an interval, not twice at one step.
         """
         if self.steps is None and self.seconds is None:
             return True
@@ -72,7 +72,7 @@ class Schedule:
     def _steps_passed(self, step: int | None, last: LastSave) -> bool:
         if self.steps is None or step is None:
             return False
-        # A smaller step: training continues from an older checkpoint, and the last one says nothing.
+        # If the step is smaller, training continues from an older checkpoint, and the last one does not count.
         return last.step is None or not 0 <= step - last.step < self.steps
 
     def _seconds_passed(self, now: float, last: LastSave) -> bool:
@@ -81,19 +81,19 @@ class Schedule:
         return last.time is None or not 0 <= now - last.time < self.seconds  # the clock may have been set back
 
 
-#: How many of the last saves, and of the last steps, are measured: the first ones are no guide to the later ones.
+#: Number of the latest saves, and of the latest steps, that count: the first ones differ from later ones.
 _SAVES, _STEPS = 5, 20
 
 
 class SaveTimes:
-    """How long saves take on this rank, from the last ones. Local."""
+    """Durations of the latest saves on this rank. Local."""
 
     def __init__(self) -> None:
         self._stalls: deque[float] = deque(maxlen=_SAVES)
         self._saves: deque[float] = deque(maxlen=_SAVES)
 
     def add(self, stall: float, save: float) -> None:
-        """Take in a save that succeeded.
+        """Add a save that succeeded.
 
         Args:
             stall: Seconds for which training stood still.
@@ -111,23 +111,23 @@ class SaveTimes:
         self.add(seconds, seconds)
 
     def background(self) -> BackgroundTiming:
-        """Begin to measure a save in the background, which is being called."""
+        """Begin to measure a background save; called when the save is."""
         return BackgroundTiming(self)
 
     @property
     def stall(self) -> float | None:
-        """The median of `stall`; None before the first save."""
-        stalls = list(self._stalls)  # a thread in the background may add one meanwhile
+        """The median of `stall`, in seconds; None before the first save."""
+        stalls = list(self._stalls)  # the background thread may add one meanwhile
         return statistics.median(stalls) if stalls else None
 
     @property
     def longest_save(self) -> float | None:
-        """The longest `save`; None before the first one."""
+        """The longest `save`, in seconds; None before the first one."""
         return max(list(self._saves), default=None)
 
 
 class BackgroundTiming:
-    """Measures one save in the background; one that fails does not count. Local; its end comes from any thread."""
+    """Measures one background save; one that fails does not count. Local; any thread may call `committed`."""
 
     def __init__(self, times: SaveTimes) -> None:
         self._times = times
@@ -135,29 +135,29 @@ class BackgroundTiming:
         self._stall: float | None = None
 
     def returned(self) -> None:
-        """Training goes on."""
+        """Record that the call has returned, so that training goes on."""
         self._stall = time.monotonic() - self._start
 
     def committed(self) -> None:
-        """The file is durable; that may be before the call has returned."""
+        """Record that the file is durable, which may be before the call has returned."""
         seconds = time.monotonic() - self._start
         self._times.add(seconds if self._stall is None else self._stall, seconds)
 
 
 class AutoSchedule:
-    """The interval follows from what a save costs, by `checkpoint_interval`. Rank 0 only.
+    """Saves at the interval that `checkpoint_interval` computes from the measured cost of a save. Rank 0 only.
 
-    The first call saves, to measure it. From then on it is the end of the step nearest to the best time, but never
-    before the time that a save takes has passed: one that goes on in the background must have ended.
+    The first call saves, to measure the cost. From then on a save is due at the end of the step nearest to the best
+    time, but never before the time that a save takes has passed, so that a background save has ended.
     """
 
     def __init__(self, mtbf: float | None, times: SaveTimes, other: Schedule) -> None:
         """Local.
 
         Args:
-            mtbf: Mean seconds between two failures of the job.
-            times: What saves take.
-            other: A further interval; the one that passes first counts.
+            mtbf: Mean time between two failures of the job, in seconds.
+            times: Measured durations of saves.
+            other: A further schedule, whose interval in seconds counts if it passes first.
 
         Raises:
             ValueError: `mtbf` is not a finite number above 0.
@@ -177,7 +177,7 @@ class AutoSchedule:
         return not check_interval or other or self._interval_passed(now, last)
 
     def interval(self) -> float | None:
-        """Seconds of training between two saves; None until a save was measured."""
+        """Seconds of training between two saves; None until a save has been measured."""
         stall, save = self._times.stall, self._times.longest_save
         return None if stall is None or save is None else max(checkpoint_interval(stall, self._mtbf), save)
 
@@ -189,18 +189,18 @@ class AutoSchedule:
         return not 0 <= now - last.time < interval - step / 2  # the clock may have been set back
 
     def _measure_step(self, now: float, last: LastSave) -> None:
-        """A step lies between two calls without a save between them."""
+        """Measure a step: the time between two calls without a save between them."""
         if self._last_call is not None and (last.time is None or last.time <= self._last_call):
             self._steps.append(max(0.0, now - self._last_call))
         self._last_call = now
 
 
 def read_step(counter: StepCounter | None, owner: object) -> int | None:
-    """The present step; None without a counter.
+    """The present step; None without a counter. Local.
 
     Raises:
         AttributeError: The owner has no attribute of that name.
-        ValueError: The step is no integer.
+        ValueError: The step is not an integer.
     """
     if counter is None:
         return None
@@ -210,10 +210,10 @@ def read_step(counter: StepCounter | None, owner: object) -> int | None:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """A number that may come as a tensor.
+    """Convert a number, which may be a tensor, to an int.
 
     Raises:
-        ValueError: It is no integer.
+        ValueError: The value is not an integer.
     """
     try:
         return operator.index(value)

@@ -1,4 +1,4 @@
-"""What travels when the ranks agree on a layout: each rank's message to rank 0, and rank 0's reply."""
+"""Messages by which ranks agree on a layout: from each rank to rank 0, and its replies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _OWN_REPLY = msgspec.msgpack.Decoder(tuple[list[PlanItem], list[int], list[int]]
 
 
 def encode_message(request: bytes, layout: LocalLayout) -> Parts:
-    """What this rank sends to rank 0: the call and the object graph, which most ranks have alike, and the rest. Local.
+    """Encode this rank's message to rank 0. Local.
+
+    The common part has the request and the object graph, which are the same on most ranks; the own part has the rest.
 
     Args:
-        request: `Request.encode()` of its call.
-        layout: What it holds.
+        request: `Request.encode()` of this rank's call.
+        layout: The local layout of this rank.
     """
     _, *own = msgspec.structs.astuple(layout)
     return Parts(msgspec.msgpack.encode((request, layout.graph)), msgspec.msgpack.encode(own))
@@ -37,7 +39,7 @@ def merge_messages(messages: Sequence[Parts], *, trust_lowest: bool) -> Merged:
         trust_lowest: See `merge`.
 
     Raises:
-        LayoutError: The ranks made different calls, or `merge` refused.
+        LayoutError: The ranks made different calls, or their layouts cannot be merged.
     """
     commons = {common: _COMMON.decode(common) for common in {message.common for message in messages}}
     check_agreement([commons[message.common][0] for message in messages])
@@ -46,9 +48,9 @@ def merge_messages(messages: Sequence[Parts], *, trust_lowest: bool) -> Merged:
 
 
 def encode_replies(merged: Merged) -> list[Parts]:
-    """What rank 0 answers, by rank: what ranks with the same object graph get alike, and the rest. Rank 0 only."""
+    """Encode the reply for each rank; ranks with the same object graph have the common part alike. Rank 0 only."""
     encode = msgspec.msgpack.encode
-    commons: dict[tuple[int, int], bytes] = {}  # by identity: the plans of such ranks share these lists
+    commons: dict[tuple[int, int], bytes] = {}  # by identity, as the plans of ranks with the same graph share the lists
     replies: list[Parts] = []
     for plan in merged.plans:
         shared = id(plan.keys), id(plan.variables)
@@ -59,7 +61,7 @@ def encode_replies(merged: Merged) -> list[Parts]:
 
 
 def decode_reply(reply: Reply) -> SavePlan:
-    """This rank's plan. Local."""
+    """Decode this rank's save plan. Local."""
     plan_id, keys, variables = _COMMON_REPLY.decode(reply.common)
     items, weights, watched = _OWN_REPLY.decode(reply.own)
     return SavePlan(plan_id, keys, variables, items, weights, watched)
@@ -71,10 +73,10 @@ def weights_of(plan: SavePlan) -> np.ndarray:
 
 
 def balance_of(layout: LocalLayout, weights: np.ndarray) -> int:
-    """This rank's part of a sum that is 0 modulo 2**64 when all replicas agree. Local.
+    """This rank's part of a sum over all ranks that is 0 modulo 2**64 if all replicas agree. Local.
 
     Args:
-        layout: What it holds now.
+        layout: The local layout of this rank, with its present fingerprints.
         weights: See `weights_of`.
     """
     return int((np.frombuffer(layout.fingerprints, np.uint64) * weights).sum(dtype=np.uint64))

@@ -1,4 +1,4 @@
-"""From a walk of the live objects to its record: what this rank holds, without the data."""
+"""Record a walk of the live objects: the layout that this rank holds, without the data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from distckpt.layout.records import LocalAttribute, LocalLayout, LocalNode
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A walk and its record.
+    """A walk and its record, made by `capture`.
 
     Attributes:
         graph: The live graph.
         tensors: Its tensors, in order.
-        layout: What travels to rank 0.
-        python_places: Positions of the python values among all values in order.
+        layout: The local layout, which is sent to rank 0.
+        python_places: Indices of the python values among all values in order.
     """
 
     graph: LiveGraph
@@ -35,12 +35,12 @@ class Capture:
     python_places: list[int]
 
     def tensor_keys(self, keys: Sequence[str]) -> list[str]:
-        """The keys of the tensors, given one key per attribute in order."""
+        """The keys of the tensors, from one key for each attribute in order."""
         values = (value for _, value in self.graph.values())
         return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
 
     def python_values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The encoded python values by key, given one key per attribute in order."""
+        """The encoded python values by key, from one key for each attribute in order."""
         return {keys[place]: data for place, data in zip(self.python_places, self.layout.python_values, strict=True)}
 
 
@@ -51,7 +51,7 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
     Args:
         graph: A fresh walk.
         hash_all: Fingerprint every byte of a replicated tensor instead of a sample.
-        skip: Bool per attribute in order: no fingerprint needed; None for none.
+        skip: For each attribute in order, whether it needs no fingerprint; None if all need one.
     """
     held = list(graph.values())
     tensors = [value for _, value in held if type(value) is TensorValue]
@@ -75,14 +75,14 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
 
 @functools.lru_cache(maxsize=4096)  # models repeat few shapes
 def _numbers(boxes: tuple[Box, ...]) -> bytes:
-    """A tensor's part of `LocalLayout.boxes`."""
+    """The part of `LocalLayout.boxes` that belongs to one tensor."""
     return np.array([number for box in boxes for number in (*box.offset, *box.shape)], np.int64).tobytes()
 
 
 def _fingerprints(
     held: Sequence[tuple[LiveNode, Value]], encoded: Mapping[int, bytes], hash_all: bool, skip: np.ndarray | None
 ) -> np.ndarray:
-    """See `LocalLayout.fingerprints`; `encoded` has the python values by their place in order."""
+    """The array for `LocalLayout.fingerprints`; `encoded` has the python values by their index in order."""
     found = np.zeros(len(held), np.uint64)
     places = range(len(held)) if skip is None else np.flatnonzero(~skip).tolist()
     tensors = {place: value.tensor for place in places if type(value := held[place][1]) is TensorValue}
@@ -102,7 +102,7 @@ def _encode(node: LiveNode, value: PythonValue, problems: list[str]) -> bytes:
 
 
 def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
-    """A node as `LocalLayout.graph` has it. Nearly all are leaves with one value, which come in few forms."""
+    """A node as in `LocalLayout.graph`. Most nodes are leaves with one value, whose few forms are cached."""
     if len(node.values) == 1 and not node.children and not node.slots and node.parameters is None:
         (value,) = node.values.values()
         return _leaf(_fields(value), node.adapter.per_rank)
@@ -112,7 +112,7 @@ def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
     return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
 
 
-#: The fields of a `LocalAttribute`, with the dtype itself: faster to make, and to look up in a cache.
+#: The fields of a `LocalAttribute`, but with a torch dtype: faster to make, and to look up in a cache.
 _Fields = tuple[str, torch.dtype | None, Shape, bool, bool, int]
 
 

@@ -1,8 +1,8 @@
-"""Newest call wins, per object, in whatever order objects are attached.
+"""Claims: for each object the newest restore wins, in whatever order objects are attached.
 
 TensorFlow numbers its restores and keeps the number of the last one on every object (`update_uid`). Torch's objects
-have no place for that, so it is told the other way round: whatever a restore takes, all older ones that still wait may
-not.
+have no place for that, so here the older restores keep the record: a value that a restore has claimed may not be set
+any more by older restores that still wait for objects.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 
-#: The object that a value belongs to, and a name that tells it from the object's other values.
+#: The object that a value belongs to, and the name that distinguishes it from the object's other values.
 Claim = tuple[object, str]
 
 
 class Claims:
-    """Values of live objects, by identity. Keeps no object alive."""
+    """A set of values of live objects, by identity. Keeps no object alive."""
 
     def __init__(self) -> None:
         self._names: dict[int, tuple[weakref.ref[object], set[str]]] = {}
 
     def add(self, claims: Iterable[Claim]) -> None:
-        """Remember values; those of objects that cannot be referred to weakly (list, dict) are not remembered."""
+        """Add values; those of objects without weak references (list, dict) are ignored."""
         for owner, name in claims:
             known = self._names_of(owner)
             if known is not None:
@@ -40,4 +40,4 @@ class Claims:
 
     def _names_of(self, owner: object) -> set[str] | None:
         entry = self._names.get(id(owner))
-        return None if entry is None or entry[0]() is not owner else entry[1]  # else another object's, dead by now
+        return None if entry is None or entry[0]() is not owner else entry[1]  # else the id of a dead object, reused

@@ -1,4 +1,4 @@
-"""Cheap hashes of values, to tell whether replicas on different ranks agree."""
+"""Fingerprints: fast hashes of values, by which ranks check that their replicas agree."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import xxhash
 from distckpt.device import Copy, DeviceCopies, gpu_of, pinned_memory
 from distckpt.tensor_bytes import RAW, Memory, bytes_of, is_packed
 
-#: Tensors up to this many bytes are hashed whole; of larger ones this much is sampled.
+#: Tensors of at most this many bytes are hashed whole; of larger ones a sample of this size.
 _SAMPLE_NBYTES = 64 << 10
 _SAMPLE_BLOCKS = 16
 _BLOCK_NBYTES = _SAMPLE_NBYTES // _SAMPLE_BLOCKS
 
-#: Tensors that are not packed, or on a GPU, are copied to be hashed, at most this many bytes at once.
+#: Most bytes copied at once of tensors that are not packed, or on a GPU, and so are copied to be hashed.
 _BATCH_NBYTES = 4 << 20
-#: Copies begin at multiples of this. In bytes.
+#: Copies begin at multiples of this, in bytes.
 _ALIGNMENT = 16
 
 
 def fingerprint_bytes(data: bytes | memoryview) -> int:
-    """xxh3-64 of bytes, as of an encoded python value; never 0, which means "not computed"."""
+    """xxh3-64 of bytes, such as an encoded python value; never 0, which means "not computed"."""
     return xxhash.xxh3_64_intdigest(data) or 1
 
 
 def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
     """The `fingerprint` of each tensor. Those on GPUs are copied in batches, since a wait costs more than hashing.
 
-    Call it without gradients.
+    Call it under `torch.no_grad`. Local.
 
     Args:
-        tensors: On any device, of any strides.
+        tensors: Tensors on any device, with any strides.
         whole: Hash all bytes whatever the size.
     """
     found = [0] * len(tensors)
@@ -44,7 +44,7 @@ def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
             found[place] = fingerprint(tensor, whole=whole)
         else:
             on_gpus.append((place, gpu))
-    # One after the other, for what is hashed of a strided or lazy tensor may be a copy in memory of its GPU.
+    # A generator, as the part to hash of a strided or lazy tensor may be a copy in GPU memory.
     parts = (_OnGpu(place, gpu, _hashed_part(tensors[place], whole=whole)) for place, gpu in on_gpus)
     for batch in _batches(parts):
         for part, each in zip(batch, _digests(batch), strict=True):
@@ -55,10 +55,10 @@ def fingerprints(tensors: Sequence[torch.Tensor], *, whole: bool) -> list[int]:
 def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
     """xxh3-64 of a tensor's bytes, or of a fixed sample of a large tensor; never 0, which means "not computed".
 
-    Call it without gradients.
+    Call it under `torch.no_grad`. Local.
 
     Args:
-        tensor: On any device, of any strides.
+        tensor: A tensor on any device, with any strides.
         whole: Hash all bytes whatever the size.
     """
     if is_packed(tensor):
@@ -72,7 +72,7 @@ def fingerprint(tensor: torch.Tensor, *, whole: bool) -> int:
     return hasher.intdigest() or 1
 
 
-# ---- which part of a tensor is hashed ----------------------------------------------------------------------------
+# ---- the part of a tensor that is hashed -------------------------------------------------------------------------
 
 
 def _is_sampled(tensor: torch.Tensor, whole: bool) -> bool:
@@ -80,13 +80,13 @@ def _is_sampled(tensor: torch.Tensor, whole: bool) -> bool:
 
 
 def _hashed_part(tensor: torch.Tensor, *, whole: bool) -> torch.Tensor:
-    """The tensor or a sample of it, in a form that torch can copy."""
+    """The tensor, or a sample of it, in a form that torch can copy."""
     copyable = _copyable(tensor)
     return _sample(copyable) if _is_sampled(tensor, whole) else copyable
 
 
 def _slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """All elements in row-major order, in parts of at most `_BATCH_NBYTES`: each part is copied before it is hashed."""
+    """Divide a tensor, in row-major order, into parts of at most `_BATCH_NBYTES`, to be copied one by one."""
     if tensor.nbytes <= _BATCH_NBYTES:
         yield tensor
         return
@@ -96,7 +96,7 @@ def _slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements in a form that torch can copy: not every dtype can be copied, and some views are lazy."""
+    """The same elements in a form that torch can copy: it cannot copy every dtype, and some views are lazy."""
     if tensor.is_conj() or tensor.is_neg():
         return tensor.resolve_conj().resolve_neg()
     raw = RAW.get(tensor.element_size())
@@ -104,8 +104,9 @@ def _copyable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced blocks of a large tensor's elements in row-major order, whatever its strides; they begin with the
-    first element and end with the last ones.
+    """A sample of a large tensor: evenly spaced blocks of elements in row-major order, whatever the strides.
+
+    The first block begins with the first element.
     """
     block = _BLOCK_NBYTES // tensor.element_size()
     step = _step(tensor.numel(), block)
@@ -118,7 +119,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _digest_of_sample(data: memoryview, itemsize: int) -> int:
-    """The digest of the same sample of a packed tensor, hashed in place."""
+    """The digest of the sample that `_sample` takes, of a packed tensor whose bytes are hashed in place."""
     step = _step(len(data) // itemsize, _BLOCK_NBYTES // itemsize) * itemsize
     hasher = xxhash.xxh3_64()
     for start in range(0, _SAMPLE_BLOCKS * step, step):
@@ -135,12 +136,12 @@ def _step(numel: int, block: int) -> int:
 
 
 class _OnGpu(NamedTuple):
-    """The part of a tensor on a GPU that is hashed.
+    """The part to hash of a tensor on a GPU.
 
     Attributes:
         place: Index of the tensor.
         gpu: The GPU.
-        hashed: The part; at most `_BATCH_NBYTES`; any strides.
+        hashed: The part, of at most `_BATCH_NBYTES`; any strides.
     """
 
     place: int
@@ -149,7 +150,7 @@ class _OnGpu(NamedTuple):
 
 
 def _batches(parts: Iterable[_OnGpu]) -> Iterator[list[_OnGpu]]:
-    """Neighbours that fit into one buffer."""
+    """Divide parts into batches that fit into one buffer."""
     batch: list[_OnGpu] = []
     used = 0
     for part in parts:
@@ -164,7 +165,7 @@ def _batches(parts: Iterable[_OnGpu]) -> Iterator[list[_OnGpu]]:
 
 
 def _digests(batch: Sequence[_OnGpu]) -> list[int]:
-    """The hash of each, copied to pinned memory together."""
+    """The fingerprint of each part of a batch, which is copied to pinned memory together."""
     memory = Memory(pinned_memory(_BATCH_NBYTES))
     streams = DeviceCopies()
     copies, start = [], 0

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from distckpt.layout.keys import child_key, join, unescape
 from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
 
-#: Most keys that an unknown one is compared with: that many take a second.
+#: Most keys with which an unknown one is compared, which takes about a second.
 _MAX_COMPARED = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """What a prefix named: a child, or a value of its parent."""
+    """The part named by a prefix: a child, or a value of its parent."""
 
     child: int | None
     checkpoint_key: str | None
 
 
 def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
-    """A stored graph with parts under other names. Slots follow their variable, since they refer to its node.
+    """Move parts of a stored graph to other names. Slots follow their variable, since they refer to its node.
 
     Args:
         graph: The stored graph.
-        prefixes: Saved key prefix to live key prefix, whole components. Where one lies inside another the longer wins.
+        prefixes: For each saved key prefix: the live one, in whole components. Of nested prefixes the longer wins.
 
     Raises:
         ValueError: A prefix names nothing in the file.
@@ -35,7 +35,7 @@ def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
     if not prefixes:
         return graph
     editor = _Editor(graph)
-    # All parts are taken out before the first is put back, so that two can change places; inner ones before outer.
+    # All parts are removed, inner ones before outer ones, before any is put back, so that two can change places.
     order = sorted(prefixes, key=lambda prefix: -prefix.count("/"))
     taken = {prefix: editor.take(prefix.strip("/")) for prefix in order}
     for prefix in reversed(order):
@@ -44,7 +44,7 @@ def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
 
 
 def names_nothing(option: str, prefix: str, nodes: Sequence[Node]) -> ValueError:
-    """The error of an option whose key prefix names nothing in a checkpoint; says what is there instead.
+    """The error for an option whose key prefix names nothing in a checkpoint; lists existing keys.
 
     Args:
         option: Name of the option.
@@ -68,10 +68,10 @@ class _Editor:
         self.attributes = [{a.name: a.checkpoint_key for a in node.attributes} for node in graph.nodes]
 
     def take(self, key: str) -> _Taken:
-        """Remove the part with this key.
+        """Remove and return the part with a key.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no such part.
         """
         queue, seen = deque([(0, "")]), {0}
         while queue:
@@ -89,7 +89,7 @@ class _Editor:
         raise names_nothing("rename", key, self.nodes)
 
     def put(self, key: str, taken: _Taken) -> None:
-        """Attach a part under a new key; nodes on the way are made where they are missing."""
+        """Attach a part under a new key; makes the nodes on the way that are missing."""
         *parents, last = key.split("/")
         node_id = 0
         for component in parents:
@@ -105,7 +105,7 @@ class _Editor:
             self.attributes[node_id][last] = taken.checkpoint_key
 
     def node(self, node_id: int) -> Node:
-        """The record of a node as it is now."""
+        """The record of a node after the moves so far."""
         old = self.nodes[node_id] if node_id < len(self.nodes) else Node()
         return Node(
             children=[Child(child, name) for name, child in self.children[node_id].items()],

@@ -18,10 +18,10 @@ class Selection:
     """The part of a stored graph that is to be restored.
 
     Attributes:
-        graph: The stored graph without everything else; node ids stay.
+        graph: The stored graph without all other parts; node ids stay the same.
         keys: Checkpoint keys of the selected values.
-        partial: Ids of nodes that are selected in part, so that nothing follows from what they lack.
-        slots: Optimizer state is selected.
+        partial: Ids of nodes that are selected in part, so that the parts they lack mean nothing.
+        slots: Whether optimizer state is selected.
         scopes: Key prefixes of the live values that are to be restored; None for all.
     """
 
@@ -32,7 +32,7 @@ class Selection:
     scopes: tuple[str, ...] | None
 
     def covers(self, live_key: str) -> bool:
-        """Whether a live value belongs to the restore."""
+        """Whether the live value with a key belongs to the restore."""
         return self.scopes is None or any(_is_below(live_key, scope) for scope in self.scopes)
 
 
@@ -48,10 +48,10 @@ def select(
 
     Args:
         graph: The stored graph.
-        renamed: The same after `rename`.
-        only: Key prefixes of what to select, whole components; None for everything.
+        renamed: The stored graph after `rename`.
+        only: Key prefixes of the parts to select, in whole components; None for everything.
         skip_slots: Leave optimizer state out.
-        rename: Saved to live prefix.
+        rename: For each saved key prefix: the live one.
 
     Raises:
         ValueError: A prefix names nothing in the file, or only some of the slots of a parameter.
@@ -85,7 +85,7 @@ def _slot_ids(nodes: Iterable[Node]) -> Iterator[int]:
 
 
 def _whole_nodes(graph: ObjectGraph, prefixes: Sequence[str]) -> frozenset[int]:
-    """Nodes to which a path with one of the prefixes leads, the slots of such optimizers included."""
+    """Nodes to which a path with one of the prefixes leads, including the slots of optimizers among them."""
     whole: set[int] = set()
     for prefix in prefixes:
         path = find_nodes(graph, prefix)
@@ -97,7 +97,7 @@ def _whole_nodes(graph: ObjectGraph, prefixes: Sequence[str]) -> frozenset[int]:
 
 
 def _below(graph: ObjectGraph, node_id: int, ancestors: set[int]) -> set[int]:
-    """A node and what it leads to, but for those on the way to it: a child may know its parent."""
+    """A node and all nodes that it leads to, except its ancestors, as a child may refer to its parent."""
     seen, stack = {node_id}, [node_id]
     while stack:
         node = graph.nodes[stack.pop()]
@@ -108,7 +108,7 @@ def _below(graph: ObjectGraph, node_id: int, ancestors: set[int]) -> set[int]:
 
 
 def _selected_keys(graph: ObjectGraph, whole: frozenset[int], prefixes: Sequence[str]) -> Iterator[str]:
-    """Keys of the values of whole nodes, and those that a prefix names themselves."""
+    """Keys of the values of whole nodes, and keys below one of the prefixes."""
     for node_id, node in enumerate(graph.nodes):
         for attribute in node.attributes:
             key = attribute.checkpoint_key
@@ -117,7 +117,7 @@ def _selected_keys(graph: ObjectGraph, whole: frozenset[int], prefixes: Sequence
 
 
 def _require_whole_pairs(graph: ObjectGraph, keys: frozenset[str]) -> None:
-    """An optimizer with some of the slots of a parameter could not step."""
+    """Check that all slots of a parameter are selected, or none: with only some an optimizer could not step."""
     pairs: dict[tuple[int, int], list[str]] = {}
     for node_id, node in enumerate(graph.nodes):
         for slot in node.slot_variables:
@@ -134,7 +134,7 @@ def _require_whole_pairs(graph: ObjectGraph, keys: frozenset[str]) -> None:
 
 
 def _pruned(graph: ObjectGraph, keys: frozenset[str], whole: frozenset[int]) -> ObjectGraph:
-    """The graph with the values of `keys`, and with the edges that lead to them or to what they refer to."""
+    """The graph with only the values of `keys`, and the edges that lead to them or to nodes that they refer to."""
     needed = set(whole)
     for node_id, node in enumerate(graph.nodes):
         if any(attribute.checkpoint_key in keys for attribute in node.attributes):
@@ -148,7 +148,7 @@ def _pruned(graph: ObjectGraph, keys: frozenset[str], whole: frozenset[int]) -> 
 
 
 def _leading_to(graph: ObjectGraph, needed: set[int]) -> set[int]:
-    """Nodes from which edges lead to the needed ones, those included."""
+    """The needed nodes, and all nodes from which edges lead to them."""
     parents: dict[int, list[int]] = {}
     for node_id, node in enumerate(graph.nodes):
         for child in node.children:
@@ -176,7 +176,7 @@ def _pruned_node(graph: ObjectGraph, node: Node, keys: frozenset[str], leading: 
 
 
 def _live_scopes(prefixes: Sequence[str], rename: Mapping[str, str]) -> Iterator[str]:
-    """The live prefixes of the saved ones: where a rename moves one, and what it moves out of one."""
+    """The live prefixes of saved ones: each one as renamed, and the new prefixes of parts that a rename moves out."""
     moves = sorted(((old.strip("/"), new.strip("/")) for old, new in rename.items()), key=lambda move: -len(move[0]))
     for prefix in prefixes:
         yield next((new + prefix[len(old) :] for old, new in moves if old and _is_below(prefix, old)), prefix)

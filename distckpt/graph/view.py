@@ -21,21 +21,21 @@ _slot_adapter = SlotAdapter()
 
 
 class LiveNode(msgspec.Struct):
-    """A node of the live graph. A struct as its values are: one is made per object in every walk.
+    """A node of the live graph. A struct, since every walk makes one for each object.
 
     Attributes:
         obj: The object.
-        adapter: How it is saved and restored.
+        adapter: Knows how to save and restore the object.
         parent: The node before it on the shortest path from the root; for a slot the optimizer; None for the root.
-        name: The local name of the edge from there; for a slot the slot name.
-        variable: For a slot, the node of its variable; else None.
-        children: Local name to node id, in edge order.
+        name: The local name of the edge from the parent; for a slot the slot name.
+        variable: For a slot: the node of its variable; else None.
+        children: For each local name: node id of the child, in edge order.
         values: Its own values, by name.
-        slots: Optimizer: variable's node id to slot name to the slot's node id.
-        parameters: Parameter group: node ids of its members.
-        buffer: Reached as a module buffer.
-        problem: Why it cannot be stored; "" where it can.
-        known_key: `key`, once it was computed.
+        slots: Of an optimizer: for each variable's node id, the node ids of its slots by slot name.
+        parameters: Of a parameter group: node ids of its members.
+        buffer: Whether it was reached as a module buffer.
+        problem: The reason why it cannot be stored; "" if it can.
+        known_key: `key`, once it has been computed.
     """
 
     obj: object
@@ -44,7 +44,7 @@ class LiveNode(msgspec.Struct):
     name: str
     variable: LiveNode | None = None
     buffer: bool = False
-    children: dict[str, int] = {}  # a struct copies it
+    children: dict[str, int] = {}  # each struct gets a copy
     values: dict[str, Value] = {}
     slots: dict[int, dict[str, int]] = {}
     parameters: list[int] | None = None
@@ -53,22 +53,22 @@ class LiveNode(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        """Its key, by the shortest path from the root. Computed when first asked for: few are."""
+        """Its key, by the shortest path from the root. Computed at the first use, as few are needed."""
         if self.known_key is None:
-            for node in reversed(list(self._below_known_key())):  # a graph may be deeper than python's stack
+            for node in reversed(list(self._below_known_key())):  # no recursion: a graph may be deeper than the stack
                 node.known_key = node._key_from_parent()
         assert self.known_key is not None
         return self.known_key
 
     def _below_known_key(self) -> Iterator[LiveNode]:
-        """The nodes without a known key on the way to the root."""
+        """The nodes without a known key, from this one towards the root."""
         node: LiveNode | None = self
         while node is not None and node.known_key is None:
             yield node
             node = node.parent
 
     def _key_from_parent(self) -> str:
-        """Its key, from that of its parent."""
+        """Its key, computed from that of its parent."""
         if self.parent is None:
             return ""
         if self.variable is not None:
@@ -82,14 +82,14 @@ class LiveNode(msgspec.Struct):
 
 @dataclass(slots=True)
 class LiveGraph:
-    """All objects reachable from a root, each once.
+    """All objects reachable from a root, each once. Made by `walk`.
 
     Attributes:
-        nodes: Breadth-first; node 0 is the root, slots come last.
-        ids: `id()` of an object to its node, slots left out; valid while `nodes` keeps the objects alive.
-        problems: What cannot be stored, one sentence each, beginning with the key.
-        omissions: What is left out and the user is warned of, in the same form.
-        unowned: Optimizer parameters with state that no tracked object leads to; their slots are not saved.
+        nodes: The nodes, breadth-first; node 0 is the root, slots come last.
+        ids: Node id for the `id()` of each object, without slots; valid while `nodes` keeps the objects alive.
+        problems: Reasons why objects cannot be stored, one sentence each, beginning with the key.
+        omissions: Objects that are left out, of which the user is warned, in the same form.
+        unowned: Number of optimizer parameters with state that no tracked object leads to; their slots are not saved.
     """
 
     nodes: list[LiveNode] = field(default_factory=list)
@@ -110,10 +110,10 @@ class LiveGraph:
                 yield node, value
 
     def add(self, node: LiveNode) -> int:
-        """Append a node, which is found again by its object; returns its id."""
+        """Append a node, and register it under its object; returns its id."""
         node_id = self.ids[id(node.obj)] = len(self.nodes)
         self.nodes.append(node)
-        if isinstance(node.obj, ShardedVariable):  # an optimizer knows the tensor inside
+        if isinstance(node.obj, ShardedVariable):  # an optimizer refers to the tensor inside
             self.ids.setdefault(id(node.obj.tensor), node_id)
         return node_id
 
@@ -123,13 +123,13 @@ def walk(root: object, adapter: Adapter, rank: int) -> LiveGraph:
 
     Args:
         root: The root object, unwrapped.
-        adapter: How the root is saved.
-        rank: This process's rank, which names per-rank values.
+        adapter: The adapter of the root.
+        rank: This process's rank, which is part of the names of per-rank values.
     """
     graph = LiveGraph()
     graph.add(LiveNode(root, adapter, None, ""))
     with torch.no_grad():
-        for node in graph.nodes:  # which grows
+        for node in graph.nodes:  # the list grows during the loop
             _expand(graph, node, rank)
         _add_optimizers(graph, rank)
     return graph
@@ -178,7 +178,7 @@ def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:
 
 
 def _add_optimizers(graph: LiveGraph, rank: int) -> None:
-    """Groups and slots refer to parameters by node, so they are filled in when all nodes are known."""
+    """Add groups and slots once all nodes are known, since they refer to parameters by node."""
     for node in list(graph.nodes):
         if type(node.obj) is Group:
             members = (graph.ids.get(id(parameter)) for parameter in node.obj.parameters)
