@@ -1,5 +1,6 @@
-"""`distckpt bench`: save and restore of a GPT-like state, measured against the raw disk and other checkpointers.
+"""`distckpt bench`: saves and restores of a GPT-like state, measured against the raw disk and other checkpointers.
 
-Everything of one run is measured in interleaved rounds (`runner`), on a state of DTensors (`state`), in named cases
-(`cases`), for distckpt (`product`) and its rivals (`raw`, `dcp`, `safetensors`), and reported by `report`.
+A run (`session`) measures named cases (`cases`) on a state of DTensors (`state`), in interleaved rounds (`runner`), for
+distckpt (`product`) and its rivals (`raw`, `dcp`, `torchsnapshot`, `torch_save`, `safetensors`). `report` makes tables
+and JSON of the results.
 """

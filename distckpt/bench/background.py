@@ -1,4 +1,4 @@
-"""Saves in the background: what training waits for, when the checkpoint is durable, and how much slower training is."""
+"""Background saves: how long training waits, when the checkpoint is durable, and how much slower training is."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from distckpt.bench.state import State
 from distckpt.bench.training import TrainingLoop
 from distckpt.bench.trials import FIRST, SaveTrial, called, delete, make_resident
 
-#: `Trial.kind` of saves that training waits for, to compare with.
+#: `Trial.kind` of synchronous saves, measured for comparison.
 _BLOCKING = "save"
 
 
 def measure_background(bench: Bench, *, overlap: bool) -> list[Samples]:
-    """Measure saves in the background. Collective over the process group.
+    """Measure background saves. Collective over the process group.
 
     Args:
-        bench: What all cases share.
-        overlap: The competitors copy the state in the background, too.
+        bench: The setup that all cases share.
+        overlap: Whether the competitors copy the state in the background, too.
 
     Returns:
-        Of four cases: the stall of the first and of later saves, with `overlap` the time until tensors may change, the
-        time until the checkpoint is durable, and the time that a training loop loses meanwhile.
+        Samples of the stall of the first and of later saves; with `overlap` of the time until tensors may change; of
+        the time until the checkpoint is durable; and of the time that a training loop loses meanwhile.
     """
     title = "overlap" if overlap else "async"
     state, directory = bench.gpt(bench.dim), bench.directory
@@ -51,8 +51,9 @@ def measure_background(bench: Bench, *, overlap: bool) -> list[Samples]:
 
 
 def measure_background_memory(bench: Bench) -> list[Samples]:
-    """Measure the memory of saves in the background: the first takes a copy of the state, later ones use it again.
-    Collective over the process group.
+    """Measure the memory of background saves. Collective over the process group.
+
+    The first save allocates memory for a copy of the state; later ones reuse it.
     """
     state = bench.gpt(bench.dim)
     makers = background_builders(bench, overlap=False)
@@ -61,7 +62,7 @@ def measure_background_memory(bench: Bench) -> list[Samples]:
 
 
 def _whole_saves(bench: Bench, state: State) -> list[Trial]:
-    """Saves that training waits for, by those that can save without it, too."""
+    """Synchronous saves by the competitors that can also save in the background, and by "raw"."""
     names = [name for name in bench.setup.competitors if name in ("distckpt", "raw", "dcp", "torchsnapshot")]
     return [
         SaveTrial(build(state), bench.directory, "" if name == "raw" else _BLOCKING)
@@ -71,12 +72,12 @@ def _whole_saves(bench: Bench, state: State) -> list[Trial]:
 
 
 class MemcpyTrial:
-    """The limit of a copy that training waits for: this rank's shards into buffers that were used before.
+    """The lower limit of a stall: copy this rank's shards into buffers that were used before.
 
     Attributes:
-        name: How the report calls it.
-        kind: Nothing special.
-        copies: What it copied last, one for each shard.
+        name: Name in the report.
+        kind: Empty.
+        copies: The buffers, one for each shard.
     """
 
     def __init__(self, state: State) -> None:
@@ -92,21 +93,21 @@ class MemcpyTrial:
         self._state.advance()
 
     def run(self) -> None:
-        """Copy, one variable after the other."""
+        """Copy the shards, one after the other."""
         for copy, shard in zip(self.copies, self._state.shards, strict=True):
             copy.copy_(shard, non_blocking=True)
         finish_device_work()
 
     def clean(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing."""
 
 
 class StallTrial:
-    """Start a save: what is measured is how long the training loop stands still.
+    """Start a save; measures how long the training loop stands still.
 
     Attributes:
-        name: How the report calls it.
-        kind: What sets it apart from the other saves of its case.
+        name: Name in the report.
+        kind: Distinguishes it from the other saves of its case.
     """
 
     def __init__(self, competitor: BackgroundCompetitor, directory: Path, kind: str = "") -> None:
@@ -122,29 +123,29 @@ class StallTrial:
         self._count += 1
         self._competitor.state.advance()
         settle_disks()
-        # The copy and the pages of the file.
+        # Memory for the copy, and for the pages of the file.
         make_resident(2 * self._competitor.state.local_nbytes)
 
     def run(self) -> None:
-        """Start."""
+        """Start the save."""
         stem = self._directory / f"{self.name.replace(' ', '-')}-{self._count}"
         self._pending = self._competitor.start(stem)
 
     def clean(self) -> None:
-        """Wait for the end, and delete what was saved."""
+        """Wait for the end of the save, and delete its files."""
         delete(self._pending.result())
         del self._pending
 
 
 class FirstStallTrial(StallTrial):
-    """Start the first save of a new competitor each time, which has no buffers yet."""
+    """Start the first save of a competitor, which has no buffers yet; makes a new competitor each time."""
 
     def __init__(self, build: Callable[[State], BackgroundCompetitor], state: State, directory: Path) -> None:
         super().__init__(build(state), directory, FIRST)
         self._build = build
 
     def prepare(self) -> None:
-        """Begin anew."""
+        """Make a new competitor."""
         self._competitor = self._build(self._competitor.state)
         super().prepare()
 
@@ -153,16 +154,16 @@ class SafeTrial(StallTrial):
     """Start a save, and wait until the tensors may change."""
 
     def run(self) -> None:
-        """Start and wait."""
+        """Start the save, and wait until the tensors may change."""
         super().run()
         self._pending.wait_staged()
 
 
 class DurableTrial(StallTrial):
-    """Start a save, and wait until it is durable, with nothing else to do."""
+    """Start a save, and wait until it is durable, without training meanwhile."""
 
     def run(self) -> None:
-        """Start and wait."""
+        """Start the save, and wait until it is durable."""
         super().run()
         self._pending.result()
 
@@ -171,7 +172,7 @@ class SlowdownTrial(StallTrial):
     """Train while a save goes on.
 
     Attributes:
-        lost: Seconds of the last run beyond those that its steps take while nothing is saved.
+        lost: Seconds that the last run took longer than its steps take while nothing is saved.
     """
 
     def __init__(self, competitor: BackgroundCompetitor, directory: Path) -> None:
@@ -180,18 +181,18 @@ class SlowdownTrial(StallTrial):
         self._loop = TrainingLoop(competitor.state.device)
 
     def prepare(self) -> None:
-        """Measure the steps in quiet, too."""
+        """Also measure training steps while nothing is saved."""
         super().prepare()
         self._loop.calibrate()
 
     def run(self) -> None:
-        """Start, and train until the checkpoint is durable."""
+        """Start the save, and train until the checkpoint is durable."""
         super().run()
         self.lost = self._loop.train_during(self._pending)
 
 
 def seconds_lost(trial: SlowdownTrial) -> float:
-    """What the slowest rank's training lost while a save went on, in seconds. Collective over the process group."""
+    """The seconds that training on the slowest rank lost while a save went on. Collective over the process group."""
     dist.barrier()
     agreed(trial.name, trial.run)
     return over_ranks(trial.lost, dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""How the competitors of a run are made. Packages that may be missing are imported only when asked for."""
+"""Construction of the competitors of a run. Packages that may be missing are imported only when needed."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ BackgroundBuilder = Callable[[State], BackgroundCompetitor]
 
 COMPETITORS = ("distckpt", "raw", "dcp", "torchsnapshot", "torch.save", "safetensors")
 
-#: Those whose files restore onto the ranks and shards that wrote them only.
+#: Competitors whose files can be restored only onto the ranks and shards that wrote them.
 OF_ONE_LAYOUT = ("raw", "torchsnapshot", "torch.save", "safetensors")
 
 
 def names_without(bench: Bench, *names: str) -> tuple[str, ...]:
-    """The competitors that the user asked for, but these."""
+    """The competitors that the user chose, without `names`."""
     return tuple(name for name in bench.setup.competitors if name not in names)
 
 
 def builders(bench: Bench, names: Iterable[str], *, saving: bool) -> list[Builder]:
-    """How to make the competitors of these names. Collective over the process group.
+    """Builders of the competitors with some names. Collective over the process group.
 
     Args:
-        bench: What all cases share.
+        bench: The setup that all cases share.
         names: Some of `COMPETITORS`.
-        saving: They save; else they restore.
+        saving: Whether the competitors are to save; else they are to restore.
 
     Returns:
-        At least one builder per name, in their order.
+        At least one builder for each name, in their order.
     """
     return [build for name in names for build in _builders_of(bench, name, saving=saving)]
 
 
 def builders_without_checksums(bench: Bench) -> list[Builder]:
-    """How to make distckpt save without checksums, where it was asked for. Local."""
+    """The builder of distckpt without checksums, if the user chose distckpt. Local."""
     from distckpt.bench.product import Distckpt
 
     return [partial(Distckpt, checksums=False)] if "distckpt" in bench.setup.competitors else []
 
 
 def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilder]:
-    """How to make those of the asked competitors that save in the background. Local.
+    """Builders of the chosen competitors that can save in the background. Local.
 
     Args:
-        bench: What all cases share.
-        overlap: They copy the state in the background, too, where they can.
+        bench: The setup that all cases share.
+        overlap: Whether they copy the state in the background, too, if they can.
 
     Returns:
-        One or more builders per competitor.
+        One or more builders for each competitor.
     """
     found: list[BackgroundBuilder] = []
     if "distckpt" in bench.setup.competitors:
@@ -77,13 +77,13 @@ def background_builders(bench: Bench, *, overlap: bool) -> list[BackgroundBuilde
 
 
 def _direct_builders(bench: Bench) -> list[Builder]:
-    """The raw limit past the page cache, where it can be passed. Collective over the process group."""
+    """The raw limit with O_DIRECT, if all ranks can use it. Collective over the process group."""
     can = over_ranks(supports_direct(bench.directory), dist.ReduceOp.MIN)
     return [partial(Raw, direct=True)] if can else []
 
 
 def _threaded_builders() -> list[Builder]:
-    """The raw limit with as many threads as distckpt has, if several. Collective over the process group."""
+    """The raw limit with as many threads as distckpt uses, if it uses several. Collective over the process group."""
     nodes = gather(platform.node())
     threads = min(gather(threads_of_rank(nodes.count(platform.node()))))
     return [partial(Raw, threads=threads)] if threads > 1 else []

@@ -1,4 +1,4 @@
-"""What is measured: one function per case, each with a state of its own."""
+"""The cases of the benchmark: one function per case, each with a state of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distckpt.bench.trials import ColdRestoreTrial, FirstSaveTrial, RestoreTrial
 
 OVERHEAD = "overhead"
 
-#: `Trial.kind` of row shards among column shards, to compare with.
+#: `Trial.kind` of row shards in a case of column shards, measured for comparison.
 _ROWS = "rows"
 
 
@@ -25,17 +25,17 @@ def run_case(bench: Bench, case: str) -> list[Samples]:
     """Measure one case. Collective over the process group.
 
     Args:
-        bench: What all cases share.
+        bench: The setup that all cases share.
         case: One of `CASES`.
 
     Returns:
-        What was measured, the same on all ranks.
+        The measured values, the same on all ranks.
     """
     return CASES[case](bench)
 
 
 def _save(bench: Bench) -> list[Samples]:
-    """Durable saves; distckpt also without checksums, whose price that shows."""
+    """Durable saves; those of distckpt also without checksums, to show their cost."""
     state = bench.gpt(bench.dim)
     trials = _save_trials(bench, state, bench.setup.competitors)
     trials += [SaveTrial(build(state), bench.directory) for build in builders_without_checksums(bench)]
@@ -47,7 +47,7 @@ def _restore(bench: Bench) -> list[Samples]:
 
 
 def _cold(bench: Bench) -> list[Samples]:
-    """Restores from the disk itself."""
+    """Restores from the disk, not from the page cache."""
     state = bench.gpt(bench.dim)
     paths = _saved(bench, state, bench.setup.competitors, bench.directory)
     return _measure_restores(
@@ -56,7 +56,7 @@ def _cold(bench: Bench) -> list[Samples]:
 
 
 def _reshard(bench: Bench) -> list[Samples]:
-    """From the layout that the user chose into the other one."""
+    """Restores from the layout that the user chose into the other one."""
     return _reshard_case(bench, "reshard", seconds)
 
 
@@ -69,7 +69,7 @@ def _memory(bench: Bench) -> list[Samples]:
 
 
 def _overhead(bench: Bench) -> list[Samples]:
-    """First saves, and saves of an unchanged layout, against the mere writing of the same bytes."""
+    """First saves, and saves of an unchanged layout, against plain writes of the same bytes."""
     return [samples for count in bench.setup.variables for samples in _overhead_case(bench, count)]
 
 
@@ -80,18 +80,18 @@ def _repeat(bench: Bench) -> list[Samples]:
 
 
 def _replicated(bench: Bench) -> list[Samples]:
-    """Every rank holds all of the state."""
+    """Saves and restores of a state that every rank holds completely."""
     saved = _save_case(bench, "replicated: save", bench.gpt(None), bench.setup.competitors, seconds)
     return saved + _restore_case(bench, "replicated: restore", bench.gpt(None), bench.setup.competitors, seconds)
 
 
 def _columns(bench: Bench) -> list[Samples]:
-    """Column shards; and distckpt with row shards in the same rounds, to compare with."""
+    """Saves and restores of column shards, and, by distckpt, of row shards in the same rounds for comparison."""
     return _save_columns(bench) + _restore_columns(bench)
 
 
 def _small(bench: Bench) -> list[Samples]:
-    """Many variables of 1 KiB."""
+    """Saves and restores of many variables of 1 KiB."""
     state = build_state(small_shapes(bench.setup.small), bench.mesh, dim=0)
     title = f"small, {bench.setup.small} variables"
     saved = _save_case(bench, f"{title}: save", state, bench.setup.competitors, seconds)
@@ -129,9 +129,9 @@ def _restore_case(bench: Bench, case: str, state: State, names: Iterable[str], m
 
 
 def _reshard_case(bench: Bench, case: str, meter: Meter[Trial]) -> list[Samples]:
-    """Restore into the other layout than the one that was saved."""
+    """Restore into another layout than the one that was saved."""
     state = bench.gpt(1 - bench.dim)
-    # The limit is a plain read of as many bytes, which lie as each rank wants them.
+    # The raw limit is a plain read of as many bytes, already in the layout that each rank wants.
     raw = [name for name in bench.setup.competitors if name == "raw" and meter is not extra_mib]
     paths = _saved(bench, state, raw, bench.directory)
     paths |= _saved(bench, bench.gpt(bench.dim), names_without(bench, *OF_ONE_LAYOUT), bench.directory)
@@ -139,7 +139,7 @@ def _reshard_case(bench: Bench, case: str, meter: Meter[Trial]) -> list[Samples]
 
 
 def _saved(bench: Bench, state: State, names: Iterable[str], directory: Path) -> dict[str, Path]:
-    """Name of a competitor to the checkpoint it wrote. Collective over the process group."""
+    """Save with each competitor; returns the path of each one's checkpoint. Collective over the process group."""
     state.fill()
     paths = {}
     for name in names:
@@ -151,7 +151,7 @@ def _saved(bench: Bench, state: State, names: Iterable[str], directory: Path) ->
 def _restore_trials(
     bench: Bench, state: State, paths: Mapping[str, Path], kind: str = "", trial: type[RestoreTrial] = RestoreTrial
 ) -> list[RestoreTrial]:
-    """Into other values than the saved ones, also in buffers that competitors make now."""
+    """Trials that restore. The state is scrambled first, as competitors with buffers fill them from it now."""
     state.scramble()
     return [
         trial(build(state), path, kind)
@@ -163,7 +163,7 @@ def _restore_trials(
 def _measure_restores(
     bench: Bench, case: str, state: State, trials: Sequence[RestoreTrial], meter: Meter[Trial]
 ) -> list[Samples]:
-    """Measure, check what was restored, and delete the files."""
+    """Measure restores, check the restored values, and delete the files."""
     samples = measure(bench, case, state, trials, meter, _unit(meter))
     for trial in trials:
         agreed(f"{case}: {trial.name}", check_restore, trial)
@@ -178,7 +178,7 @@ def _overhead_case(bench: Bench, count: int) -> list[Samples]:
 
 
 def _first_and_later(bench: Bench, state: State) -> list[SaveTrial]:
-    """Saves by all, after one through the page cache: a first save is compared with that, too."""
+    """First and later saves by all competitors but "raw", and a raw save through the page cache for comparison."""
     trials = [SaveTrial(Raw(state), bench.directory)]
     for build in builders(bench, names_without(bench, "raw"), saving=True):
         trials += [FirstSaveTrial(build, state, bench.directory), SaveTrial(build(state), bench.directory)]
@@ -197,7 +197,7 @@ def _restore_columns(bench: Bench) -> list[Samples]:
     columns, rows = (bench.gpt(LAYOUTS[layout]) for layout in ("columns", "rows"))
     own = [name for name in bench.setup.competitors if name == "distckpt"]
     trials = _restore_trials(bench, columns, _saved(bench, columns, bench.setup.competitors, bench.directory))
-    # distckpt numbers the files of each directory itself, and would begin again.
+    # In another directory, as distckpt numbers the files of each directory itself, and would begin again.
     trials += _restore_trials(bench, rows, _saved(bench, rows, own, bench.directory / "rows"), _ROWS)
     return _measure_restores(bench, "columns: restore", columns, trials, seconds)
 

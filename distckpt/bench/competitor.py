@@ -1,4 +1,4 @@
-"""What every way of saving and restoring must offer to be measured."""
+"""Interfaces of the checkpointers that are measured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from distckpt.bench.state import State
 class Competitor(ABC):
     """One way to save and restore one state. Every method but `show` is collective over the process group.
 
+    Trials call `save` or `restore` in each round; `check_restore` also calls `show`.
+
     Attributes:
-        name: How the report calls it.
-        state: What is saved, and restored into.
+        name: Name in the report.
+        state: The state that is saved, or restored into.
     """
 
     def __init__(self, name: str, state: State) -> None:
@@ -26,22 +28,22 @@ class Competitor(ABC):
         """Save the state so that it survives a power cut.
 
         Args:
-            stem: Where: a path that nothing has yet, without a suffix.
+            stem: A path, without a suffix, that does not exist yet.
 
         Returns:
-            What to restore from, and to delete: a file or a directory.
+            The file or directory to restore from, and to delete.
         """
 
     @abstractmethod
     def restore(self, path: Path) -> None:
-        """Read what `save` returned back into memory.
+        """Read a checkpoint back into memory.
 
         Args:
-            path: The file or directory.
+            path: The file or directory that `save` returned.
         """
 
     def show(self) -> None:  # noqa: B027  (most restore into the state itself)
-        """Bring what `restore` read into the state, where it is not there already. Local."""
+        """Copy restored values into the state, if `restore` has not put them there. Local."""
 
 
 class Pending(Protocol):
@@ -51,13 +53,13 @@ class Pending(Protocol):
         """Wait until the tensors of this rank may change. Local."""
 
     def is_done(self) -> bool:
-        """Whether the save has ended, well or not. Collective over the process group."""
+        """Whether the save has ended, successfully or not. Collective over the process group."""
 
     def result(self) -> Path:
         """Wait until the checkpoint is durable. Collective over the process group.
 
         Returns:
-            What to delete: a file or a directory.
+            The file or directory to delete.
         """
 
 
@@ -65,8 +67,8 @@ class BackgroundCompetitor(ABC):
     """One way to save one state while training goes on.
 
     Attributes:
-        name: How the report calls it.
-        state: What is saved.
+        name: Name in the report.
+        state: The state that is saved.
     """
 
     def __init__(self, name: str, state: State) -> None:
@@ -75,11 +77,11 @@ class BackgroundCompetitor(ABC):
 
     @abstractmethod
     def start(self, stem: Path) -> Pending:
-        """Begin to save the state so that it survives a power cut. Collective over the process group.
+        """Start to save the state so that it survives a power cut. Collective over the process group.
 
         Args:
-            stem: Where: a path that nothing has yet, without a suffix.
+            stem: A path, without a suffix, that does not exist yet.
 
         Returns:
-            The save that goes on.
+            The save in progress.
         """

@@ -1,6 +1,6 @@
-"""The rival torch brings: `torch.distributed.checkpoint` (DCP), with everything flushed and in several settings.
+"""The rival from torch, `torch.distributed.checkpoint` (DCP), with all files flushed and in several settings.
 
-Which of them is fastest depends on the case and the machine, so all are measured and the report compares with the best.
+The fastest setting depends on the case and the machine, so all are measured, and the report compares with the best.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from distckpt.bench.competitor import BackgroundCompetitor, Competitor
 from distckpt.bench.runner import gather
 from distckpt.bench.state import State
 
-#: Writer threads of a rank: one file each.
+#: Numbers of writer threads of a rank to measure; each thread writes one file.
 THREAD_COUNTS = (1, 2)
 
 _serial_number = itertools.count()
 
 
 class Dcp(Competitor):
-    """DCP into one directory per checkpoint, with its plan cache on."""
+    """DCP with one directory per checkpoint, and its plan cache enabled."""
 
     def __init__(self, state: State, *, threads: int | None = None) -> None:
-        """Plans are cached per instance. Local.
+        """Make a competitor with a plan cache of its own. Local.
 
         Args:
-            state: What is saved, and restored into.
-            threads: Writer threads of each rank; None where the number says nothing, as in a restore.
+            state: The state that is saved, or restored into.
+            threads: Writer threads of each rank; None if the number does not matter, as in a restore.
         """
         super().__init__("DCP" if threads is None else f"DCP, {threads} thread{'s' * (threads > 1)}", state)
         self._threads = threads or 1
@@ -58,28 +58,28 @@ class Dcp(Competitor):
 
 
 class DcpAsync(BackgroundCompetitor):
-    """DCP's `async_save`, which writes from a thread or from a process of its own."""
+    """DCP's `async_save`, which writes in a thread or in a separate process."""
 
     def __init__(self, state: State, mode: str, *, overlap: bool) -> None:
-        """Make a process group of its own. Collective over the process group.
+        """Make a competitor with a process group of its own. Collective over the process group.
 
         Args:
-            state: What is saved.
-            mode: One of `modes` of the state's device.
+            state: The state that is saved.
+            mode: One of the `modes` for the state's device.
             overlap: Copy the state in the background, too.
         """
         super().__init__(f"DCP in a {mode}", state)
         self._stager = _stager(mode, state.device, overlap=overlap)
         self._type = AsyncCheckpointerType.PROCESS if mode == _PROCESS else AsyncCheckpointerType.THREAD
         if len(set(gather(platform.node()))) == 1:
-            # Its process would take the name of the host, which not every machine can resolve.
+            # DCP's process would use the name of the host, which not every machine can resolve.
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        # Its thread communicates, while training does so through the group that all share.
+        # DCP's thread communicates while training does so over the default group.
         self._group = dist.new_group(backend="gloo")
         self._plans = _plans_of_its_own()
 
     def start(self, stem: Path) -> DcpPending:
-        """Save with the settings of `Dcp`."""
+        """Start a save with the settings of `Dcp`."""
         going_on = async_save(
             dict(self.state.tensors),
             storage_writer=_writer(stem, max(THREAD_COUNTS)),
@@ -92,7 +92,7 @@ class DcpAsync(BackgroundCompetitor):
 
 
 class DcpPending:
-    """A save that goes on."""
+    """A save in progress."""
 
     def __init__(self, path: Path, going_on: Future[Any] | AsyncSaveResponse) -> None:
         self._path = path
@@ -104,12 +104,12 @@ class DcpPending:
             self._uploaded = going_on
 
     def wait_staged(self) -> None:
-        """Wait for the copy. Local."""
+        """Wait for the copy of the state. Local."""
         if self._staged is not None:
             self._staged.result()
 
     def is_done(self) -> bool:
-        """Whether this rank has ended. Local."""
+        """Whether the save of this rank has ended. Local."""
         return self._uploaded.done()
 
     def result(self) -> Path:
@@ -119,12 +119,12 @@ class DcpPending:
 
 
 def modes(device: torch.device) -> tuple[str, ...]:
-    """Who writes a state of a device in the background, and from which memory. Local."""
+    """The modes of `async_save` for a state on a device: a thread or a process, and the kind of memory. Local."""
     return (_PINNED if device.type == "cuda" else _THREAD, _PROCESS)
 
 
 class _ReusingStager(BlockingAsyncStager):
-    """DCP's stager that keeps its buffers, in ordinary memory: the pinned memory that it takes itself needs a device.
+    """DCP's stager that keeps its buffers, but in ordinary memory, since DCP's own pinned memory needs a GPU.
 
     It is several times faster than `DefaultStager`, and a process gets the buffers without another copy.
     """
@@ -134,7 +134,7 @@ class _ReusingStager(BlockingAsyncStager):
         self._shared = shared
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copy into the buffers, made by the first call."""
+        """Copy into the buffers, which the first call allocates."""
         if self.state_dict_cache is None:
             self.state_dict_cache = {name: torch.empty_like(tensor) for name, tensor in state_dict.items()}
             for tensor in self.state_dict_cache.values() if self._shared else ():
@@ -146,8 +146,10 @@ _THREAD, _PINNED, _PROCESS = "thread", "thread, pinned", "process"
 
 
 def _stager(mode: str, device: torch.device, *, overlap: bool) -> AsyncStager:
-    """The fastest that DCP has: `DefaultStager` is the only one that copies in the background, or to pinned memory
-    that processes share. Copies that do not block need pinned memory, and that needs a GPU.
+    """The fastest stager that DCP has for a mode.
+
+    Only `DefaultStager` copies in the background, or to pinned memory that processes share. Nonblocking copies need
+    pinned memory, and that needs a GPU.
     """
     pinned, shared = device.type == "cuda", mode == _PROCESS
     if overlap or (pinned and shared):
@@ -163,24 +165,24 @@ def _stager(mode: str, device: torch.device, *, overlap: bool) -> AsyncStager:
 
 
 def _plans_of_its_own() -> str:
-    """A new name for the plans of one competitor: DCP caches by name, for all the process saves."""
+    """A new cache key for the plans of one competitor: DCP has one cache for the whole process, by key."""
     return f"distckpt bench {next(_serial_number)}"
 
 
 class _Planner(DefaultSavePlanner):
-    """DCP's planner with its cache on, under a name of its own."""
+    """DCP's planner with its cache enabled, under a key of its own."""
 
     def __init__(self, plans: str) -> None:
         super().__init__(enable_plan_caching=True)
         self._cached_plans_key = plans
 
     def __reduce__(self) -> tuple[Callable[[str], _Planner], tuple[str]]:
-        """How it gets into the process that saves."""
+        """Pickle for the process that saves."""
         return _quiet_planner, (self._cached_plans_key,)
 
 
 def _quiet_planner(plans: str) -> _Planner:
-    """The planner in the process that saves, which would log four lines per save to the terminal."""
+    """Make the planner in the process that saves, and silence that, as it would log four lines for each save."""
     logging.getLogger().setLevel(logging.WARNING)
     return _Planner(plans)
 

@@ -1,4 +1,4 @@
-"""How much memory this process needs, at the peak, beyond what it has."""
+"""Peak memory of a function in this process, beyond the memory in use before."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _libc = ctypes.CDLL(None)
 
 
 def peak_nbytes(run: Callable[[], object]) -> int:
-    """Bytes that a function needs beyond what was there before.
+    """Run a function, and return its peak resident memory in bytes, beyond the memory in use before. Local.
 
-    Memory that was freed but not given back to the system is given back first, as it would hide the peak.
+    Freed memory is given back to the system first, as it would hide the peak.
     """
     _libc.malloc_trim(0)
     before = _status_bytes("VmRSS")

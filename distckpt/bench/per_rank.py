@@ -1,4 +1,4 @@
-"""The simplest rivals: one file per rank, flushed, without any agreement."""
+"""Base of the simplest rivals: one file per rank, flushed to disk, without agreement among ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from distckpt.bench.state import State
 
 
 class FilePerRank(Competitor):
-    """One file per rank in one directory per checkpoint. Restores onto the same ranks and shards only.
+    """One file per rank, in one directory per checkpoint. Restores only onto the same ranks and shards.
 
-    Of a state that all ranks hold, rank 0 writes the only file.
+    Of a replicated state, rank 0 writes the only file.
     """
 
     def save(self, stem: Path) -> Path:
-        """Write this rank's shards and flush file and directory."""
+        """Write this rank's shards, and flush the file and the directory."""
         if self._writer() != dist.get_rank():
             return stem
         stem.mkdir(exist_ok=True)
@@ -37,7 +37,7 @@ class FilePerRank(Competitor):
 
     @abstractmethod
     def write(self, shards: Mapping[str, torch.Tensor], path: Path) -> None:
-        """Write a file. Local."""
+        """Write shards to a file. Local."""
 
     @abstractmethod
     def read(self, path: Path, shards: Mapping[str, torch.Tensor]) -> None:
@@ -47,17 +47,17 @@ class FilePerRank(Competitor):
         return directory / f"rank-{self._writer()}.{self.name}"
 
     def _writer(self) -> int:
-        """The rank that writes what this one reads."""
+        """The rank that writes the file that this one reads."""
         return 0 if self.state.is_replicated else dist.get_rank()
 
 
 def shards_by_name(state: State) -> dict[str, torch.Tensor]:
-    """This rank's shards as ordinary tensors, to those who know nothing of DTensors. Local."""
+    """This rank's shards as ordinary tensors, for checkpointers that do not know DTensors. Local."""
     return dict(zip(state.tensors, state.shards, strict=True))
 
 
 def flush_files(paths: Iterable[Path]) -> None:
-    """Make the content of files survive a power cut. Local."""
+    """Flush the contents of files to disk, so that they survive a power cut. Local."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

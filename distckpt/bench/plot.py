@@ -1,4 +1,4 @@
-"""What a run found, as a picture."""
+"""Plot of the results of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
     """Draw one panel per case: medians as bars, smallest and largest values as whiskers. Local.
 
     Args:
-        rows: Of all cases.
-        path: The picture; its suffix, such as ".png", chooses the format.
+        rows: The rows of all cases.
+        path: Path of the picture; its suffix, such as ".png", selects the format.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The picture cannot be written.
     """
     panels = [[row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)]
     heights = [_FRAME + _BAR * len(panel) for panel in panels]

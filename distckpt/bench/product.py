@@ -1,4 +1,4 @@
-"""distckpt itself, through nothing but its public names."""
+"""distckpt itself as a competitor, through its public API only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distckpt.bench.state import SLOTS, State
 
 
 class Distckpt(Competitor):
-    """One `Checkpoint` of the state, used again and again as a training loop does."""
+    """One `Checkpoint` of the state, reused for all saves as in a training loop."""
 
     def __init__(self, state: State, *, verify: bool = True, checksums: bool = True) -> None:
         """Make the Checkpoint. Local.
 
         Args:
-            state: What is saved, and restored into.
+            state: The state that is saved, or restored into.
             verify: Compare checksums while restoring.
             checksums: Store checksums.
         """
@@ -29,7 +29,7 @@ class Distckpt(Competitor):
         self._checkpoint = distckpt.Checkpoint(state=state.tensors)
 
     def save(self, stem: Path) -> Path:
-        """Save. It numbers its files itself, so one prefix serves all saves."""
+        """Save. distckpt numbers its files itself, so all saves have the same prefix."""
         return Path(self._checkpoint.save(stem.parent / "distckpt", options=self._save_options))
 
     def restore(self, path: Path) -> None:
@@ -44,8 +44,8 @@ class DistckptAsync(BackgroundCompetitor):
         """Make the Checkpoint. Local.
 
         Args:
-            state: What is saved: weights and their Adam slots, with `overlap`.
-            overlap: Return before the state is copied; the next optimizer step waits for that.
+            state: The state that is saved; with `overlap` as weights and their Adam slots.
+            overlap: Return before the state is copied; the next optimizer step waits for the copy.
         """
         super().__init__("distckpt", state)
         self._options = distckpt.SaveOptions(overlap=overlap)
@@ -53,22 +53,22 @@ class DistckptAsync(BackgroundCompetitor):
         self._checkpoint = distckpt.Checkpoint(**tracked)
 
     def start(self, stem: Path) -> DistckptPending:
-        """Save with one prefix for all saves."""
+        """Start a save, with the same prefix for all saves."""
         return DistckptPending(self._checkpoint.save_async(stem.parent / "distckpt", options=self._options))
 
 
 class DistckptPending:
-    """A save that goes on."""
+    """A save in progress."""
 
     def __init__(self, handle: distckpt.SaveHandle) -> None:
         self._handle = handle
 
     def wait_staged(self) -> None:
-        """Wait as the optimizer step does. Local."""
+        """Wait for the copy, as the optimizer step does. Local."""
         self._handle.wait_staged()
 
     def is_done(self) -> bool:
-        """Whether it has ended. Collective where MPI has no threads."""
+        """Whether the save has ended. Collective without THREAD_MULTIPLE, else local."""
         return self._handle.done()
 
     def result(self) -> Path:
@@ -77,7 +77,7 @@ class DistckptPending:
 
 
 def _as_training_has_it(state: State) -> dict[str, Any]:
-    """The same tensors as parameters and an optimizer's slots, which are all that a save copies later."""
+    """The same tensors as parameters and an optimizer's slots, since a save copies only those in the background."""
     weights = {name: torch.nn.Parameter(tensor) for name, tensor in state.tensors.items() if not name.endswith(SLOTS)}
     optimizer = torch.optim.Adam(weights.values())
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The limits of the disk and of the page cache: plain system calls on one shared file, nothing else."""
+"""The raw limits of the disk and of the page cache: plain system calls on one shared file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distckpt.bench.competitor import Competitor
 from distckpt.bench.runner import gather
 from distckpt.bench.state import State
 
-#: Place in the file, and what is read or written there.
+#: Position in the file, and the memory that is read or written there.
 _Step = tuple[int, memoryview]
 
 _STEP = 16 << 20
@@ -27,23 +27,23 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Raw(Competitor):
-    """Each rank's bytes, in one page-aligned buffer, written to and read from its part of one file.
+    """Writes each rank's bytes, in one page-aligned buffer, to its part of one file, and reads them from there.
 
-    Of a state that all ranks hold, each writes a part and reads everything.
+    Of a replicated state, each rank writes a part and reads everything.
     """
 
     def __init__(self, state: State, *, direct: bool = False, threads: int = 1) -> None:
         """Fill the buffer with the state. Collective over the process group.
 
         Args:
-            state: Where the bytes come from.
-            direct: Write past the page cache (O_DIRECT); else through it, with write-back started after each step.
-            threads: That many of each rank read.
+            state: The state whose bytes are saved and restored.
+            direct: Write with O_DIRECT, past the page cache; else through it, starting write-back after each step.
+            threads: Number of threads with which each rank reads.
         """
         super().__init__("raw" + " O_DIRECT" * direct + f", {threads} threads" * (threads > 1), state)
         self._direct = direct
         self._threads = threads
-        # O_DIRECT takes whole blocks, of memory that starts at a block.
+        # O_DIRECT needs whole blocks, and memory aligned to a block.
         nbytes = -(-state.local_nbytes // _BLOCK) * _BLOCK
         start = 0 if state.is_replicated else sum(gather(nbytes)[: dist.get_rank()])
         self._buffer = mmap.mmap(-1, max(nbytes, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -53,7 +53,7 @@ class Raw(Competitor):
         self._exchange(to_state=False)
 
     def save(self, stem: Path) -> Path:
-        """Write all ranks' bytes to one file and flush it."""
+        """Write this rank's part of the file, and flush it."""
         path = stem.with_suffix(".raw")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0), 0o644)
         try:
@@ -83,7 +83,7 @@ class Raw(Competitor):
             os.close(descriptor)
 
     def show(self) -> None:
-        """Copy what the buffer has into the state, to be checked there. Local."""
+        """Copy the buffer into the state. Local."""
         self._exchange(to_state=True)
 
     def _write(self, descriptor: int) -> None:
@@ -108,7 +108,7 @@ class Raw(Competitor):
 
 
 def supports_direct(directory: Path) -> bool:
-    """Whether files there can be written past the page cache. Local."""
+    """Whether files in a directory can be opened with O_DIRECT. Local."""
     probe = directory / f"direct-{dist.get_rank()}"
     try:
         os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o644))
@@ -120,13 +120,13 @@ def supports_direct(directory: Path) -> bool:
 
 
 def start_write_back(descriptor: int, offset: int, nbytes: int) -> None:
-    """Let the disk begin with these bytes now, without waiting for it."""
+    """Start to write a range of bytes back to the disk, without waiting for the end. Local."""
     arguments = (ctypes.c_int(descriptor), ctypes.c_int64(offset), ctypes.c_int64(nbytes))
     _libc.sync_file_range(*arguments, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def flush_directory(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
+    """Flush a directory to disk, so that its names survive a power cut. Local."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -135,7 +135,7 @@ def flush_directory(directory: Path) -> None:
 
 
 def _part(steps: Sequence[_Step]) -> Sequence[_Step]:
-    """This rank's neighbouring steps, of those that all ranks have."""
+    """This rank's share of steps that all ranks have, as a stretch of neighbours."""
     rank, size = dist.get_rank(), dist.get_world_size()
     return steps[len(steps) * rank // size : len(steps) * (rank + 1) // size]
 

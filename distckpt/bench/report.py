@@ -1,4 +1,4 @@
-"""What a run found: rows with medians and ratios, as tables and as JSON."""
+"""Report of a run: rows with medians and ratios, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Row:
 
     Attributes:
         case: Name of the case.
-        name: How the report calls the trial: the competitor and, with a comma, the kind of trial.
-        kind: What sets the trial apart from the usual ones of its case, such as "first save"; else empty.
-        unit: Of the values: "s", "s lost" or "MiB".
+        name: Name of the trial: the competitor and, after a comma, the kind of trial.
+        kind: Distinguishes the trial from the usual ones of its case, such as "first save"; else empty.
+        unit: Unit of the values: "s", "s lost" or "MiB".
         nbytes: Bytes of the state over all ranks.
-        median: The middle value.
+        median: The median of the values.
         minimum: The smallest value.
         maximum: The largest value.
         values: All values, one per round.
-        gigabytes_per_second: Of the state, at the median time.
-        of_raw: Speed as a part of the raw limit, which is the fastest raw median.
+        gigabytes_per_second: Bytes of the state divided by the median time.
+        of_raw: Speed as a fraction of the raw limit, which is the fastest raw median.
         against_distckpt: Median as a multiple of distckpt's.
         best_dcp_against: Median of the fastest DCP setting in trials of the same kind, as a multiple of this one.
         beyond_raw: In the case "overhead", the median minus that of the raw limit.
@@ -60,10 +60,10 @@ class Row:
 
 
 def make_rows(results: Sequence[Samples]) -> list[Row]:
-    """Rows with ratios; each ratio is between medians of one case.
+    """Make rows with ratios; each ratio is between medians of one case.
 
     Args:
-        results: Of all cases.
+        results: The measured values of all cases.
 
     Returns:
         One row for each of the results, in their order.
@@ -72,10 +72,10 @@ def make_rows(results: Sequence[Samples]) -> list[Row]:
 
 
 def make_tables(rows: Sequence[Row]) -> list[Table]:
-    """One table per case, for the terminal.
+    """Make one table per case, for the terminal.
 
     Args:
-        rows: Of all cases.
+        rows: The rows of all cases.
 
     Returns:
         The tables, in the order of the cases.
@@ -86,14 +86,14 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
 def make_document(
     rows: Iterable[Row], setup: Setup, size: int, directory: Path, missing: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything about a run, for JSON.
+    """Make a JSON document of a run: its environment, setup and results.
 
     Args:
-        rows: Of all cases.
-        setup: What was asked for.
-        size: Ranks of the job.
-        directory: Where it wrote.
-        missing: What could not be measured, and why.
+        rows: The rows of all cases.
+        setup: The setup of the run.
+        size: Number of ranks.
+        directory: The directory on the measured file system.
+        missing: For each name that could not be measured: the reason.
 
     Returns:
         A document of plain values.
@@ -107,10 +107,10 @@ def make_document(
 
 
 def describe_missing(missing: Mapping[str, str]) -> str:
-    """One line about what could not be measured; empty where all was.
+    """One line about competitors that could not be measured; empty without any.
 
     Args:
-        missing: Name to reason.
+        missing: For each name that could not be measured: the reason.
     """
     names = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
     return f"not measured here: {names}" if names else ""
@@ -144,7 +144,7 @@ def _is_dcp(samples: Samples) -> bool:
 
 
 def _table(case: str, rows: Sequence[Row]) -> Table:
-    """Only the columns that mean something in this case."""
+    """The table of one case, with the columns that have values in it."""
     title = f"{case}: {_size(rows[0].nbytes)}, {len(rows[0].values)} rounds"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
@@ -180,7 +180,7 @@ def _size(nbytes: int) -> str:
 
 
 def _environment(directory: Path) -> dict[str, Any]:
-    """Facts of rank 0's host that the numbers depend on."""
+    """Facts about rank 0's host on which the numbers depend."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),

@@ -1,4 +1,4 @@
-"""Which rivals can be measured here, and why others cannot."""
+"""The rivals that cannot be measured here, with the reasons."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from distckpt.bench.runner import gather
 from distckpt.bench.setting import Setup
 
-#: Competitors that need a package of their own, and its name.
+#: For each competitor that needs a package: the package's name.
 _PACKAGES = {"torchsnapshot": "torchsnapshot", "safetensors": "safetensors"}
 _IN_BACKGROUND = ("async", "overlap", "memory")
 
 
 def find_missing(setup: Setup) -> dict[str, str]:
-    """What of a run cannot be measured on some rank, and why. Collective over the process group.
+    """Find the competitors of a run that cannot be measured on some rank. Collective over the process group.
 
     Args:
-        setup: What the user asked for.
+        setup: The setup of the run.
 
     Returns:
-        Name, as the report calls it, to reason; the same on all ranks. Competitors are among the names.
+        For each name, as in the report: the reason; the same on all ranks. Missing competitors are under their names.
     """
     reasons = gather(dict(_missing(setup)))
     return {name: reason for of_rank in reversed(reasons) for name, reason in of_rank.items()}
@@ -36,11 +36,11 @@ def _missing(setup: Setup) -> Iterator[tuple[str, str]]:
 
 
 def _reason(package: str) -> str:
-    """Why a package cannot be imported; empty where it can."""
+    """The reason why a package cannot be imported; empty if it can."""
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         return "not installed" if error.name == package else f"it cannot be imported: {error}"
-    except Exception as error:  # of a package that this torch is too new for
+    except Exception as error:  # raised by a package that is too old for this torch
         return f"it cannot be imported: {type(error).__name__}: {error}"
     return ""

@@ -1,4 +1,4 @@
-"""Interleaved rounds: every trial once per round, in alternating order; the slowest or largest rank counts."""
+"""Interleaved rounds: each round measures every trial once, in alternating order; the largest rank's value counts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ Ts = TypeVarTuple("Ts")
 
 
 class Trial(Protocol):
-    """Something to measure again and again. Every method is collective over the process group."""
+    """An operation to measure repeatedly. Every method is collective over the process group.
+
+    `interleave` calls `prepare`, `run` and `clean` in each round, and measures `run`.
+    """
 
     @property
     def name(self) -> str:
-        """How the report calls it."""
+        """Name in the report."""
 
     @property
     def kind(self) -> str:
-        """What sets it apart from the usual trials of its case, such as "first save"; else empty."""
+        """Distinguishes it from the usual trials of its case, such as "first save"; else empty."""
 
     def prepare(self) -> None:
-        """What must be done before, unmeasured."""
+        """Prepare a run, unmeasured."""
 
     def run(self) -> None:
-        """What is measured."""
+        """Do the operation that is measured."""
 
     def clean(self) -> None:
-        """What must be done after, unmeasured."""
+        """Clean up after a run, unmeasured."""
 
 
 TrialT = TypeVar("TrialT", bound=Trial)
@@ -48,12 +51,12 @@ def interleave(trials: Sequence[TrialT], rounds: int, meter: Meter[TrialT]) -> d
     """Measure every trial once per round, in alternating order. Collective over the process group.
 
     Args:
-        trials: What to measure; their names differ.
-        rounds: How often.
-        meter: What to measure of a run, such as `seconds` or `extra_mib`.
+        trials: The trials, with different names.
+        rounds: Number of rounds.
+        meter: Runs a trial and returns the measured value, such as `seconds` or `extra_mib`.
 
     Returns:
-        Name of a trial to its measured values, one per round, the same on all ranks.
+        For each trial's name: its measured values, one per round, the same on all ranks.
     """
     samples: dict[str, list[float]] = {trial.name: [] for trial in trials}
     for number in range(rounds):
@@ -66,27 +69,27 @@ def interleave(trials: Sequence[TrialT], rounds: int, meter: Meter[TrialT]) -> d
 
 
 def seconds(trial: Trial) -> float:
-    """From a barrier to the return on the slowest rank. Collective over the process group."""
+    """Seconds from a barrier to the return of `run` on the slowest rank. Collective over the process group."""
     dist.barrier()
     return over_ranks(agreed(trial.name, _clock, trial), dist.ReduceOp.MAX)
 
 
 def extra_mib(trial: Trial) -> float:
-    """Peak resident memory during the run beyond that before it, in MiB, of the rank with the most. Collective."""
+    """Peak resident memory during a run beyond that before it, in MiB, on the rank with the most. Collective."""
     dist.barrier()
     return over_ranks(agreed(trial.name, peak_nbytes, trial.run), dist.ReduceOp.MAX) / 2**20
 
 
 def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Run an action; where it raises on any rank, raise one error on all. Collective over the process group.
+    """Run an action; if it raises on any rank, raise one error on all. Collective over the process group.
 
     Args:
-        step: What the error calls it.
-        action: What to run.
+        step: Name of the action, for the error.
+        action: The function to run.
         *args: Its arguments.
 
     Returns:
-        What the action returns on this rank.
+        The result of the action on this rank.
 
     Raises:
         CollectiveError: The action raised on at least one rank. The same on all ranks.
@@ -94,7 +97,7 @@ def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
     cause = None
     try:
         result = action(*args)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # the other ranks must learn of any exception
         cause = error
     if over_ranks(cause is not None, dist.ReduceOp.MAX):
         texts = gather(f"{type(cause).__name__}: {cause}" if cause else None)
@@ -103,14 +106,14 @@ def agreed(step: str, action: Callable[[*Ts], T], *args: *Ts) -> T:
 
 
 def settle_disks() -> None:
-    """Have everything on the disks, so that they are at rest: one rank per node sees to it. Collective."""
+    """Write all dirty pages to the disks, from one rank per node, so that the disks are idle. Collective."""
     if leads_its_node():
         os.sync()
     dist.barrier()
 
 
 def finish_device_work() -> None:
-    """Wait for what this rank's GPU has to do; where it has none, or was not used yet, for nothing. Local."""
+    """Wait for the work queued on this rank's GPU, if it has one and has used it. Local."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
@@ -128,7 +131,7 @@ def over_ranks(value: float, op: dist.ReduceOp.RedOpType) -> float:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every rank, in their order. Collective over the process group."""
+    """The values of all ranks, in rank order. Collective over the process group."""
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,4 +1,4 @@
-"""safetensors: one file per rank, without checksums."""
+"""The rival safetensors: one file per rank, without checksums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Safetensors(FilePerRank):
         save_file(dict(shards), path)
 
     def read(self, path: Path, shards: Mapping[str, torch.Tensor]) -> None:
-        """Copy out of the mapped file."""
+        """Copy the shards from the memory-mapped file."""
         with safe_open(path, framework="pt") as file:
             for name, shard in shards.items():
                 shard.copy_(file.get_tensor(name))

@@ -1,4 +1,4 @@
-"""Measured values, and how rounds of trials become them."""
+"""Samples: the measured values of trials."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Samples:
 
     Attributes:
         case: Name of the case.
-        name: How the report calls the trial.
+        name: Name of the trial in the report.
         kind: `Trial.kind`.
-        unit: "s", "s lost" or "MiB".
+        unit: Unit of the values: "s", "s lost" or "MiB".
         nbytes: Bytes of the state over all ranks.
-        values: One per round, of the rank with the largest.
+        values: One value per round, from the rank with the largest.
     """
 
     case: str
@@ -35,7 +35,7 @@ class Samples:
 
     @property
     def median(self) -> float:
-        """The middle of the values."""
+        """The median of the values."""
         return statistics.median(self.values)
 
 
@@ -44,18 +44,18 @@ def measure(
 ) -> list[Samples]:
     """Measure trials in interleaved rounds. Collective over the process group.
 
-    Times are taken after one round that does not count; memory from the first, which loads the libraries too.
+    Times are measured after one round that does not count; memory from the first round on, which also loads libraries.
 
     Args:
-        bench: What all cases share.
+        bench: The setup that all cases share.
         case: Name of the case.
-        state: What the trials save or restore, or another one of the same size.
-        trials: What to measure; their names differ.
-        meter: What to measure of a run.
-        unit: Of what the meter returns.
+        state: The state that the trials save or restore, or another one of the same size.
+        trials: The trials, with different names.
+        meter: Runs a trial and returns the measured value.
+        unit: Unit of the meter's values.
 
     Returns:
-        One for each trial, the same on all ranks.
+        The samples of each trial, the same on all ranks.
     """
     with _collections_of_new_objects_only():
         if meter is not extra_mib:
@@ -66,7 +66,7 @@ def measure(
 
 @contextmanager
 def _collections_of_new_objects_only() -> Iterator[None]:
-    """Keep the cyclic garbage collector from visiting, while one competitor is measured, what others hold."""
+    """Keep the garbage collector, during the body, from visiting existing objects, such as those of competitors."""
     gc.collect()
     gc.freeze()
     try:

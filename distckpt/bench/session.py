@@ -1,4 +1,4 @@
-"""A whole run: process group, directory, the cases one after the other."""
+"""A whole run: sets up the process group and a directory, and runs the cases one by one."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SPARE = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run found, and who asks.
+    """The outcome of a run.
 
     Attributes:
         rank: This rank.
-        size: Ranks of the job.
-        results: What was measured, the same on all ranks.
-        missing: What could not be measured, and why; the same on all ranks.
+        size: Number of ranks.
+        results: The measured values, the same on all ranks.
+        missing: For each name that could not be measured: the reason; the same on all ranks.
     """
 
     rank: int
@@ -42,23 +42,23 @@ class Outcome:
 def run_session(
     setup: Setup, directory: Path, announce: Callable[[str], None], show: Callable[[Sequence[Samples]], None]
 ) -> Outcome:
-    """Measure everything that was asked for. Collective over MPI's COMM_WORLD.
+    """Measure all cases of a setup. Collective over MPI's COMM_WORLD.
 
     Args:
-        setup: What to measure.
-        directory: Where to write, made if missing; everything written is deleted at the end.
-        announce: Called on rank 0 with the name of each case as it begins.
-        show: Called on rank 0 with what was measured in each case as it ends.
+        setup: The setup of the run.
+        directory: Directory to write to, made if missing; all files written are deleted at the end.
+        announce: Called on rank 0 with the name of each case when it begins.
+        show: Called on rank 0 with the measured values of each case when it ends.
 
     Returns:
-        What was measured.
+        The outcome of the run.
 
     Raises:
-        CollectiveError: Something failed on a rank: the directory, the disk, or a competitor.
+        CollectiveError: The directory, the disk or a competitor failed on a rank.
     """
     init_process_group(backend="gloo")
     try:
-        # What ranks tell each other is in host memory; NCCL would also refuse two ranks on one GPU.
+        # Gloo, as ranks exchange data in host memory, and NCCL would refuse two ranks on one GPU.
         mesh = init_device_mesh(setup.device, (dist.get_world_size(),))
         missing = find_missing(setup)
         there = replace(setup, competitors=tuple(name for name in setup.competitors if name not in missing))
@@ -88,17 +88,17 @@ def _run_cases(
 
 
 def make_directory(setup: Setup, directory: Path) -> str:
-    """Make a directory of our own, on rank 0. Local.
+    """Make a new directory for the run, on rank 0. Local.
 
     Args:
-        setup: What is going to be written there.
-        directory: Where, made if missing.
+        setup: The setup of the run, which determines the space needed.
+        directory: The parent directory, made if missing.
 
     Returns:
-        The new directory; on other ranks than 0 an empty text.
+        Path of the new directory; an empty string on ranks other than 0.
 
     Raises:
-        OSError: It cannot be made, or there is too little space.
+        OSError: The directory cannot be made, or there is too little space.
     """
     if dist.get_rank() != 0:
         return ""

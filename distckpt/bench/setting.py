@@ -1,4 +1,4 @@
-"""What a run is asked to measure, and what its cases share."""
+"""The setup of a run, and the values that its cases share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distckpt.bench.state import State, build_state, gpt_shapes
 
-#: Layout of a state to the dimension that is split over the ranks.
+#: For each layout of a state: the dimension that is split over the ranks.
 LAYOUTS = {"rows": 0, "columns": 1}
-#: Where the state is.
+#: Devices on which the state may be.
 DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What to measure, as the user asked.
+    """The options that the user chose.
 
     Attributes:
         nbytes: Bytes of the GPT-like state over all ranks.
         hidden: Width of the GPT; None takes one that suits the size.
-        device: Where the state is: one of `DEVICES`. Ranks share the GPUs of their node.
-        layout: How the state of the cases "save", "restore", "reshard" and "memory" is split: one of `LAYOUTS`.
+        device: Device of the state, one of `DEVICES`. Ranks share the GPUs of their node.
+        layout: One of `LAYOUTS`, by which the state is split in "save", "restore", "reshard", "memory" and others.
         variables: Numbers of small variables for the case "overhead".
         small: Number of small variables for the case "small".
         competitors: Some of `builders.COMPETITORS`.
@@ -45,12 +45,12 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cases share.
+    """The values that all cases share.
 
     Attributes:
-        setup: What to measure.
+        setup: The options of the run.
         mesh: One-dimensional mesh of all ranks, on the device of the state.
-        directory: Where files are written.
+        directory: Directory for all files.
     """
 
     setup: Setup
@@ -59,12 +59,12 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Where the state is."""
+        """Device of the state."""
         return torch.device(self.mesh.device_type)
 
     @property
     def dim(self) -> int:
-        """The dimension along which the layout that the user chose is split."""
+        """The dimension along which the user's layout splits tensors."""
         return LAYOUTS[self.setup.layout]
 
     def gpt(self, dim: int | None) -> State:

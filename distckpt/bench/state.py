@@ -1,4 +1,4 @@
-"""The state that is saved and restored: float32 DTensors shaped like a GPT and its Adam slots, or many small ones."""
+"""The state that is saved and restored: float32 DTensors, shaped like a GPT and its Adam slots, or many small ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: Names of the optimizer slots of each weight, and last parts of the names of their variables.
+#: Names of the optimizer slots of each weight, which are also the last part of the names of their variables.
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 _ITEMSIZE = 4
@@ -22,10 +22,10 @@ _SALT = 0x1E3779B1
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Variables of which each rank holds one shard, or all.
+    """Variables of which each rank holds one shard, or everything.
 
     Attributes:
-        tensors: Name to DTensor, the same names on all ranks.
+        tensors: The DTensors by name, with the same names on all ranks.
         shards: This rank's shards, in the order of the variables; contiguous, in the memory of the DTensors.
     """
 
@@ -34,7 +34,7 @@ class State:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's shards are."""
+        """Device of this rank's shards."""
         return self.shards[0].device
 
     @property
@@ -53,7 +53,7 @@ class State:
         return sum(shard.nbytes for shard in self.shards)
 
     def fill(self) -> None:
-        """Give every element a value that only its variable and place in the global shape determine."""
+        """Set every element to a value that depends only on its variable and its position in the global shape."""
         for index, (tensor, shard) in enumerate(zip(self.tensors.values(), self.shards, strict=True)):
             shard.view(torch.int32).copy_(_expected(index, tensor))
 
@@ -62,12 +62,12 @@ class State:
         torch._foreach_add_(self.shards, 1.0)
 
     def scramble(self) -> None:
-        """Give every element a value that `fill` never gives."""
+        """Set every element to a value that `fill` never uses."""
         for shard in self.shards:
             shard.fill_(-1.0)
 
     def wrong(self) -> list[str]:
-        """Names of the variables whose shard on this rank differs in any bit from what `fill` gives."""
+        """Names of the variables whose shard on this rank differs in any bit from the values of `fill`."""
         return [
             name
             for index, ((name, tensor), shard) in enumerate(zip(self.tensors.items(), self.shards, strict=True))
@@ -83,7 +83,7 @@ def gpt_shapes(nbytes: int, hidden: int | None = None) -> Shapes:
         hidden: Width of the model. None takes the width that gives about 12 layers.
 
     Returns:
-        Name to global shape; weights first, then one slot after the other.
+        Global shapes by name; weights first, then one slot after the other.
     """
     weights = nbytes // _ITEMSIZE // (1 + len(SLOTS))
     width = hidden or min(_HIDDEN_SIZES, key=lambda size: abs(weights / _block_elements(size) - 12.5))
@@ -94,25 +94,25 @@ def gpt_shapes(nbytes: int, hidden: int | None = None) -> Shapes:
 
 
 def small_shapes(count: int) -> Shapes:
-    """`count` variables of 1 KiB."""
+    """Global shapes of `count` variables of 1 KiB, by name."""
     return {f"layers.{index}.bias": (256,) for index in range(count)}
 
 
 def build_state(shapes: Shapes, mesh: DeviceMesh, *, dim: int | None) -> State:
-    """A state with the elements of `State.scramble`. Local.
+    """Make a state with the values of `State.scramble`. Local.
 
     Args:
-        shapes: Name to global shape.
-        mesh: One-dimensional mesh of all ranks, on the device where the state shall be.
+        shapes: Global shapes by name.
+        mesh: One-dimensional mesh of all ranks, on the device of the state.
         dim: The dimension that is split over the ranks; variables with fewer dimensions are split along dimension 0.
-            None gives every rank all of them.
+            None replicates all variables on every rank.
 
     Returns:
         The state.
     """
     make = _replicated if dim is None else functools.partial(_sharded, dim=dim)
     tensors = {name: make(shape, mesh) for name, shape in shapes.items()}
-    # To ask a DTensor for its shard takes longer than to copy a small one.
+    # Stored, because `to_local` takes longer than copying a small shard.
     state = State(tensors, tuple(tensor.to_local() for tensor in tensors.values()))
     state.scramble()
     return state
@@ -123,7 +123,7 @@ def _block_elements(hidden: int) -> int:
 
 
 def _gpt_weights(hidden: int, layers: int, rows: int) -> Shapes:
-    """Weights of a GPT-2; `rows` are those of the token and position embeddings together."""
+    """Shapes of the weights of a GPT-2; `rows` counts those of the token and position embeddings together."""
     positions = min(1024, rows // 2)
     shapes: Shapes = {"wte.weight": (rows - positions, hidden), "wpe.weight": (positions, hidden)}
     for layer in range(layers):
@@ -154,14 +154,14 @@ def _sharded(shape: tuple[int, ...], mesh: DeviceMesh, dim: int) -> DTensor:
 
 
 def _rows(length: int, mesh: DeviceMesh) -> range:
-    """Which indices of the split dimension this rank holds: DTensor's rule, by which the last ranks may get fewer."""
+    """Indices of the split dimension that this rank holds, by DTensor's rule; the last ranks may have fewer."""
     step = math.ceil(length / mesh.size())
     start = min(length, mesh.get_local_rank() * step)
     return range(start, min(length, start + step))
 
 
 def _expected(index: int, tensor: DTensor) -> torch.Tensor:
-    """The bits that `State.fill` gives this rank's shard of variable number `index`: floats in [0, 2)."""
+    """The bits, as int32, of this rank's shard of variable `index` after `State.fill`: floats in [0, 2)."""
     places = torch.zeros((), dtype=torch.int32)
     for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         held = _rows(length, tensor.device_mesh) if tensor.placements[0].is_shard(axis) else range(length)

@@ -1,4 +1,4 @@
-"""`torch.save`: one file per rank."""
+"""The rival `torch.save`: one file per rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distckpt.bench.state import State
 
 
 class TorchSave(FilePerRank):
-    """One file of `torch.save` per rank, with the CRC32 that its format has; nobody compares it."""
+    """One file of `torch.save` per rank. Its format stores a CRC32, which is not verified when it is read."""
 
     def __init__(self, state: State) -> None:
         super().__init__("torch.save", state)
@@ -22,7 +22,7 @@ class TorchSave(FilePerRank):
         torch.save(dict(shards), path)
 
     def read(self, path: Path, shards: Mapping[str, torch.Tensor]) -> None:
-        """Copy out of the mapped file, which is faster than to have it read first."""
+        """Copy the shards from the memory-mapped file, which is faster than reading it first."""
         stored = torch.load(path, mmap=True, weights_only=True)
         for name, shard in shards.items():
             shard.copy_(stored[name])

@@ -1,4 +1,4 @@
-"""The rival torchsnapshot: batched writes of small tensors, saves in the background; it flushes nothing itself."""
+"""The rival torchsnapshot: it batches writes of small tensors and saves in the background, but flushes no files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NAME = "torchsnapshot"
 
 
 class Torchsnapshot(Competitor):
-    """Each rank's shards as its own tensors. Restores onto the same ranks and shards only.
+    """Saves each rank's shards as ordinary tensors. Restores only onto the same ranks and shards.
 
-    Of a state that all ranks hold, each writes a part, as it says that everything is replicated.
+    Of a replicated state, which is declared to it as replicated, each rank writes a part.
     """
 
     def __init__(self, state: State) -> None:
@@ -40,19 +40,19 @@ class Torchsnapshot(Competitor):
 
 
 class TorchsnapshotAsync(BackgroundCompetitor):
-    """`Snapshot.async_take`; training goes on when the tensors have been copied."""
+    """`Snapshot.async_take`, which returns when the tensors have been copied."""
 
     def __init__(self, state: State) -> None:
         super().__init__(_NAME, state)
 
     def start(self, stem: Path) -> TorchsnapshotPending:
-        """Take a snapshot."""
+        """Start a snapshot."""
         snapshot = Snapshot.async_take(str(stem), _app_state(self.state), replicated=_replicated(self.state))
         return TorchsnapshotPending(snapshot, stem)
 
 
 class TorchsnapshotPending:
-    """A save that goes on, with a thread that flushes what it wrote."""
+    """A save in progress, with a thread that waits for it and flushes its files."""
 
     def __init__(self, snapshot: PendingSnapshot, path: Path) -> None:
         self._snapshot = snapshot
@@ -62,14 +62,14 @@ class TorchsnapshotPending:
         self._flushed.start()
 
     def wait_staged(self) -> None:
-        """The tensors may change as soon as the save has begun."""
+        """Do nothing: the tensors may change as soon as `start` has returned."""
 
     def is_done(self) -> bool:
-        """Whether this rank has ended. Local."""
+        """Whether the save of this rank has ended. Local."""
         return not self._flushed.is_alive()
 
     def result(self) -> Path:
-        """Wait for the snapshot."""
+        """Wait until the snapshot is complete and flushed."""
         self._flushed.join()
         if self._error is not None:
             raise self._error
@@ -92,7 +92,7 @@ def _replicated(state: State) -> list[str]:
 
 
 def _flush(stem: Path) -> None:
-    """Flush a share of the files, whoever wrote them: all ranks together flush all. Local."""
+    """Flush this rank's share of the files, whichever rank wrote them, and all directories. Local."""
     rank, size = dist.get_rank(), dist.get_world_size()
     flush_files(files_of(stem)[rank::size])
     for directory, _, _ in os.walk(stem):

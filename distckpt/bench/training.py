@@ -1,4 +1,4 @@
-"""A training loop to be slowed down: a small model whose ranks wait for each other in every step."""
+"""A training loop to measure the slowdown by a save: a small model whose ranks wait for each other in every step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _QUIET_STEPS = 50
 
 
 class TrainingLoop:
-    """Forward, backward and optimizer step of two layers, and one collective, as of the gradients, per step.
+    """Trains two layers, with one collective per step, as if to reduce gradients.
+
+    `calibrate` measures the steps without a save; `train_during` then measures the time lost during one.
 
     Args:
-        device: Where it computes.
+        device: Device of the model.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +50,7 @@ class TrainingLoop:
             pending: The save. The optimizer waits until the tensors may change.
 
         Returns:
-            Seconds beyond those that the same number of steps takes while nothing is saved.
+            Seconds by which the steps took longer than the same number of steps while nothing is saved.
         """
         start = time.perf_counter()
         steps = 1

@@ -1,4 +1,4 @@
-"""What one round does with each competitor: save and delete, or restore."""
+"""Trials of competitors: save and delete, or restore."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from distckpt.bench.state import State
 _READ_STEP = 16 << 20
 _PAGE = mmap.PAGESIZE
 
-#: `Trial.kind` of saves by a competitor that knows nothing from an earlier one.
+#: `Trial.kind` of saves by a competitor that has not saved before.
 FIRST = "first save"
 
 
 class SaveTrial:
-    """Save under a fresh name, with the competitor that saved before; delete the file again.
+    """Save under a new name, with the same competitor in all rounds; deletes the file afterwards.
 
     Attributes:
-        name: How the report calls it.
-        kind: What sets it apart from the other saves of its case.
+        name: Name in the report.
+        kind: Distinguishes it from the other saves of its case.
     """
 
     def __init__(self, competitor: Competitor, directory: Path, kind: str = "") -> None:
@@ -46,23 +46,23 @@ class SaveTrial:
         make_resident(self._competitor.state.local_nbytes)
 
     def run(self) -> None:
-        """Save."""
+        """Save the state."""
         self._path = self._competitor.save(self._directory / f"{self.name.replace(' ', '-')}-{self._count}")
 
     def clean(self) -> None:
-        """Delete what was saved."""
+        """Delete the checkpoint."""
         delete(self._path)
 
 
 class FirstSaveTrial(SaveTrial):
-    """Save with a new competitor each time, to which nothing is known from an earlier save."""
+    """Save with a new competitor each time, which has no caches from earlier saves."""
 
     def __init__(self, build: Callable[[State], Competitor], state: State, directory: Path) -> None:
         super().__init__(build(state), directory, FIRST)
         self._build = build
 
     def prepare(self) -> None:
-        """Begin anew."""
+        """Prepare as `SaveTrial`, and make a new competitor."""
         super().prepare()
         self._competitor = self._build(self._competitor.state)
 
@@ -71,10 +71,10 @@ class RestoreTrial:
     """Restore from a file that the page cache holds.
 
     Attributes:
-        name: How the report calls it.
-        kind: What sets it apart from the other restores of its case.
-        competitor: What restores.
-        path: What its `save` returned.
+        name: Name in the report.
+        kind: Distinguishes it from the other restores of its case.
+        competitor: The competitor that restores.
+        path: The file or directory that its `save` returned.
     """
 
     def __init__(self, competitor: Competitor, path: Path, kind: str = "") -> None:
@@ -84,24 +84,24 @@ class RestoreTrial:
         self.path = path
 
     def prepare(self) -> None:
-        """Rank 0 reads the file once, in case the page cache had to give it up."""
+        """Read the file on rank 0, in case the page cache does not hold it any more."""
         if dist.get_rank() == 0:
             _read_through(self.path)
         make_resident(self.competitor.state.local_nbytes)
 
     def run(self) -> None:
-        """Restore."""
+        """Restore the state."""
         self.competitor.restore(self.path)
 
     def clean(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing."""
 
 
 class ColdRestoreTrial(RestoreTrial):
     """Restore from a file of which the page cache holds nothing."""
 
     def prepare(self) -> None:
-        """Have every node forget the file."""
+        """Drop the file from the page cache of every node."""
         make_resident(self.competitor.state.local_nbytes)
         settle_disks()
         if leads_its_node():
@@ -109,15 +109,15 @@ class ColdRestoreTrial(RestoreTrial):
 
 
 def called(name: str, kind: str) -> str:
-    """How the report calls a trial of a kind by the competitor of a name."""
+    """Name in the report of a trial, from the competitor's name and the kind of the trial."""
     return f"{name}, {kind}" if kind else name
 
 
 def check_restore(trial: RestoreTrial) -> None:
-    """Restore into other values than the saved ones, and compare every bit with what was saved.
+    """Scramble the state, restore it, and compare every bit with the saved values.
 
     Args:
-        trial: Its state was saved as `State.fill` made it.
+        trial: A trial whose state was saved with the values of `State.fill`.
 
     Raises:
         ValueError: Some values differ on this rank.
@@ -131,11 +131,10 @@ def check_restore(trial: RestoreTrial) -> None:
 
 
 def make_resident(nbytes: int) -> None:
-    """Have the machine's free memory behind it, so that the page cache and buffers of what comes next can use it.
-    Collective over the process group.
+    """Touch free memory, so that the next run gets it at full speed. Collective over the process group.
 
-    Many virtual machines give free memory back to their host after two seconds. Getting it again costs seconds per
-    GiB, by chance, and only those who write through the page cache.
+    Many virtual machines give free memory back to their host after two seconds. Getting it again takes seconds per GiB,
+    at random, and only for competitors that write through the page cache.
 
     Args:
         nbytes: Bytes that this rank is going to use; a quarter is added.
@@ -143,16 +142,16 @@ def make_resident(nbytes: int) -> None:
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     nbytes = max(_PAGE, min(nbytes * 5 // 4, free // (2 * dist.get_world_size())))
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        # Large pages go back to where the page cache takes its own from; small ones are kept aside for each core.
+        # Freed large pages go back to the pool that the page cache allocates from; small ones stay with a core.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
         memory[::_PAGE] = bytes(-(-nbytes // _PAGE))
-        # Memory that one rank gives back early would be what the other ranks get.
+        # Wait, or another rank would only get memory that this one has already given back.
         dist.barrier()
 
 
 def delete(path: Path) -> None:
-    """Delete a file or a directory, once all ranks are done with it. Collective over the process group."""
+    """Delete a file or a directory on rank 0, after a barrier. Collective over the process group."""
     dist.barrier()
     if dist.get_rank() != 0:
         return
@@ -163,12 +162,12 @@ def delete(path: Path) -> None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or all files below a directory."""
+    """The file itself, or all files below a directory, sorted."""
     return [each for each in sorted(path.rglob("*")) if each.is_file()] if path.is_dir() else [path]
 
 
 def _forget(path: Path) -> None:
-    """Drop a file, or all files of a directory, from the page cache; they are on the disk."""
+    """Drop a file, or all files of a directory, from the page cache. They must have been written to disk."""
     for each in files_of(path):
         descriptor = os.open(each, os.O_RDONLY)
         try:
@@ -178,7 +177,7 @@ def _forget(path: Path) -> None:
 
 
 def _read_through(path: Path) -> None:
-    """Read a file, or all files of a directory."""
+    """Read a file, or all files of a directory, into the page cache."""
     buffer = bytearray(_READ_STEP)
     for each in files_of(path):
         with each.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""`distckpt bench`: how fast it is here, against the raw disk and other checkpointers."""
+"""`distckpt bench`: measures distckpt on this machine, against the raw disk and other checkpointers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def measure(
         return
     if directory is None:
         raise typer.BadParameter("expected a directory on the file system to measure. Got none.", param_hint="--dir")
-    # Torch takes seconds to import, and other commands have no use for it.
+    # Torch takes seconds to import, and other commands do not need it.
     from distckpt.bench.builders import COMPETITORS
     from distckpt.bench.cases import CASES
     from distckpt.bench.setting import DEVICES, LAYOUTS, Setup
@@ -83,16 +83,16 @@ def measure(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "1GiB", "500 MB" or "4096".
+    """Parse a size such as "1GiB", "500 MB" or "4096".
 
     Args:
-        text: A number, and a unit or none.
+        text: A number, with or without a unit.
 
     Returns:
         The number of bytes.
 
     Raises:
-        typer.BadParameter: It is no size, or zero.
+        typer.BadParameter: The text is not a size, or the size is zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
@@ -102,7 +102,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_number(text: str) -> int:
-    """A number of variables.
+    """Parse a number of variables.
 
     Args:
         text: Its digits.
@@ -111,7 +111,7 @@ def parse_number(text: str) -> int:
         The number.
 
     Raises:
-        typer.BadParameter: It is no number above zero.
+        typer.BadParameter: The text is not an integer above zero.
     """
     if not text.strip().isdecimal() or int(text) == 0:
         raise typer.BadParameter(f"expected numbers such as 1000,10000. Got {text!r}.", param_hint="--variables")
@@ -119,18 +119,18 @@ def parse_number(text: str) -> int:
 
 
 def parse_choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Some of the choices, separated by commas; an empty text chooses none.
+    """Parse a list of choices, separated by commas; an empty text chooses none.
 
     Args:
         option: Name of the option, for the error.
-        text: What the user gave.
-        choices: What may be chosen.
+        text: Value of the option.
+        choices: The possible choices.
 
     Returns:
-        What was chosen, each once, in the user's order.
+        The choices made, each once, in the user's order.
 
     Raises:
-        typer.BadParameter: Something is no choice.
+        typer.BadParameter: A word is not among the choices.
     """
     words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     unknown = [word for word in words if word not in choices]
@@ -140,18 +140,18 @@ def parse_choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str
 
 
 def parse_choice(option: str, text: str, choices: tuple[str, ...]) -> str:
-    """One of the choices.
+    """Check a single choice.
 
     Args:
         option: Name of the option, for the error.
-        text: What the user gave.
-        choices: What may be chosen.
+        text: Value of the option.
+        choices: The possible choices.
 
     Returns:
-        What was chosen.
+        The choice made.
 
     Raises:
-        typer.BadParameter: It is no choice.
+        typer.BadParameter: The text is not among the choices.
     """
     if text not in choices:
         raise typer.BadParameter(f"expected {' or '.join(choices)}. Got {text!r}.", param_hint=option)
@@ -190,7 +190,7 @@ def _measure(setup: Setup, directory: Path) -> Outcome:
     except CheckpointError:
         raise
     except Exception:
-        # The other ranks wait for this one, and MPI would wait for them at exit: only the launcher can end them now.
+        # The other ranks wait for this one, and MPI would wait for them at exit. Exit at once: the launcher ends them.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -201,12 +201,12 @@ def _announce(case: str) -> None:
 
 
 def _show(measured: Sequence[Samples]) -> None:
-    """Print the tables of a case at once: those that follow take long, and may fail."""
+    """Print the tables of a case as soon as it ends, since later cases take long, and may fail."""
     from rich.console import Console
 
     from distckpt.bench.report import make_rows, make_tables
 
-    # mpirun gives every rank a terminal of its own, which is not the user's: its colours and width mean nothing.
+    # mpirun gives every rank a terminal of its own, whose colours and width are not those of the user's.
     console = Console(force_terminal=False, width=_WIDTH)
     for table in make_tables(make_rows(measured)):
         console.print(table)

@@ -1,4 +1,4 @@
-"""`distckpt bench plan`: what agreeing and planning cost with many ranks, by simulation, without MPI."""
+"""`distckpt bench plan`: simulates what agreement and planning cost with many ranks, without MPI."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(
     The merge, the plans and the messages are those of real jobs; no data is written. 16,384 ranks with 1,000 variables
     take two to three minutes and 4 GiB of memory, all smaller sizes included.
     """
-    # Torch takes seconds to import, and other commands have no use for it.
+    # Torch takes seconds to import, and other commands do not need it.
     from rich.console import Console
 
     from distckpt.bench.scale.report import describe_growth, make_table, plot
@@ -61,7 +61,7 @@ def plan(
 
 
 def _sizes(ranks: int) -> list[int]:
-    """Ranks from 16 on, each 4 times as many as before, up to a number."""
+    """Numbers of ranks to simulate: from 16 on, each 4 times the one before, up to and with `ranks`."""
     sizes: list[int] = []
     while (size := _SMALLEST * _FACTOR ** len(sizes)) < ranks:
         sizes.append(size)
@@ -69,7 +69,7 @@ def _sizes(ranks: int) -> list[int]:
 
 
 def _simulate(jobs: list[Job]) -> Iterator[Cost]:
-    """Each in a process of its own, so that it finds no memory that an earlier one has left."""
+    """Simulate each job in a process of its own, so that memory of earlier ones does not count."""
     from distckpt.bench.scale.simulation import simulate
 
     start = time.monotonic()
@@ -80,5 +80,5 @@ def _simulate(jobs: list[Job]) -> Iterator[Cost]:
 
 
 def _announce(job: Job, start: float, step: str) -> None:
-    """Say what begins, and how many seconds after the start: times of this clock are those of all processes."""
+    """Print the step that begins, and the seconds since the start; the clock is the same in all processes."""
     typer.echo(f"{time.monotonic() - start:5.0f} s  {job.layout}, {job.ranks} ranks: {step}", err=True)

@@ -1,4 +1,4 @@
-"""`distckpt doctor`: is this machine what a checkpoint needs?"""
+"""`distckpt doctor`: checks that a machine has everything that checkpoints need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`distckpt ls DIR`: the checkpoints of a directory."""
+"""`distckpt ls DIR`: lists the checkpoints of a directory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def ls(
 
 
 def _oldest_first(directory: Path) -> list[tuple[Path, os.stat_result | None]]:
-    """The files of a directory in use: some may be gone by now, and links may lead nowhere. None: no permission."""
+    """The HDF5 files of a directory with their status, oldest first; the status is None without permission.
+
+    Files that have just been removed, and links that lead nowhere, are left out.
+    """
     found: list[tuple[Path, os.stat_result | None]] = []
     for path in directory.iterdir():
         if path.name.endswith(".h5"):
@@ -63,9 +66,9 @@ def _describe(path: Path, status: os.stat_result | None) -> tuple[Text, ...]:
 
 
 def _step(manifest: Manifest) -> str:
-    """The trainer's step, where the user keeps one as `checkpoint.step`."""
+    """The trainer's step, if the user keeps it as `checkpoint.step`."""
     step = manifest.python_state.get("step")
     try:
         return "" if step is None else printable(str(decode(bytes(step))))
-    except ValueError:  # a damaged one, or an int of more digits than Python prints
+    except ValueError:  # the value is damaged, or an int with more digits than Python prints
         return "?"

@@ -11,12 +11,12 @@ import typer
 from distckpt.cli.terminal import print_any_text, print_error
 from distckpt.errors import CheckpointError
 
-#: Each is the function, or the commands, of that name in `distckpt.cli.<name>`, loaded only when it is asked for.
+#: Each is the name of a function, or of a group of commands, in `distckpt.cli.<name>`, imported only when needed.
 COMMANDS = ("ls", "show", "verify", "doctor", "bench")
 
 
 def build(commands: Iterable[str]) -> typer.Typer:
-    """The command line with these commands."""
+    """Make the command line with some of `COMMANDS`."""
     app = typer.Typer(
         name="distckpt",
         no_args_is_help=True,
@@ -24,7 +24,7 @@ def build(commands: Iterable[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    # A callback keeps the name of a command on the command line even where there is one command only.
+    # With a callback the name of the command is needed on the command line even if there is only one command.
     app.callback()(distckpt)
     for name in commands:
         command = getattr(importlib.import_module(f"distckpt.cli.{name}"), name)

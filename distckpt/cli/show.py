@@ -1,4 +1,4 @@
-"""`distckpt show FILE`: the object graph of a checkpoint as a tree, or how long its save took."""
+"""`distckpt show FILE`: prints the object graph of a checkpoint as a tree, or how long its save took."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show(
 
 
 def _table(timing: Timing) -> Table:
-    """Seconds over the ranks, step by step."""
+    """A table of the seconds that each step took, over the ranks."""
     table = Table("step", box=None, pad_edge=False)
     for column in ("min", "median", "max", "slowest rank"):
         table.add_column(column, justify="right")
@@ -78,7 +78,7 @@ def _nbytes(variable: Variable) -> int:
 
 @dataclass
 class _Drawing:
-    """A manifest on its way to a tree."""
+    """Draws a manifest as a tree; `tree` adds the nodes, values and slots with the other methods."""
 
     manifest: Manifest
     python: bool
@@ -86,7 +86,7 @@ class _Drawing:
     variables: dict[str, Variable] = field(default_factory=dict)
 
     def tree(self) -> Tree:
-        """The whole tree, breadth-first, so that a shared object stands where its key says."""
+        """The whole tree. Drawn breadth-first, so that a shared object is shown at the path of its key."""
         self.variables = {variable.key: variable for variable in self.manifest.variables}
         tree = Tree("[bold](root)[/]", guide_style="dim")
         nodes = self.manifest.object_graph.nodes
@@ -113,19 +113,19 @@ class _Drawing:
         return tree
 
     def add_node(self, branch: Tree, name: str, node_id: int) -> Tree:
-        """One node, with its own value if it has one."""
+        """Add a node, with its own value if it has one; returns its branch."""
         for attribute in self.manifest.object_graph.nodes[node_id].attributes:
             if attribute.name == OWN_VALUE:
                 return branch.add(self.describe(name, attribute.checkpoint_key))
         return branch.add(f"[bold]{_markup(name)}[/]")
 
     def add_value(self, branch: Tree, name: str, key: str) -> None:
-        """One value of a node."""
+        """Add a value of a node."""
         if key in self.variables or self.python:
             branch.add(self.describe(name, key))
 
     def add_slots(self, branch: Tree, node_id: int) -> None:
-        """The slots of an optimizer, by variable."""
+        """Add the slots of an optimizer, by variable."""
         slots = self.manifest.object_graph.nodes[node_id].slot_variables
         by_variable: dict[int, list[str]] = {}
         for slot in slots:
@@ -137,7 +137,7 @@ class _Drawing:
             below.add(f"{_markup(self.key_of(variable))}: {', '.join(values)}")
 
     def add_ranks(self, branch: Tree, attributes: list[Attribute]) -> None:
-        """The values that ranks have for themselves, one line per rank."""
+        """Add the per-rank values of a node, one line for each rank."""
         by_rank: dict[str, list[str]] = {}
         for attribute in attributes:
             _, rank, *rest = attribute.name.split("/", 2)
@@ -169,7 +169,7 @@ class _Drawing:
 
 
 def _markup(text: str) -> str:
-    """A name or value as it is, in what rich prints."""
+    """Escape a name or value, so that rich prints it unchanged."""
     return escape(printable(text))
 
 
@@ -180,13 +180,13 @@ def _shape(variable: Variable) -> str:
 def _shown(encoded: bytes | msgspec.Raw) -> str:
     try:
         text = repr(decode(bytes(encoded)))
-    except ValueError as error:  # a damaged one, or an int of more digits than Python prints
+    except ValueError as error:  # the value is damaged, or an int with more digits than Python prints
         text = f"({error})"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _sharding(variable: Variable) -> str:
-    """How many shards, and along which dimensions they divide the tensor."""
+    """The number of shards, the dimensions along which they divide the tensor, and the number of writers."""
     if len(variable.shards) <= 1:
         return ""
     axes = [

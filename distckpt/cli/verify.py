@@ -1,4 +1,4 @@
-"""`distckpt verify FILE...`: is every byte of a checkpoint what was written?"""
+"""`distckpt verify FILE...`: checks that every byte of a checkpoint is as it was written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def verify(
 
 
 def _verify(file: Path) -> bool:
-    """Verify one file and tell of it; whatever is wrong, the next one is to be verified, too."""
+    """Verify one file and print the result. Does not raise if it fails, so that the next file is verified, too."""
     try:
         path = resolve(file_of(file))
         problems = verify_file(path)

@@ -1,1 +1,1 @@
-"""`distckpt bench plan`: what agreeing and planning cost with many ranks, simulated in one process without MPI."""
+"""`distckpt bench plan`: the cost of agreement and planning with many ranks, simulated in one process without MPI."""

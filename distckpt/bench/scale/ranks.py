@@ -1,4 +1,4 @@
-"""The other ranks of rank 0, simulated: the messages they would send, and a count of every byte."""
+"""Virtual ranks around a real rank 0: the messages that they would send, and a count of all bytes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from distckpt.coordination.session import Spoken
 
 
 class VirtualRanks:
-    """Collectives of rank 0 with ranks that exist only as the messages they send; see `Collectives`.
+    """`Collectives` of rank 0 with virtual ranks, which exist only as the messages that they send.
 
     Attributes:
-        values: What all ranks bring to the next merge, in rank order. Called twice, so that no more of it is in memory
-            than a real rank 0 would have.
-        sent: Bytes that all other ranks sent so far.
-        received: Bytes that all other ranks received so far.
-        seconds: Time spent on making the messages.
+        values: Makes the values of all ranks for the next merge, in rank order. Called more than once, so that memory
+            holds no more of them than on a real rank 0.
+        sent: Bytes that all other ranks have sent so far.
+        received: Bytes that all other ranks have received so far.
+        seconds: Seconds spent on making the messages.
     """
 
     rank = 0
@@ -47,12 +47,12 @@ class VirtualRanks:
         coordinator.merge_parts(step, next(self.values()), fn)
 
     def forget(self) -> None:
-        """Drop what was told."""
+        """Drop the messages that rank 0 has sent."""
         self._broadcasts.clear()
         self._scatters.clear()
 
     def replies(self) -> Iterator[Reply]:
-        """What each rank was told in the last merge."""
+        """The reply that each rank received in the last merge, in rank order."""
         _, records, letters = self._scatters
         for record, letter in zip(records, letters, strict=True):
             yield reply_of(record, letter, self._broadcasts[-1])
@@ -77,7 +77,7 @@ class VirtualRanks:
         self._broadcasts.append(buffer)
 
     def gather(self, value: Buffer, lengths: Sequence[int], buffer: bytearray | memoryview, root: int = 0) -> None:
-        """See `Collectives.gather`. What rank 0 has ordered of the values."""
+        """See `Collectives.gather`. Gathers the letters that rank 0 has ordered in a merge."""
         start, position = time.perf_counter(), 0
         for own, order in zip(self.values(), self._scatters[-1], strict=True):
             letter = letter_of(own, order)
@@ -87,7 +87,7 @@ class VirtualRanks:
         self.sent += sum(lengths) - lengths[0]
 
     def gather_rows(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """See `Collectives.gather_rows`. What a merge begins with."""
+        """See `Collectives.gather_rows`. Gathers the headers with which a merge begins."""
         start = time.perf_counter()
         rows = np.array([header_of(own) for own in self.values()])
         self.seconds += time.perf_counter() - start
@@ -103,7 +103,7 @@ class VirtualRanks:
         self.received += sum(lengths) - lengths[0]
 
     def _count(self, *, sent: int = 0, received: int = 0) -> None:
-        """Bytes of each other rank."""
+        """Count bytes that each other rank sends or receives."""
         self.sent += sent * (self.size - 1)
         self.received += received * (self.size - 1)
 
@@ -112,9 +112,9 @@ class VirtualSession(Spoken):
     """A session of rank 0 with virtual ranks.
 
     Attributes:
-        brought: What each rank brings to the next arrival: what must be equal, and what must add up to 0.
+        brought: (digest, balance) that each rank brings to the next arrival; see `Call`.
         nbytes: Bytes of all messages of the arrival protocol so far, between any two ranks.
-        seconds: Time of the last arrival: of the slowest captain, then of rank 0; without that of the network.
+        seconds: Seconds of the last arrival on the slowest captain and then on rank 0, without the network.
     """
 
     def __init__(self, ranks: VirtualRanks) -> None:
@@ -135,7 +135,7 @@ class VirtualSession(Spoken):
         return run.verdict
 
     def _run(self, rank: int, arrivals: Sequence[Message]) -> _Run:
-        """One rank's part, with those that speak with it: its crew, and for rank 0 the captains."""
+        """Run the protocol on rank 0 or a captain, with the ranks that speak with it: its crew, or also captains."""
         channel = _VirtualChannel(rank, self.size)
         protocol = arrival_over(channel, self._teams)
         crew = arrivals[1:] if rank == ROOT else [arrivals[other] for other in self._teams.team_of(rank)[1:]]
@@ -149,7 +149,7 @@ class VirtualSession(Spoken):
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One rank's part of an arrival: how it ended, what it told rank 0, and its time in seconds."""
+    """The arrival on one rank: its verdict, its ARRIVE to rank 0 if it has sent one, and its time in seconds."""
 
     verdict: bool
     arrival: Message | None
@@ -157,11 +157,11 @@ class _Run:
 
 
 class _VirtualChannel(Channel):
-    """The end of rank 0 or a captain: the crew has come and confirms when it is asked, and rank 0 starts the call.
+    """The channel of rank 0 or a captain. Members confirm when they are asked, and rank 0 starts the call.
 
     Attributes:
-        nbytes: Bytes of all messages but those between a captain and rank 0, which rank 0's own end counts.
-        arrival: What a captain told rank 0.
+        nbytes: Bytes of all messages except those between a captain and rank 0, which rank 0's channel counts.
+        arrival: The ARRIVE that a captain sent to rank 0; None before.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -173,7 +173,7 @@ class _VirtualChannel(Channel):
         self._inbox: deque[tuple[int, bytes]] = deque()  # type: ignore[assignment]  # messages that are on their way
 
     def post(self, message: Message) -> None:
-        """Let a message be on its way to this rank."""
+        """Queue a message for this rank."""
         data = encode(message, self.size)
         self._count(message.source, data)
         self._inbox.append((message.source, data))
@@ -202,5 +202,5 @@ class _VirtualChannel(Channel):
             self.nbytes += len(data)
 
 
-#: What a rank that is here answers.
+#: For each kind of message: the answer of a rank that has arrived.
 _ANSWERS = {Kind.ARRIVE: Kind.GO, Kind.GO: Kind.CONFIRM, Kind.CONFIRM: Kind.START}

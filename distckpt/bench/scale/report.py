@@ -1,4 +1,4 @@
-"""What simulations found, as a table and as a plot."""
+"""Report of simulations, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _GIB, _MIB, _KIB = 2**30, 2**20, 2**10
 
 
 def make_table(costs: Sequence[Cost]) -> Table:
-    """A row per number of ranks.
+    """Make a table with one row for each number of ranks.
 
     Args:
-        costs: Of one layout and number of variables, at least one.
+        costs: Costs for one layout and number of variables; at least one.
     """
     title = f"{costs[0].layout}, {costs[0].variables} variables"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
@@ -30,10 +30,10 @@ def make_table(costs: Sequence[Cost]) -> Table:
 
 
 def describe_growth(costs: Sequence[Cost]) -> str:
-    """One line about how a first save grows, from the last two sizes; empty where there is one size only.
+    """One line about the growth of a first save's cost, from the two largest sizes; empty for a single size.
 
     Args:
-        costs: Of one layout and number of variables, by number of ranks.
+        costs: Costs for one layout and number of variables, by ascending number of ranks.
     """
     if len(costs) < 2:
         return ""
@@ -48,7 +48,7 @@ def describe_growth(costs: Sequence[Cost]) -> str:
 
 
 def _columns(cost: Cost) -> dict[str, str]:
-    """Heading to cell. Every byte count is per rank, but for the memory of rank 0."""
+    """Cells by heading. Byte counts are per rank, except the memory of rank 0 and the manifest."""
     return {
         "ranks": f"{cost.ranks}",
         "shards": f"{cost.shards}",
@@ -71,8 +71,8 @@ def plot(costs: Sequence[Cost], path: Path) -> None:
     """Draw the growth of times and bytes with the ranks.
 
     Args:
-        costs: Of one layout and number of variables.
-        path: File to write; its suffix says in which format.
+        costs: Costs for one layout and number of variables.
+        path: File to write; its suffix selects the format.
 
     Raises:
         ImportError: matplotlib is not installed.

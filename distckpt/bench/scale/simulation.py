@@ -1,4 +1,7 @@
-"""A first save, an unchanged save and a restore of a virtual job: the real code of rank 0, and of single ranks."""
+"""Simulation of a first save, an unchanged save and a restore of a virtual job.
+
+It runs the real code of rank 0, and of single other ranks.
+"""
 
 from __future__ import annotations
 
@@ -39,25 +42,25 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one job size costs. Bytes per rank are means over the ranks but 0.
+    """The cost for one job size. Bytes per rank are means over all ranks but rank 0.
 
     Attributes:
         ranks: Number of ranks that save.
         variables: Number of tensors over all ranks.
         layout: One of `LAYOUTS`.
-        shards: Boxes in the file, over all variables.
-        merge_seconds: First save: rank 0 decodes, merges, plans and encodes.
-        merge_nbytes: First save: memory of rank 0 beyond what it has before.
+        shards: Number of boxes in the file, over all variables.
+        merge_seconds: First save: time in which rank 0 decodes, merges, plans and encodes.
+        merge_nbytes: First save: memory of rank 0 beyond that in use before.
         sent_nbytes: First save: bytes that a rank sends.
         received_nbytes: First save: bytes that a rank receives.
         unchanged_nbytes: Unchanged save: bytes of all messages of the arrival, both ways.
-        unchanged_seconds: Unchanged save: a captain's and rank 0's time in the arrival, without the network's.
+        unchanged_seconds: Unchanged save: time of a captain and of rank 0 in the arrival, without the network.
         restore_ranks: Number of ranks that restore.
-        manifest_nbytes: Restore: the manifest.
-        broadcast_nbytes: Restore: what each rank receives when the file is opened.
-        open_seconds: Restore: rank 0 decodes and checks the manifest.
-        plan_seconds: Restore: one rank decodes the manifest and plans its reads; the slowest of a few ranks.
-        plan_nbytes: Restore: memory of one rank for that.
+        manifest_nbytes: Restore: bytes of the manifest.
+        broadcast_nbytes: Restore: bytes that each rank receives when the file is opened.
+        open_seconds: Restore: time in which rank 0 decodes and checks the manifest.
+        plan_seconds: Restore: time in which the slowest of a few ranks decodes the manifest and plans its reads.
+        plan_nbytes: Restore: memory of one rank for this, the largest of the same ranks.
     """
 
     ranks: int
@@ -82,17 +85,17 @@ Announce = Callable[[str], None]
 
 
 def _unheard(step: str) -> None:
-    """Nobody is told."""
+    """Ignore the announcement."""
 
 
 class Simulation:
-    """Rank 0 of a virtual job.
+    """Rank 0 of a virtual job. Call `first_save`, then `prepare_unchanged_save`, then `unchanged_save`.
 
     Attributes:
         job: The job.
         ranks: The other ranks.
-        session: Where they arrive.
-        request: The call that all of them make.
+        session: The session in which they arrive.
+        request: The call that all ranks make.
     """
 
     def __init__(self, job: Job, announce: Announce = _unheard) -> None:
@@ -104,12 +107,12 @@ class Simulation:
         self.request = Request.of("save", _PATH, SaveOptions(), save_counter=0, checkpoint_number=None)
 
     def messages(self) -> Iterator[Parts]:
-        """What the ranks send in a first save, in rank order."""
+        """The messages of all ranks in a first save, in rank order."""
         request = self.request.encode()
         return (encode_message(request, layout) for layout in layouts_of(self.job))
 
     def first_save(self) -> Merged:
-        """Merge and plan; afterwards `ranks.replies()` are what each rank was told."""
+        """Merge and plan; afterwards `ranks.replies()` gives the reply to each rank."""
         merged: list[Merged] = []
 
         def merge(messages: Sequence[Parts]) -> list[Parts]:
@@ -124,7 +127,7 @@ class Simulation:
         return merged[0]
 
     def prepare_unchanged_save(self) -> None:
-        """What each rank does on its own before it arrives: compare its layout with the agreed one."""
+        """Do the local work of each rank before its arrival: compare its layout with the agreed one."""
         brought = self.session.brought = []
         request = digest_of(self.request.encode())
         for layout, reply in zip(layouts_of(self.job), self.ranks.replies(), strict=True):
@@ -164,7 +167,7 @@ def manifest_of(merged: Merged, ranks: int) -> Manifest:
 
 
 def open_manifest(encoded: bytes) -> OpenedCheckpoint:
-    """What rank 0 does with the manifest of a file that it opens for a restore."""
+    """Decode and check a manifest, as rank 0 does when it opens a file for a restore."""
     manifest = manifests.decode(encoded)
     offsets = np.array([variable.offset for variable in manifest.variables], np.int64)
     problems = manifests.problems(manifest)
@@ -177,12 +180,12 @@ def open_manifest(encoded: bytes) -> OpenedCheckpoint:
 
 
 def plan_reads(found: bytes, keys: Sequence[str], boxes: Sequence[Sequence[Box]]) -> int:
-    """What one rank does with what it hears of the file: decode it, and find out what to read.
+    """Decode the broadcast of an opened file and plan the reads, as each rank does in a restore.
 
     Args:
         found: The broadcast.
-        keys: Of the tensors that the rank holds.
-        boxes: What it holds of each.
+        keys: Keys of the tensors that the rank holds.
+        boxes: The boxes that it holds of each tensor.
 
     Returns:
         The number of boxes to read.
@@ -195,7 +198,7 @@ def plan_reads(found: bytes, keys: Sequence[str], boxes: Sequence[Sequence[Box]]
 
 @dataclass(frozen=True, slots=True)
 class _Measured(Generic[T]):
-    """What a function returned, its time in seconds, and the memory in bytes that it needed at its peak."""
+    """The result of a function, its time in seconds, and its peak memory in bytes."""
 
     value: T
     seconds: float
@@ -217,10 +220,12 @@ def _measure(run: Callable[[], T]) -> _Measured[T]:
 
 
 def simulate(job: Job, announce: Announce = _unheard) -> Cost:
-    """Save, save again, restore on half of the ranks. In a process that has done more, memory means little.
+    """Simulate a first save, an unchanged save, and a restore on half of the ranks.
+
+    Run it in a new process: memory left by earlier work makes the measured memory meaningless.
 
     Args:
-        job: Who saves.
+        job: The job that saves.
         announce: Called with the name of each step as it begins.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Virtual ranks: what each of many ranks would hold of a GPT-like model and its optimizer, without any tensor."""
+"""Virtual jobs: the layouts that many ranks would hold of a GPT-like model and its optimizer, without tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout, Loca
 
 LAYOUTS = ("fsdp", "hsdp", "tp", "pp")
 
-#: Ranks that share one copy of the model under hsdp, ranks of a tensor-parallel group, pipeline stages.
+#: Number of ranks that share one copy of the model under hsdp, of ranks in a tensor-parallel group, and of stages.
 _HSDP_SHARDS, _TP_RANKS, _STAGES = 64, 8, 8
 _DTYPE = "bfloat16"
 _SLOTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +29,7 @@ class Parameter:
     Attributes:
         name: Its path below the layer.
         shape: Its global shape, in multiples of the width.
-        tensor_parallel: The dimension that tensor parallelism cuts; None where it leaves the parameter whole.
+        tensor_parallel: The dimension that tensor parallelism cuts; None if it leaves the parameter whole.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Job:
 
     Attributes:
         ranks: Number of ranks.
-        variables: Number of tensors over all ranks: per parameter its value, AdamW's two moments, and its step.
+        variables: Number of tensors over all ranks: for each parameter its value, AdamW's two moments and its step.
         layout: One of `LAYOUTS`: fsdp shards everything over all ranks; hsdp over groups of 64 that replicate each
             other; tp over groups of 8 ranks and fsdp over those; pp has 8 stages, and fsdp within each.
-        width: Of the model, in elements.
+        width: Width of the model, in elements.
     """
 
     ranks: int
@@ -66,12 +66,12 @@ class Job:
 
     @property
     def stages(self) -> int:
-        """Pipeline stages."""
+        """Number of pipeline stages; 1 without pipeline parallelism."""
         return min(_STAGES, self.ranks, self.n_parameters) if self.layout == "pp" else 1
 
     @property
     def n_parameters(self) -> int:
-        """Parameters with optimizer state; a remainder of the variables is frozen parameters."""
+        """Number of parameters with optimizer state; remaining variables are frozen parameters."""
         return self.variables // 4
 
     def ranks_of(self, stage: int) -> range:
@@ -80,13 +80,13 @@ class Job:
         return range(first, stop)
 
     def parameters_of(self, stage: int) -> range:
-        """The parameters of a stage."""
+        """Indices of the parameters of a stage."""
         first, stop = (self.n_parameters * i // self.stages for i in (stage, stage + 1))
         return range(first, stop)
 
 
 def layouts_of(job: Job) -> Iterator[LocalLayout]:
-    """What each rank holds, in rank order."""
+    """The local layout of each rank, in rank order."""
     for stage in range(job.stages):
         holder = Stage(job, stage)
         for rank in holder.ranks:
@@ -94,10 +94,10 @@ def layouts_of(job: Job) -> Iterator[LocalLayout]:
 
 
 class Stage:
-    """Ranks with the same object graph.
+    """The ranks of one pipeline stage, which have the same object graph.
 
     Attributes:
-        ranks: Consecutive.
+        ranks: The ranks, consecutive.
         keys: Key of each tensor that they hold, in order.
     """
 
@@ -117,7 +117,7 @@ class Stage:
         self._seeds = np.random.default_rng(stage).integers(1, 1 << 63, len(self._kinds), np.uint64)
 
     def layout(self, rank: int) -> LocalLayout:
-        """What one of the ranks holds: replicas have equal fingerprints."""
+        """The local layout of one of the ranks; replicas have equal fingerprints."""
         boxes = [_encode(_boxes(self._job, parameter, rank, self.ranks)) for parameter in _LAYER]
         boxes.append(b"")  # of the step, a number
         held = np.array([xxhash.xxh3_64_intdigest(own) | 1 for own in boxes], np.uint64)
@@ -133,7 +133,7 @@ class Stage:
         )
 
     def boxes(self, rank: int) -> list[tuple[Box, ...]]:
-        """What one of the ranks holds of each tensor, in order."""
+        """The boxes that one of the ranks holds of each tensor, in order."""
         of_kind = [_boxes(self._job, parameter, rank, self.ranks) for parameter in _LAYER]
         of_kind.append((Box((), ()),))
         return [of_kind[kind] for kind in self._kinds.tolist()]
@@ -144,12 +144,12 @@ def _encode(boxes: Sequence[Box]) -> bytes:
 
 
 def shape_of(job: Job, parameter: Parameter) -> Shape:
-    """Global shape in elements."""
+    """Global shape of a parameter, in elements."""
     return tuple(job.width * factor for factor in parameter.shape)
 
 
 def _boxes(job: Job, parameter: Parameter, rank: int, ranks: range) -> tuple[Box, ...]:
-    """What a rank holds of a parameter, as torch's placements have it."""
+    """The boxes that a rank holds of a parameter, by torch's placements."""
     shape = shape_of(job, parameter)
     cuts = _cuts(job, parameter, rank - ranks[0], len(ranks))
     intervals = []
@@ -160,7 +160,7 @@ def _boxes(job: Job, parameter: Parameter, rank: int, ranks: range) -> tuple[Box
 
 
 def _cuts(job: Job, parameter: Parameter, place: int, count: int) -> list[tuple[int, Cut]]:
-    """Which dimension each mesh dimension cuts for the rank at a place among `count` ranks, and how."""
+    """(dimension, cut) for each mesh dimension, for the rank at index `place` among `count` ranks."""
     if job.layout == "hsdp":
         shards = min(_HSDP_SHARDS, count)
         return [(0, Cut(shards, place % shards))]
@@ -178,7 +178,7 @@ class _Graph:
     """The object graph of a rank, under construction.
 
     Attributes:
-        nodes: As it sends them.
+        nodes: The nodes as the rank sends them.
         keys: Key of each node.
     """
 
@@ -199,7 +199,7 @@ class _Graph:
         return child
 
     def add_slot(self, optimizer: int, variable: int, name: str, attribute: LocalAttribute) -> None:
-        """Append optimizer state of a variable."""
+        """Append a slot of a variable."""
         slot = self.add(slot_key(self.keys[optimizer], self.keys[variable], name), attribute)
         self.nodes[optimizer].slots.append((variable, name, slot))
 
