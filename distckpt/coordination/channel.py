@@ -15,7 +15,8 @@ from distckpt.coordination.message import Message, decode, encode, max_nbytes
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-#: MPI progresses and then misses what it has just received, so a single empty probe does not prove an empty inbox.
+#: A probe makes progress, and may miss a message that this has just received. So one empty probe does not prove an
+#: empty inbox.
 _EMPTY_PROBES = 3
 
 

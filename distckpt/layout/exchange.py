@@ -87,7 +87,7 @@ class PieceSpan(NamedTuple):
 Unit = list[Range]
 
 
-# ---- what is exchanged -------------------------------------------------------------------------------------------
+# ---- choice of variables to exchange -----------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1 << 14)  # models repeat few shapes
@@ -106,7 +106,7 @@ def hulls_that_meet(hulls: _Ints) -> list[int]:
     """Indices of the variables for which the hulls of at least two ranks overlap.
 
     Args:
-        hulls: For each rank, for each variable, the hull of what it holds; shape (ranks, variables, 2).
+        hulls: For each rank and variable, (start, stop) of the elements that it holds; shape (ranks, variables, 2).
     """
     order = np.argsort(hulls[:, :, 0], axis=0, kind="stable")
     starts = np.take_along_axis(hulls[:, :, 0], order, axis=0)

@@ -30,7 +30,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
     """The newest complete checkpoint that `save` has made in a directory; None when there is none.
 
     What the state file says is only a hint: a checkpoint that was committed just before a crash is found, and a damaged
-    one is passed over with a warning. There is also a warning where a file or file prefix is given for the directory.
+    one is passed over with a warning. There is also a warning if a file or file prefix is given for the directory.
 
     Args:
         directory: The directory.
@@ -40,7 +40,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
         Path of the checkpoint, below `directory`.
 
     Raises:
-        TypeError: `directory` is no path.
+        TypeError: `directory` is not a path.
     """
     text = as_text("directory", directory)
     _warn_of_a_prefix(Path(text))
@@ -63,7 +63,7 @@ def file_of(path: str | os.PathLike[str]) -> str:
     """The file to read for a path: the path itself, or the latest checkpoint if it is a directory.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         CheckpointNotFoundError: There is no complete checkpoint in the directory.
     """
     text = as_text("path", path)

@@ -32,7 +32,7 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The fields of the state file; None if there is no file.
 
     Raises:
-        DamagedStateError: The file is not what `write_state` writes.
+        DamagedStateError: The file was not written by `write_state`, or is damaged.
     """
     path = Path(directory, STATE_FILE)
     try:

@@ -69,8 +69,8 @@ class _OnTheWay(NamedTuple):
 class PieceBytes:
     """Gives the packed bytes of pieces: the memory of the tensor if it is packed, else a copy.
 
-    The caller iterates over `batches`. For each piece it calls `needs_flush`, writes the bytes so far and calls
-    `flushed` if that is true, and then calls `get`.
+    The caller iterates over `batches` and calls `get` for each piece. It calls `flushed` when it has written the bytes
+    given so far, before the next `get` at the latest if `needs_flush` is true.
 
     Args:
         log: Receives the checksums of the pieces; None computes none.
