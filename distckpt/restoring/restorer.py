@@ -139,13 +139,13 @@ class Restorer:
     def _read(self, source: Source, assignment: Assignment, timer: Timer, options: RestoreOptions) -> None:
         """Read all tensors, those that other ranks want too together with them. Collective over the communicator."""
         coordinator, verify = self._coordinator, options.verify
-        threads = options.threads or threads_of_rank(coordinator.node.size)
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
             want = Want(source, assignment.reads, verify, progress)
             with timer.step("exchange"):
                 rest = Attempt.of(functools.partial(read_together, coordinator, want))
             with coordinator.step("read"), timer.step("read"):
                 rest.require()
+                threads = options.threads or threads_of_rank(coordinator.node.size)  # `read_together` knows the node
                 source.read(rest.value, verify=verify, progress=progress, threads=threads)
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:

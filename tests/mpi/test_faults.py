@@ -408,6 +408,7 @@ RESTORE_FAULTS = [
     Fault("read", distckpt.source.Source, "unit_reader", EVERY),
     Fault("read", units.UnitReader, "read", EVERY),
     Fault("read", taking, "shared_parts", EVERY),
+    Fault("read", distckpt.restoring.restorer, "threads_of_rank", EVERY),
     Fault("read", distckpt.source, "read_in_threads", EVERY),
     Fault("read", rawio, "read_vector", EVERY),
     Fault("read", checksum.ChecksumReader, "_read", EVERY),
