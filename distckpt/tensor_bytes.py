@@ -107,10 +107,9 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def mark_changed(tensor: torch.Tensor) -> None:
-    """Tell autograd that the tensor has changed, so that a backward pass that needs the old values fails."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+def mark_changed(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell autograd that tensors have changed, so that a backward pass that needs the old values fails."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:

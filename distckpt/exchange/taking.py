@@ -196,9 +196,7 @@ class Taking:
 
     def settle(self) -> None:
         """Wait until all bytes taken are in the tensors, also on GPUs, and tell autograd that these changed."""
-        for blocks in self._arrays.values():
-            for block in blocks:
-                mark_changed(block.tensor)
+        mark_changed(block.tensor for blocks in self._arrays.values() for block in blocks)
         self._arrivals.finish()
 
     def finish(self) -> list[TensorRead]:

@@ -13,8 +13,9 @@ from distckpt.storage import rawio
 from distckpt.storage.scratch import Scratch, is_slow_target
 from distckpt.storage.transfer import ReadJob
 
-#: Bytes of a step of reading and hashing: between the two they stay in the second-level cache.
-STEP_NBYTES = 256 << 10
+#: Bytes of a step of reading and hashing: between the two they stay in the cache. In shorter steps the Python between
+#: them takes longer than is gained, and threads wait for each other's.
+STEP_NBYTES = 1 << 20
 
 #: Runs with gaps smaller than this are read together with the gaps: disks deliver whole pages anyway. In bytes.
 _PAGE_NBYTES = 4096
@@ -29,19 +30,12 @@ _RUNS_AT_ONCE = 8192
 class Filler:
     """Fills memory with the packed bytes of boxes: in steps, run by run, or as spans from which runs are picked.
 
-    Attributes:
+    Args:
         fd: Descriptor of the file.
     """
 
-    def __init__(self, fd: int, step_nbytes: int) -> None:
-        """Local.
-
-        Args:
-            fd: Descriptor of the file.
-            step_nbytes: Bytes of a step of reading and hashing.
-        """
-        self.fd = fd
-        self._step_nbytes = step_nbytes
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
         self._scratch = Scratch()
 
     def fill(self, job: ReadJob, box: Box, data: memoryview, hasher: Any) -> int:
@@ -62,40 +56,47 @@ class Filler:
         itemsize = job.tensor.element_size()
         if is_contiguous(box, job.global_shape):
             offset = job.dataset_offset + first_element(box, job.global_shape) * itemsize
-            return self._fill_range(data, offset, hasher)
+            self.fill_range(data, offset, hasher)
+            return len(data)
         rows = _Rows.of(box, job.global_shape, itemsize)
         if rows.pitch_nbytes - rows.run_nbytes < _PAGE_NBYTES and rows.count > _FEW_RUNS:
             return self._fill_from_spans(job, box, rows, data, hasher)
         return self._fill_runs(job, box, rows, data, hasher)
 
-    def _fill_range(self, data: memoryview, offset: int, hasher: Any) -> int:
+    def fill_range(self, data: memoryview, offset: int, hasher: Any) -> None:
+        """Fill memory with a range of bytes of the file. Local.
+
+        Args:
+            data: The memory; not empty.
+            offset: Position of the first byte in the file.
+            hasher: Hashes the bytes in order; None for no hash.
+
+        Raises:
+            CorruptCheckpointError: The file is too short.
+        """
         detour = is_slow_target(data, offset)
         if hasher is None and not detour:
-            rawio.read_into(self.fd, data, offset)
-        else:
-            for start in range(0, len(data), self._step_nbytes):
-                step = data[start : start + self._step_nbytes]
-                self._fill_step(step, offset + start, detour)
-                if hasher is not None:
-                    hasher.update(step)
-        return len(data)
-
-    def _fill_step(self, data: memoryview, offset: int, detour: bool) -> None:
-        if detour:
-            scratch = self._scratch.room_for(offset, len(data))
-            rawio.read_into(self.fd, scratch, offset)
-            data[:] = scratch
-        else:
-            rawio.read_into(self.fd, data, offset)
+            rawio.read_into(self._fd, data, offset)
+            return
+        for start in range(0, len(data), STEP_NBYTES):
+            step = data[start : start + STEP_NBYTES]
+            if detour:
+                scratch = self._scratch.room_for(offset + start, len(step))
+                rawio.read_into(self._fd, scratch, offset + start)
+                step[:] = scratch
+            else:
+                rawio.read_into(self._fd, step, offset + start)
+            if hasher is not None:
+                hasher.update(step)
 
     def _fill_runs(self, job: ReadJob, box: Box, rows: _Rows, data: memoryview, hasher: Any) -> int:
         """One `pread` per run."""
         position = 0
-        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, self._step_nbytes // rows.run_nbytes))):
+        for part in cut(box, rows.run_numel * max(1, min(_RUNS_AT_ONCE, STEP_NBYTES // rows.run_nbytes))):
             begin = position
             for start in runs(part, job.global_shape).starts:
                 run = data[position : position + rows.run_nbytes]
-                rawio.read_into(self.fd, run, job.dataset_offset + start * rows.itemsize)
+                rawio.read_into(self._fd, run, job.dataset_offset + start * rows.itemsize)
                 position += rows.run_nbytes
             if hasher is not None:
                 hasher.update(data[begin:position])
@@ -105,13 +106,13 @@ class Filler:
         """Read runs together with the small gaps between them, then copy the runs."""
         position = bytes_read = 0
         dtype = np.dtype(f"V{rows.itemsize}")
-        at_once = min(rows.length, max(1, self._step_nbytes // rows.pitch_nbytes))
+        at_once = min(rows.length, max(1, STEP_NBYTES // rows.pitch_nbytes))
         for part in cut(box, at_once * rows.run_numel):
             count = part.numel // rows.run_numel
             span = (count - 1) * rows.pitch_nbytes + rows.run_nbytes
             offset = job.dataset_offset + first_element(part, job.global_shape) * rows.itemsize
             scratch = self._scratch.room_for(offset, span)
-            rawio.read_into(self.fd, scratch, offset)
+            rawio.read_into(self._fd, scratch, offset)
             packed = data[position : position + count * rows.run_nbytes]
             shape, strides = (count, rows.run_numel), (rows.pitch_nbytes, rows.itemsize)
             np.copyto(np.ndarray(shape, dtype, packed), np.ndarray(shape, dtype, scratch, 0, strides))

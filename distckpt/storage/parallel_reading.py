@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distckpt.device import gpu_of
-from distckpt.storage.filling import Filler
 from distckpt.storage.reading import Reader, ReadReport, read
 from distckpt.storage.room import Arrivals
-from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out
+from distckpt.storage.threads import LARGE_NBYTES, one_at_a_time, share_out
 from distckpt.storage.transfer import Progress, ReadJob
 from distckpt.tensor_bytes import is_packed
 
@@ -49,9 +48,7 @@ def read_in_threads(
     small = [job for job in jobs if not _is_large(job)]
     gpus = {gpu for job in jobs if (gpu := gpu_of(job.tensor)) is not None}
     notify = one_at_a_time(progress)
-    readers = [
-        Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(gpus, n_buffers=1), verify, notify) for _ in range(threads)
-    ]
+    readers = [Reader(fd, Arrivals(gpus, n_buffers=1), verify, notify) for _ in range(threads)]
     share_out(small, large, [reader.read for reader in readers])
     return ReadReport(
         sum(reader.report.bytes_read for reader in readers), sum(reader.report.bytes_verified for reader in readers)

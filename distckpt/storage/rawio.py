@@ -115,7 +115,9 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> None:
     Raises:
         CorruptCheckpointError: The file ends before the buffer is full.
     """
-    read_vector(fd, (buffer,), offset)
+    filled = _transfer(os.preadv, fd, (buffer,), offset)
+    if filled < len(buffer):
+        _read_rest(fd, buffer[filled:], offset + filled)
 
 
 def read_vector(fd: int, buffers: Sequence[memoryview], offset: int) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import first_element, is_contiguous
@@ -60,7 +61,7 @@ def read(fd: int, jobs: Iterable[ReadJob], *, verify: bool, progress: Progress |
         CorruptCheckpointError: A checksum is wrong, or the file is too short; names the variable. Tensors of jobs up
             to this one have been written.
     """
-    reader = Reader(Filler(fd, STEP_NBYTES), Arrivals(), verify, progress)
+    reader = Reader(fd, Arrivals(), verify, progress)
     reader.read(jobs)
     return reader.report
 
@@ -72,41 +73,50 @@ class Reader:
         report: The bytes read and verified.
     """
 
-    def __init__(self, filler: Filler, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
+    def __init__(self, fd: int, arrivals: Arrivals, verify: bool, progress: Progress | None) -> None:
         """Local.
 
         Args:
-            filler: Reads boxes that are not joined with their neighbours.
+            fd: Descriptor of the file.
             arrivals: Stages bytes for tensors that are on GPUs or not packed.
             verify: Compare the checksums of jobs that have one.
             progress: Called with the number of bytes just put into tensors.
         """
         self.report = ReadReport()
-        self._fd = filler.fd
+        self._fd = fd
         self._verify = verify
         self._progress = progress
         self._arrivals = arrivals
-        self._filler = filler
+        self._filler = Filler(fd)
+        self._changed: list[torch.Tensor] = []
         self._waiting: list[_Waiting] = []
         self._start = 0
         self._stop = 0
 
     def read(self, jobs: Iterable[ReadJob]) -> None:
         """Read boxes into tensors; raises as the function `read`."""
-        with self._arrivals:
-            for job in jobs:
-                self._read_job(job)
-            self._flush()
+        try:
+            with self._arrivals:
+                for job in jobs:
+                    self._read_job(job)
+                self._flush()
+        finally:
+            mark_changed(self._changed)
+            self._changed.clear()
 
     def _read_job(self, job: ReadJob) -> None:
         """Read a box, at the latest with the next `_flush`."""
-        nbytes = job.tensor.numel() * job.tensor.element_size()
+        nbytes = job.tensor.nbytes
         if nbytes == 0:
             return
-        if nbytes <= STEP_NBYTES and is_contiguous(job.box, job.global_shape):
+        if not is_contiguous(job.box, job.global_shape):
+            self._read_in_blocks(job)
+        elif nbytes <= STEP_NBYTES:
             self._join(job, nbytes)
+        elif is_packed(job.tensor):
+            self._read_range(job)
         else:
-            self._read_large(job)
+            self._read_in_blocks(job)
 
     # -- small boxes, joined
 
@@ -126,15 +136,16 @@ class Reader:
 
     def _flush(self) -> None:
         """Read the boxes that have been joined."""
-        if self._waiting:
-            try:
-                rawio.read_vector(self._fd, [waiting.data for waiting in self._waiting], self._start)
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(f"{self._waiting[0].job.key}: {error}") from error
-            self.report.bytes_read += self._stop - self._start
-            for waiting in self._waiting:
-                self._accept(waiting)
-            self._waiting.clear()
+        if not self._waiting:
+            return
+        try:
+            rawio.read_vector(self._fd, [waiting.data for waiting in self._waiting], self._start)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{self._waiting[0].job.key}: {error}") from error
+        self.report.bytes_read += self._stop - self._start
+        for waiting in self._waiting:
+            self._accept(waiting)
+        self._waiting.clear()
         self._arrivals.make_room(_JOINED_NBYTES)
 
     def _accept(self, waiting: _Waiting) -> None:
@@ -145,7 +156,7 @@ class Reader:
                 got = self._read_alone(waiting)
             _compare(job, got, self.report)
         if waiting.room is None:
-            mark_changed(job.tensor)
+            self._changed.append(job.tensor)
         else:
             self._arrivals.put(job.tensor.detach(), waiting.room)
         if self._progress is not None:
@@ -157,12 +168,30 @@ class Reader:
         self.report.bytes_read += len(waiting.data)
         return digest(waiting.data)
 
-    # -- large boxes, in blocks
+    # -- all others
 
-    def _read_large(self, job: ReadJob) -> None:
+    def _read_range(self, job: ReadJob) -> None:
+        """Read a box that is one range of bytes both in the file and in memory."""
         self._flush()
-        hasher = Hasher() if self._verify and job.expected is not None else None
+        hasher = self._hasher(job)
+        data = bytes_of(job.tensor)
+        self._changed.append(job.tensor)
+        try:
+            self._filler.fill_range(data, _file_offset(job), hasher)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{job.key}: {error}") from error
+        self.report.bytes_read += len(data)
+        if hasher is not None:
+            _compare(job, hasher.intdigest(), self.report)
+        if self._progress is not None:
+            self._progress(len(data))
+
+    def _read_in_blocks(self, job: ReadJob) -> None:
+        self._flush()
+        hasher = self._hasher(job)
         packed = bytes_of(job.tensor) if is_packed(job.tensor) else None
+        if packed is not None:
+            self._changed.append(job.tensor)
         for block in blocks_of(job.box, job.tensor.element_size()):
             if packed is None:
                 self._fill_staged(job, block, hasher)
@@ -170,8 +199,6 @@ class Reader:
                 self._fill(job, block, packed[block.start : block.start + block.nbytes], hasher)
             if self._progress is not None:
                 self._progress(block.nbytes)
-        if packed is not None:
-            mark_changed(job.tensor)
         if hasher is not None:
             _compare(job, hasher.intdigest(), self.report)
 
@@ -189,6 +216,10 @@ class Reader:
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{job.key}: {error}") from error
 
+    def _hasher(self, job: ReadJob) -> Any:
+        """Hashes what is read of a job; None if it is not to be verified."""
+        return Hasher() if self._verify and job.expected is not None else None
+
 
 def _file_offset(job: ReadJob) -> int:
     """Position of the first byte of a box in the file."""
@@ -197,7 +228,7 @@ def _file_offset(job: ReadJob) -> int:
 
 def _compare(job: ReadJob, got: int, report: ReadReport) -> None:
     assert job.expected is not None, "there is a checksum to compare with"
-    nbytes = job.tensor.numel() * job.tensor.element_size()
+    nbytes = job.tensor.nbytes
     require_checksum(job.key, job.box, nbytes, job.expected, got)
     report.bytes_verified += nbytes
 

@@ -21,10 +21,6 @@ MAX_THREADS = 8
 #: turns, do more slowly than one.
 LARGE_NBYTES = 1 << 20
 
-#: Bytes that a thread reads in one step when several do. The steps are longer than those of a single thread, because
-#: between steps threads wait for each other's Python.
-SHARED_STEP_NBYTES = 1 << 20
-
 T = TypeVar("T")
 
 

@@ -14,11 +14,9 @@ from distckpt.layout.box import MAX_PIECE_NBYTES, Box
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.plan import ReadPlanner
 from distckpt.storage.checksum import ChecksumReader, StoredChecksums
-from distckpt.storage.filling import Filler
 from distckpt.storage.hdf5 import OpenedCheckpoint, open_checkpoint
-from distckpt.storage.reading import Reader, read_through_hdf5
-from distckpt.storage.room import Arrivals
-from distckpt.storage.threads import LARGE_NBYTES, SHARED_STEP_NBYTES, one_at_a_time, share_out, threads_of_rank
+from distckpt.storage.reading import read, read_through_hdf5
+from distckpt.storage.threads import LARGE_NBYTES, one_at_a_time, share_out, threads_of_rank
 from distckpt.storage.transfer import Progress, ReadJob
 from distckpt.tensor_bytes import torch_dtype
 
@@ -115,7 +113,7 @@ def _check(fd: int, path: str, job: ReadJob, progress: Progress | None) -> str |
         if job.dataset_offset < 0:
             read_through_hdf5(path, [job], verify=True, progress=progress)
         else:
-            Reader(Filler(fd, SHARED_STEP_NBYTES), Arrivals(), verify=True, progress=progress).read([job])
+            read(fd, [job], verify=True, progress=progress)
     except (CorruptCheckpointError, OSError) as error:
         return str(error)
     return None

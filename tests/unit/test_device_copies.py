@@ -142,7 +142,7 @@ def test_the_next_batch_is_copied_while_one_is_written(machine: Machine, fd: int
 def test_one_buffer_is_copied_while_the_next_is_read(
     machine: Machine, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
+    monkeypatch.setattr(filling, "STEP_NBYTES", MAX_PIECE_NBYTES // 2)  # two system calls each
     tensors = [torch.rand(N_PIECE) for _ in range(4)]
     saved = values(tensors)
     os.pwrite(fd, b"".join(saved), 0)
