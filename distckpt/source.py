@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -173,7 +173,7 @@ class Source:
     def taken_verifier(
         self,
         variables: Mapping[int, InFile],
-        pieces: Mapping[int, list[PieceSpan]],
+        pieces: Mapping[int, Collection[PieceSpan]],
         held: Mapping[int, Sequence[Held]],
         *,
         verify: bool,

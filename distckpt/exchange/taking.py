@@ -108,8 +108,11 @@ def _can_be_exchanged(source: Source, read: TensorRead) -> bool:
 
 
 def _hull(read: TensorRead) -> Span:
-    spans = [hull(block.box, read.target.global_shape) for block in read.target.blocks()] or [Span(0, 0)]
-    return spans[0] if len(spans) == 1 else Span(min(spans).start, max(span.stop for span in spans))
+    boxes, shape = read.target.boxes, read.target.global_shape
+    if len(boxes) == 1:  # nearly always
+        return hull(boxes[0], shape)
+    spans = [hull(box, shape) for box in boxes if box.numel] or [Span(0, 0)]
+    return Span(min(spans).start, max(span.stop for span in spans))
 
 
 class Taking:
@@ -223,6 +226,6 @@ def _divide(held: Mapping[int, Sequence[Held]]) -> tuple[dict[int, list[HeldArra
     return arrays, tensors
 
 
-def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> list[PieceSpan]:
+def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> dict[PieceSpan, Box]:
     """The pieces that some rank receives whole, and verifies after taking them."""
-    return list(strided_pieces_within(pieces, (wish.box for wish in wishes if wish.is_packed)))
+    return strided_pieces_within(pieces, (wish.box for wish in wishes if wish.is_packed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from types import EllipsisType
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
@@ -66,9 +67,38 @@ class Box(NamedTuple):
             extents.append(extent)
         return Box(tuple(starts), tuple(extents))
 
+    def overlap(self, other: Box) -> Overlap | None:
+        """The common block as indices of arrays, or None when no element is in both."""
+        own: list[slice] = []
+        others: list[slice] = []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            start = max(b, a)
+            stop = min(b + m, a + n)
+            if start >= stop:
+                return None
+            own.append(slice(start - a, stop - a))
+            others.append(slice(start - b, stop - b))
+        return Overlap((*own, ...), (*others, ...))
+
     def relative_to(self, outer: Box) -> Box:
         """The same block in the coordinates of `outer`."""
         return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
+
+
+#: An index that gives an array, even for zero dimensions.
+Index = tuple[slice | EllipsisType, ...]
+
+
+class Overlap(NamedTuple):
+    """The common block of two boxes.
+
+    Attributes:
+        own: Its index in an array of the first box's elements.
+        others: Its index in an array of the second box's.
+    """
+
+    own: Index
+    others: Index
 
 
 def _rows(box: Box, axis: int, start: int, extent: int) -> Box:
@@ -179,6 +209,9 @@ def row_major_strides(shape: Shape) -> Shape:
 
 def elements_before(box: Box, global_shape: Shape, position: int) -> int:
     """How many elements of a box come before a position in the flattened dataset."""
+    row_numel = math.prod(global_shape[1:])
+    if global_shape and position % row_numel == 0:  # the usual case
+        return min(max(position // row_numel - box.offset[0], 0), box.shape[0]) * math.prod(box.shape[1:])
     coordinates = []
     for size in reversed(global_shape):
         position, coordinate = divmod(position, size)

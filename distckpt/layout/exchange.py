@@ -177,14 +177,17 @@ def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> 
     of_width: dict[tuple[Shape, Shape], list[Box]] = {}
     for box in boxes if strided else ():
         of_width.setdefault(_width(box), []).append(box)
-    found = ((piece, _first_with(piece.box, of_width.get(_width(piece.box), ()))) for piece in strided)
-    return {piece: box for piece, box in found if box is not None}
+    found: dict[PieceSpan, Box] = {}
+    for piece in strided:
+        start = piece.box.offset[0]
+        stop = start + piece.box.shape[0]
+        for box in of_width.get(_width(piece.box), ()):
+            if box.offset[0] <= start and stop <= box.offset[0] + box.shape[0]:
+                found[piece] = box
+                break
+    return found
 
 
 def _width(box: Box) -> tuple[Shape, Shape]:
     """Offset and shape of a box without the first dimension."""
     return box.offset[1:], box.shape[1:]
-
-
-def _first_with(part: Box, boxes: Iterable[Box]) -> Box | None:
-    return next((box for box in boxes if box.contains(part)), None)

@@ -5,6 +5,8 @@ See `layout.exchange` for the definition of a unit.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -51,10 +53,15 @@ def cells_of(unit: Unit, variables: Mapping[int, InFile]) -> list[Cell]:
 
 
 def _cells_of_range(part: Range, variable: InFile) -> list[Cell]:
-    start, shape = part.span.start, variable.shape
+    start, stop = part.span
+    shape = variable.shape
+    row = math.prod(shape[1:])
+    if shape and start % row == 0 and stop % row == 0:  # the usual case: units are cut between rows
+        offset = (start // row, *itertools.repeat(0, len(shape) - 1))
+        return [Cell(part.variable, Box(offset, ((stop - start) // row, *shape[1:])), part.place)]
     return [
         Cell(part.variable, box, part.place + (first_element(box, shape) - start) * variable.itemsize)
-        for box in flat_boxes(Box.whole(shape), start, part.span.stop)
+        for box in flat_boxes(Box.whole(shape), start, stop)
     ]
 
 

@@ -8,8 +8,8 @@ of it. Only if no rank wants all of a strided piece are its bytes collected just
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import EllipsisType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,7 @@ class PieceVerifier:
         self.report = report
         self._opened = opened
         self._pieces = {} if checksums is None else {index: found for index, found in pieces.items() if found}
-        self._left: dict[tuple[int, int], list[PieceSpan]] = {}  # by stream and variable; the next one is the last
-        self._open: dict[tuple[int, int], list[OpenPiece]] = {}
+        self._streams: dict[tuple[int, int], _Stream] = {}  # by number and variable
 
     def feed(self, unit: Iterable[Range], memory: memoryview, stream: int = 0) -> None:
         """Hash a unit, or some of its ranges, and compare the checksums of the pieces that end in them.
@@ -72,31 +71,49 @@ class PieceVerifier:
                 nbytes = (span.stop - span.start) * self._variables[variable].itemsize
                 self._feed_span(stream, variable, span, memory[place : place + nbytes])
 
-    def _feed_span(self, stream: int, variable: int, span: Span, data: memoryview) -> None:
-        open_pieces = self._open.setdefault((stream, variable), [])
-        for piece in self._next_pieces(stream, variable, span):
-            open_pieces.append(self._opened(piece, self._variables[variable]))
-        for each in open_pieces:
+    def _feed_span(self, number: int, variable: int, span: Span, data: memoryview) -> None:
+        stream = self._streams.get((number, variable))
+        if stream is None:
+            stream = self._streams[number, variable] = _Stream(list(reversed(self._pieces[variable])), [])
+        for piece in stream.next_pieces(span):
+            stream.opened.append(self._opened(piece, self._variables[variable]))
+        ended = False
+        for each in stream.opened:
             each.feed(span, data)
-            if each.span.stop <= span.stop and each.is_whole:
-                self._compare(each)
-        open_pieces[:] = [each for each in open_pieces if each.span.stop > span.stop]
-
-    def _next_pieces(self, stream: int, variable: int, span: Span) -> Iterator[PieceSpan]:
-        """The pieces that begin in a span, or before it in elements that no rank wanted."""
-        left = self._left.get((stream, variable))
-        if left is None:
-            left = self._left[stream, variable] = list(reversed(self._pieces[variable]))
-        while left and left[-1].span.start < span.stop:
-            piece = left.pop()
-            if piece.span.stop > span.start:
-                yield piece
+            if each.span.stop <= span.stop:
+                ended = True
+                if each.is_whole:
+                    self._compare(each)
+        if ended:
+            stream.opened = [each for each in stream.opened if each.span.stop > span.stop]
 
     def _compare(self, piece: OpenPiece) -> None:
         assert self._checksums is not None, "or nothing would be fed"
         expected = int(self._checksums[piece.checksum])
         require_checksum(piece.variable.key, piece.box, piece.fed, expected, piece.hasher.intdigest())
         self.report.bytes_verified += piece.fed
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The pieces of one variable in one stream.
+
+    Attributes:
+        left: Those that have not begun, in reverse order.
+        opened: Those that have begun and not ended.
+    """
+
+    left: list[PieceSpan]
+    opened: list[OpenPiece]
+
+    def next_pieces(self, span: Span) -> list[PieceSpan]:
+        """Remove and return the pieces that begin in a span, or before it in elements that no rank wanted."""
+        left, found = self.left, []
+        while left and left[-1].span.start < span.stop:
+            piece = left.pop()
+            if piece.span.stop > span.start:
+                found.append(piece)
+        return found
 
 
 class OpenPiece(ABC):
@@ -140,12 +157,11 @@ class PieceRead(OpenPiece):
             return
         shape = self.variable.shape
         for box in flat_boxes(Box.whole(shape), span.start, span.stop):
-            common = box.intersect(self.box)
-            if common is not None:
+            overlap = box.overlap(self.box)
+            if overlap is not None:
                 start = (first_element(box, shape) - span.start) * itemsize
                 array = np.ndarray(box.shape, f"V{itemsize}", data, start)
-                within = common.relative_to(box)
-                self.update(np.ascontiguousarray(array[slices(within)]).reshape(-1).view(np.uint8).data)
+                self.update(np.ascontiguousarray(array[overlap.own]).reshape(-1).view(np.uint8).data)
 
 
 class PieceTaken(OpenPiece):
@@ -166,8 +182,3 @@ class PieceTaken(OpenPiece):
         """See `OpenPiece.feed`; the elements of the span have been copied into the tensor."""
         arrived = elements_before(self.box, self.variable.shape, span.stop) * self.variable.itemsize
         self.update(self._memory[self.fed : arrived])
-
-
-def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
-    """The index of a box in an array; indexing with it gives an array even for zero dimensions."""
-    return (*(slice(start, start + extent) for start, extent in zip(*box, strict=True)), ...)

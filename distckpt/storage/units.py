@@ -5,8 +5,7 @@ See `layout.exchange` for the definition of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -19,7 +18,7 @@ from distckpt.layout.exchange import InFile, PieceSpan, Unit, strided_pieces_wit
 from distckpt.layout.parcels import Cell, Parcel
 from distckpt.storage import rawio
 from distckpt.storage.checksum import Checksums
-from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier, slices
+from distckpt.storage.piece_checks import PieceRead, PieceTaken, PieceVerifier
 from distckpt.storage.reading import ReadReport
 from distckpt.storage.transfer import sub_tensor
 from distckpt.tensor_bytes import RAW, is_packed
@@ -60,18 +59,6 @@ class HeldArray(msgspec.Struct, frozen=True):
         return cls(held.box, tensor.view(raw).numpy(), tensor)
 
 
-_HeldT = TypeVar("_HeldT", Held, HeldArray)
-
-
-def _meetings(cells: Iterable[Cell], held: Mapping[int, Sequence[_HeldT]]) -> Iterator[tuple[Cell, _HeldT, Box]]:
-    """Pairs of a cell and a held box that have elements in common, with their intersection."""
-    for cell in cells:
-        for block in held.get(cell.variable, ()):
-            common = cell.box.intersect(block.box)
-            if common is not None:
-                yield cell, block, common
-
-
 def shared_parts(
     cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[Held]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -86,25 +73,29 @@ def shared_parts(
         Pairs of tensors of the same shape and dtype: a part of `memory`, and the same elements in a tensor of `held`.
     """
     of_dtype: dict[torch.dtype, torch.Tensor] = {}
-    for (_, box, place), block, common in _meetings(cells, held):
-        dtype, itemsize = block.tensor.dtype, block.tensor.element_size()
-        if dtype not in of_dtype:
-            of_dtype[dtype] = torch.frombuffer(memory, dtype=dtype, count=len(memory) // itemsize)
-        start = place // itemsize + first_element(common.relative_to(box), box.shape)
-        there = of_dtype[dtype].as_strided(common.shape, row_major_strides(box.shape), start)
-        yield there, sub_tensor(block.tensor, common, block.box)
+    for variable, box, place in cells:
+        for block in held.get(variable, ()):
+            common = box.intersect(block.box)
+            if common is None:
+                continue
+            dtype, itemsize = block.tensor.dtype, block.tensor.element_size()
+            if dtype not in of_dtype:
+                of_dtype[dtype] = torch.frombuffer(memory, dtype=dtype, count=len(memory) // itemsize)
+            start = place // itemsize + first_element(common.relative_to(box), box.shape)
+            there = of_dtype[dtype].as_strided(common.shape, row_major_strides(box.shape), start)
+            yield there, sub_tensor(block.tensor, common, block.box)
 
 
 def shared_arrays(
     cells: Iterable[Cell], memory: memoryview, held: Mapping[int, Sequence[HeldArray]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """As `shared_parts`, but with arrays."""
-    for (_, box, place), block, common in _meetings(cells, held):
-        dtype, itemsize = block.array.dtype, block.array.itemsize
-        start = place + first_element(common.relative_to(box), box.shape) * itemsize
-        strides = tuple(itemsize * stride for stride in row_major_strides(box.shape))
-        there = np.ndarray(common.shape, dtype, memory, start, strides)
-        yield there, block.array[slices(common.relative_to(block.box))]
+    for variable, box, place in cells:
+        for block in held.get(variable, ()):
+            overlap = box.overlap(block.box)
+            if overlap is not None:
+                there = np.ndarray(box.shape, block.array.dtype, memory, place)
+                yield there[overlap.own], block.array[overlap.others]
 
 
 def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], message: memoryview) -> None:
@@ -118,9 +109,10 @@ def pack(parcel: Parcel, unit: memoryview, variables: Mapping[int, InFile], mess
     """
     for (variable, box, place), origin in zip(parcel.cells, parcel.origins, strict=True):
         dtype = f"V{variables[variable].itemsize}"
-        within = box.relative_to(origin.box)
+        overlap = origin.box.overlap(box)
+        assert overlap is not None, "it contains the box"
         source = np.ndarray(origin.box.shape, dtype, unit, origin.place)
-        np.copyto(np.ndarray(box.shape, dtype, message, place), source[slices(within)])
+        np.copyto(np.ndarray(box.shape, dtype, message, place), source[overlap.own])
 
 
 def transfers(unit: Unit, variables: Mapping[int, InFile]) -> Iterator[tuple[int, int, int]]:
@@ -202,7 +194,7 @@ class UnitReader:
 
 def taken_verifier(
     variables: Mapping[int, InFile],
-    pieces: Mapping[int, Sequence[PieceSpan]],
+    pieces: Mapping[int, Collection[PieceSpan]],
     held: Mapping[int, Sequence[Held]],
     checksums: Checksums | None,
 ) -> PieceVerifier:

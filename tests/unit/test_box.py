@@ -87,6 +87,19 @@ def test_intersect_is_the_common_elements(case: tuple[Shape, list[Box]]) -> None
 
 
 @given(shape_and_boxes(2))
+def test_overlap_is_the_intersection_as_indices(case: tuple[Shape, list[Box]]) -> None:
+    shape, (a, b) = case
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    of_a, of_b = (numbers[(*(slice(i, i + n) for i, n in zip(*box, strict=True)), ...)] for box in (a, b))
+    overlap, common = a.overlap(b), a.intersect(b)
+    if overlap is None or common is None:
+        assert overlap is common is None
+    else:
+        assert np.array_equal(of_a[overlap.own], of_b[overlap.others])
+        assert of_a[overlap.own].shape == common.shape
+
+
+@given(shape_and_boxes(2))
 def test_contains_means_no_element_is_left_out(case: tuple[Shape, list[Box]]) -> None:
     shape, (a, b) = case
     if b.numel:
