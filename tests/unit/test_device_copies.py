@@ -15,7 +15,7 @@ from distckpt.errors import CorruptCheckpointError
 from distckpt.graph import fingerprint as graph_fingerprint
 from distckpt.graph.fingerprint import fingerprint, fingerprints
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
-from distckpt.storage import filling, hdf5, rawio, reading
+from distckpt.storage import filling, hdf5, rawio
 from distckpt.storage.checksum import digest
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.room import Arrivals, Departing, Departures
