@@ -185,7 +185,7 @@ class _Relay:
         self._nodes = nodes
         self._lane = node.rank if node.rank < nodes.n_lanes else None
         self._wants = _Wants(want.source, nodes, wishes)
-        self._taking = Taking(want, own, self._wants.wishes, self._wants.parties, ranks.size)
+        self._taking = Taking(want, own, self._wants.files, self._wants.wishes, self._wants.parties, ranks.size)
         self._message = memoryview(bytearray(UNIT_NBYTES))
         self._packed: Parcel | None = None
         self._batches: list[list[_Step]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
@@ -10,6 +11,7 @@ from distckpt.exchange.across import read_across
 from distckpt.exchange.node import FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes, stack_hulls
 from distckpt.graph.assignment import TensorRead
+from distckpt.layout.box import Box, Shape
 from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted
@@ -85,11 +87,17 @@ def _plan(node: Coordinator, want: Want, own: Own, encoded: Sequence[bytes]) -> 
     wishes = decode_wishes(encoded)
     files = {index: want.source.in_file(index) for index in wishes}
     wanted = {
-        index: Wanted(found, files[index].shape)
+        index: _wanted(tuple(found), files[index].shape, files[index].itemsize)
         for index, found in boxes_of(wishes).items()
-        if is_worth_exchanging(found, files[index].shape, files[index].itemsize)
     }
-    return Taking(want, own, wishes, [Party(wanted, range(node.size))], node.size)
+    party = Party({index: found for index, found in wanted.items() if found is not None}, range(node.size))
+    return Taking(want, own, files, wishes, [party], node.size)
+
+
+@lru_cache(maxsize=1 << 10)  # models repeat few shapes
+def _wanted(boxes: tuple[Box, ...], shape: Shape, itemsize: int) -> Wanted | None:
+    """What the ranks want of a variable; None if an exchange of it is not worth it."""
+    return Wanted(boxes, shape) if is_worth_exchanging(boxes, shape, itemsize) else None
 
 
 def _take(taking: Taking, this: Round) -> None:

@@ -14,7 +14,7 @@ import torch
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
-from distckpt.layout.exchange import PieceSpan, Span, Unit, bands, hull, strided_pieces_within
+from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit, bands, hull, strided_pieces_within
 from distckpt.layout.parcels import Cell
 from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
@@ -129,19 +129,26 @@ class Taking:
     Args:
         want: What this rank wants.
         own: The part of it that can be exchanged.
+        files: Variable index to its place in the file, for all that the parties want.
         wishes: Variable index to the wishes of all ranks.
         parties: The ranks that share what they read, and what they want.
         size: Number of ranks.
     """
 
     def __init__(
-        self, want: Want, own: Own, wishes: Mapping[int, Sequence[Wish]], parties: Sequence[Party], size: int
+        self,
+        want: Want,
+        own: Own,
+        files: Mapping[int, InFile],
+        wishes: Mapping[int, Sequence[Wish]],
+        parties: Sequence[Party],
+        size: int,
     ) -> None:
         source = want.source
         variables = sorted({index for party in parties for index in party.wanted})
         pieces = {index: source.pieces(index) for index in variables}
         moved = {index: bands([piece.span for piece in found]) for index, found in pieces.items()}
-        self.files = {index: source.in_file(index) for index in variables}
+        self.files = {index: files[index] for index in variables}
         self.rounds = plan_rounds(self.files, moved, parties, size, UNIT_NBYTES)
         self._want = want
         self._own = own
