@@ -77,12 +77,14 @@ class MemcpyTrial:
     Attributes:
         name: Name in the report.
         kind: Empty.
+        is_rival: False.
         copies: The buffers, one for each shard.
     """
 
     def __init__(self, state: State) -> None:
         self.name = "raw memcpy"
         self.kind = ""
+        self.is_rival = False
         self._state = state
         # GPUs copy at their full speed to pinned memory only.
         pinned = state.device.type == "cuda"
@@ -108,11 +110,13 @@ class StallTrial:
     Attributes:
         name: Name in the report.
         kind: Distinguishes it from the other saves of its case.
+        is_rival: As in `Competitor`.
     """
 
     def __init__(self, competitor: BackgroundCompetitor, directory: Path, kind: str = "") -> None:
         self.name = called(competitor.name, kind)
         self.kind = kind
+        self.is_rival = competitor.is_rival
         self._competitor = competitor
         self._directory = directory
         self._count = 0

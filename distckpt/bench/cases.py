@@ -9,7 +9,7 @@ from pathlib import Path
 from distckpt.bench.background import measure_background, measure_background_memory
 from distckpt.bench.builders import OF_ONE_LAYOUT, builders, builders_without_checksums, names_without
 from distckpt.bench.raw import Raw
-from distckpt.bench.runner import Meter, Trial, agreed, extra_mib, seconds
+from distckpt.bench.runner import Meter, Trial, agreed, extra_mib, failures_of, seconds
 from distckpt.bench.samples import Samples, measure
 from distckpt.bench.setting import LAYOUTS, Bench
 from distckpt.bench.state import State, build_state, small_shapes
@@ -144,7 +144,8 @@ def _saved(bench: Bench, state: State, names: Iterable[str], directory: Path) ->
     paths = {}
     for name in names:
         competitor = builders(bench, [name], saving=True)[0](state)
-        paths[name] = agreed(f"save with {name}", competitor.save, directory / name)
+        with failures_of(competitor.name, bench.failed, is_rival=competitor.is_rival):
+            paths[name] = agreed(f"save with {name}", competitor.save, directory / name)
     return paths
 
 
@@ -166,10 +167,12 @@ def _measure_restores(
     """Measure restores, check the restored values, and delete the files."""
     samples = measure(bench, case, state, trials, meter, _unit(meter))
     for trial in trials:
-        agreed(f"{case}: {trial.name}", check_restore, trial)
+        if trial.name not in bench.failed:
+            with failures_of(trial.name, bench.failed, is_rival=trial.is_rival):
+                agreed(f"{case}: {trial.name}", check_restore, trial)
     for path in dict.fromkeys(trial.path for trial in trials):
         delete(path)
-    return samples
+    return [of_trial for of_trial in samples if of_trial.name not in bench.failed]
 
 
 def _overhead_case(bench: Bench, count: int) -> list[Samples]:

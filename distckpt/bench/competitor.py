@@ -15,9 +15,12 @@ class Competitor(ABC):
     Trials call `save` or `restore` in each round; `check_restore` also calls `show`.
 
     Attributes:
+        is_rival: Whether it is another checkpointer, without which the run goes on if it fails.
         name: Name in the report.
         state: The state that is saved, or restored into.
     """
+
+    is_rival = True
 
     def __init__(self, name: str, state: State) -> None:
         self.name = name
@@ -67,9 +70,12 @@ class BackgroundCompetitor(ABC):
     """One way to save one state while training goes on.
 
     Attributes:
+        is_rival: As in `Competitor`.
         name: Name in the report.
         state: The state that is saved.
     """
+
+    is_rival = True
 
     def __init__(self, name: str, state: State) -> None:
         self.name = name

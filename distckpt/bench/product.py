@@ -15,6 +15,8 @@ from distckpt.bench.state import SLOTS, State
 class Distckpt(Competitor):
     """One `Checkpoint` of the state, reused for all saves as in a training loop."""
 
+    is_rival = False
+
     def __init__(self, state: State, *, verify: bool = True, checksums: bool = True) -> None:
         """Make the Checkpoint. Local.
 
@@ -39,6 +41,8 @@ class Distckpt(Competitor):
 
 class DistckptAsync(BackgroundCompetitor):
     """One `Checkpoint`, saved with `save_async`."""
+
+    is_rival = False
 
     def __init__(self, state: State, *, overlap: bool) -> None:
         """Make the Checkpoint. Local.

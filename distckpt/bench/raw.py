@@ -32,6 +32,8 @@ class Raw(Competitor):
     Of a replicated state, each rank writes a part and reads everything.
     """
 
+    is_rival = False
+
     def __init__(self, state: State, *, direct: bool = False, threads: int = 1) -> None:
         """Fill the buffer with the state. Collective over the process group.
 

@@ -6,7 +6,8 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import torch
@@ -33,6 +34,10 @@ class Trial(Protocol):
     def kind(self) -> str:
         """Distinguishes it from the usual trials of its case, such as "first save"; else empty."""
 
+    @property
+    def is_rival(self) -> bool:
+        """`Competitor.is_rival` of what it measures."""
+
     def prepare(self) -> None:
         """Prepare a run, unmeasured."""
 
@@ -47,25 +52,52 @@ TrialT = TypeVar("TrialT", bound=Trial)
 Meter = Callable[[TrialT], float]
 
 
-def interleave(trials: Sequence[TrialT], rounds: int, meter: Meter[TrialT]) -> dict[str, list[float]]:
+def interleave(
+    trials: Sequence[TrialT], rounds: int, meter: Meter[TrialT], failed: dict[str, str]
+) -> dict[str, list[float]]:
     """Measure every trial once per round, in alternating order. Collective over the process group.
 
     Args:
         trials: The trials, with different names.
         rounds: Number of rounds.
         meter: Runs a trial and returns the measured value, such as `seconds` or `extra_mib`.
+        failed: Names of rivals that have failed, with the reasons; they are left out. Those that fail now are added.
 
     Returns:
         For each trial's name: its measured values, one per round, the same on all ranks.
+
+    Raises:
+        CollectiveError: A trial failed that is no rival's.
     """
     samples: dict[str, list[float]] = {trial.name: [] for trial in trials}
     for number in range(rounds):
         for trial in trials if number % 2 == 0 else reversed(trials):
-            agreed(f"prepare {trial.name}", trial.prepare)
-            gc.collect()
-            samples[trial.name].append(meter(trial))
-            agreed(f"clean {trial.name}", trial.clean)
-    return samples
+            if trial.name in failed:
+                continue
+            with failures_of(trial.name, failed, is_rival=trial.is_rival):
+                agreed(f"prepare {trial.name}", trial.prepare)
+                gc.collect()
+                samples[trial.name].append(meter(trial))
+                agreed(f"clean {trial.name}", trial.clean)
+    return {name: values for name, values in samples.items() if name not in failed}
+
+
+@contextmanager
+def failures_of(name: str, failed: dict[str, str], *, is_rival: bool) -> Iterator[None]:
+    """Go on after the body if it fails and belongs to a rival, which is then among the failed. Local.
+
+    Args:
+        name: Name in the report.
+        failed: Receives the reason.
+        is_rival: `Competitor.is_rival`.
+    """
+    try:
+        yield
+    except CollectiveError as error:
+        if not is_rival:
+            raise
+        rank, text = min(error.failures.items())
+        failed[name] = f"failed on rank {rank}: {text}"
 
 
 def seconds(trial: Trial) -> float:

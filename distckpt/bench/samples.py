@@ -55,13 +55,20 @@ def measure(
         unit: Unit of the meter's values.
 
     Returns:
-        The samples of each trial, the same on all ranks.
+        The samples of each trial, the same on all ranks; without rivals that failed, which are in `bench.failed`.
+
+    Raises:
+        CollectiveError: A trial failed that is no rival's.
     """
     with _collections_of_new_objects_only():
         if meter is not extra_mib:
-            interleave(trials, 1, meter)
-        values = interleave(trials, bench.setup.rounds, meter)
-    return [Samples(case, each.name, each.kind, unit, state.nbytes, tuple(values[each.name])) for each in trials]
+            interleave(trials, 1, meter, bench.failed)
+        values = interleave(trials, bench.setup.rounds, meter, bench.failed)
+    return [
+        Samples(case, each.name, each.kind, unit, state.nbytes, tuple(values[each.name]))
+        for each in trials
+        if each.name in values
+    ]
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def run_session(
         The outcome of the run.
 
     Raises:
-        CollectiveError: The directory, the disk or a competitor failed on a rank.
+        CollectiveError: The directory, the disk or distckpt failed on a rank. Rivals that fail are left out.
     """
     init_process_group(backend="gloo")
     try:
@@ -63,8 +63,9 @@ def run_session(
         missing = find_missing(setup)
         there = replace(setup, competitors=tuple(name for name in setup.competitors if name not in missing))
         own = gather(agreed("make the directory", make_directory, there, directory))[0]
-        results = _run_cases(Bench(there, mesh, Path(own)), announce, show)
-        return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results), missing)
+        bench = Bench(there, mesh, Path(own))
+        results = _run_cases(bench, announce, show)
+        return Outcome(dist.get_rank(), dist.get_world_size(), tuple(results), missing | bench.failed)
     finally:
         dist.destroy_process_group()
 

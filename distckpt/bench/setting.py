@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,11 +51,13 @@ class Bench:
         setup: The options of the run.
         mesh: One-dimensional mesh of all ranks, on the device of the state.
         directory: Directory for all files.
+        failed: For each rival that has failed, by its name in the report: the reason.
     """
 
     setup: Setup
     mesh: DeviceMesh
     directory: Path
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -28,11 +28,13 @@ class SaveTrial:
     Attributes:
         name: Name in the report.
         kind: Distinguishes it from the other saves of its case.
+        is_rival: As in `Competitor`.
     """
 
     def __init__(self, competitor: Competitor, directory: Path, kind: str = "") -> None:
         self.name = called(competitor.name, kind)
         self.kind = kind
+        self.is_rival = competitor.is_rival
         self._competitor = competitor
         self._directory = directory
         self._count = 0
@@ -73,6 +75,7 @@ class RestoreTrial:
     Attributes:
         name: Name in the report.
         kind: Distinguishes it from the other restores of its case.
+        is_rival: As in `Competitor`.
         competitor: The competitor that restores.
         path: The file or directory that its `save` returned.
     """
@@ -80,6 +83,7 @@ class RestoreTrial:
     def __init__(self, competitor: Competitor, path: Path, kind: str = "") -> None:
         self.name = called(competitor.name, kind)
         self.kind = kind
+        self.is_rival = competitor.is_rival
         self.competitor = competitor
         self.path = path
 

@@ -195,6 +195,7 @@ class Recorder:
     """A trial that writes down what is done with it."""
 
     kind = ""
+    is_rival = False
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name = name
@@ -213,11 +214,42 @@ class Recorder:
 @pytest.mark.usefixtures("mesh")
 def test_rounds_alternate() -> None:
     log: list[str] = []
-    samples = interleave([Recorder("a", log), Recorder("b", log)], 3, seconds)
+    samples = interleave([Recorder("a", log), Recorder("b", log)], 3, seconds, {})
     assert [line for line in log if line.startswith("run")] == [f"run {name}" for name in "abbaab"]
     assert log[:4] == ["prepare a", "run a", "clean a", "prepare b"]
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
     assert all(value > 0 for values in samples.values() for value in values)
+
+
+class Failing(Recorder):
+    """A trial that fails in its second run."""
+
+    is_rival = True
+
+    def run(self) -> None:
+        super().run()
+        if self.log.count(f"run {self.name}") == 2:
+            raise KeyError("step")
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_rival_that_fails_is_left_out_with_the_reason() -> None:
+    log: list[str] = []
+    failed: dict[str, str] = {}
+    trials = [Recorder("a", log), Failing("b", log)]
+    samples = interleave(trials, 3, seconds, failed)
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3}
+    assert failed == {"b": "failed on rank 0: KeyError: 'step'"}
+    assert list(interleave(trials, 1, seconds, failed)) == ["a"]
+    assert log.count("run b") == 2
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_run_ends_where_distckpt_fails() -> None:
+    trial = Failing("b", [])
+    trial.is_rival = False
+    with pytest.raises(CollectiveError, match="KeyError: 'step'"):
+        interleave([trial], 3, seconds, {})
 
 
 class Hungry(Recorder):
@@ -229,7 +261,7 @@ class Hungry(Recorder):
 
 @pytest.mark.usefixtures("mesh")
 def test_the_peak_of_a_run_is_seen_again_and_again() -> None:
-    samples = interleave([Hungry("hungry", []), Recorder("modest", [])], 2, extra_mib)
+    samples = interleave([Hungry("hungry", []), Recorder("modest", [])], 2, extra_mib, {})
     assert all(60 < value < 80 for value in samples["hungry"])
     assert all(value < 8 for value in samples["modest"])
 
@@ -453,7 +485,7 @@ def test_training_goes_on_until_the_save_has_ended_and_what_it_lost_is_measured(
     mesh: DeviceMesh, tmp_path: Path
 ) -> None:
     sleeper = Sleeper(build_state(small_shapes(3), mesh, dim=0), asked=6)
-    samples = interleave([SlowdownTrial(sleeper, tmp_path)], 1, seconds_lost)
+    samples = interleave([SlowdownTrial(sleeper, tmp_path)], 1, seconds_lost, {})
     assert sleeper.left == 0
     assert sleeper.waited == 6
     assert 0.25 < samples["sleeper"][0] < 2
