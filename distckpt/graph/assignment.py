@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
@@ -22,9 +23,8 @@ from distckpt.layout.records import OWN_VALUE, Manifest
 from distckpt.tensor_bytes import torch_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRead:
-    """A stored tensor that is read into memory.
+class TensorRead(msgspec.Struct, frozen=True):
+    """A stored tensor that is read into memory. A struct, since there is one for each tensor.
 
     Attributes:
         key: Checkpoint key.
@@ -141,24 +141,25 @@ class _Builder:
 
     def add(self, match: Match) -> None:
         """One stored value with a live counterpart."""
-        if match.key in self._skipped:
-            self._unfit.add(_identity(match.node.obj))
-        if match.key in self._done or self._follows_unfit(match.node.obj):
+        key, node, value = match.key, match.node, match.value
+        if key in self._skipped:
+            self._unfit.add(_identity(node.obj))
+        if key in self._done or (self._unfit and self._follows_unfit(node.obj)):
             return
-        index = self._variables.get(match.key)
-        refusal = match.node.adapter.refusal(match.node.obj, match.name, self._manifest.python_state.get(match.key))
+        index = self._variables.get(key)
+        refusal = node.adapter.refusal(node.obj, match.name, self._manifest.python_state.get(key))
         if refusal is not None:
             self._add_mismatch(match, refusal)
         elif index is None:
             self._add_python(match)
-        elif isinstance(match.value, PythonValue):
-            self._add_mismatch(match, describe(match.value))
-        elif match.value is not None and match.value.in_place:
-            self._add_tensor(match, index, match.value)
-        elif is_uninitialised(match.node.obj):
-            self._add_lazy(match, index, dtype_name(match.node.obj.dtype))
+        elif type(value) is TensorValue and value.in_place:
+            self._add_tensor(match, index, value)
+        elif isinstance(value, PythonValue):
+            self._add_mismatch(match, describe(value))
+        elif is_uninitialised(node.obj):
+            self._add_lazy(match, index, dtype_name(node.obj.dtype))
         else:
-            self._values_to_hand(match)[match.name] = self._new_tensor(match.key, index, match.value)
+            self._values_to_hand(match)[match.name] = self._new_tensor(key, index, value)
 
     def _add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
         """A stored tensor that initialises a parameter, of whatever shape."""
@@ -182,19 +183,22 @@ class _Builder:
 
     def _add_tensor(self, match: Match, index: int, value: TensorValue) -> None:
         """A stored tensor for a live one."""
-        variable, key = self._manifest.variables[index], match.key
-        live_dtype = dtype_name(value.tensor.dtype)
-        is_step = isinstance(match.node.obj, Slot) and match.node.obj.name == "step"
-        castable = self._cast and is_castable(variable.dtype, live_dtype) and not is_step
-        if variable.shape != value.global_shape or (variable.dtype != live_dtype and not castable):
+        variable = self._manifest.variables[index]
+        same_dtype = variable.dtype == dtype_name(value.tensor.dtype)
+        if variable.shape != value.global_shape or not (same_dtype or self._converts(variable.dtype, match, value)):
             self._add_mismatch(match, describe(value))
             return
         if overlaps_itself(value.tensor):
             self._add_mismatch(match, f"{describe(value)} whose elements share memory, such as expand()")
             return
-        stored = None if variable.dtype == live_dtype else torch_dtype(variable.dtype)
-        self.result.reads.append(TensorRead(key, index, value, stored))
-        self.result.consumed.add(key)
+        stored = None if same_dtype else torch_dtype(variable.dtype)
+        self.result.reads.append(TensorRead(match.key, index, value, stored))
+        self.result.consumed.add(match.key)
+
+    def _converts(self, stored: str, match: Match, value: TensorValue) -> bool:
+        """Whether a stored tensor of another dtype is converted to that of the live one."""
+        is_step = isinstance(match.node.obj, Slot) and match.node.obj.name == "step"
+        return self._cast and not is_step and is_castable(stored, dtype_name(value.tensor.dtype))
 
     def _values_to_hand(self, match: Match) -> dict[str, Any]:
         """The values to hand to the node's adapter."""

@@ -55,12 +55,17 @@ def is_of_other_rank(key: str, size: int) -> bool:
 
 def missing_values(live: LiveGraph, binding: Binding) -> list[str]:
     """Keys of live values without a stored one. Parameter-group entries keep their value and do not count."""
-    missing = []
+    matched = binding.matched
+    unmatched: dict[int, list[str]] = {}  # by node id
     for node_id, node in enumerate(live.nodes):
-        if isinstance(node.obj, Group) or not node.values:
-            continue
-        values = node.values.items()
-        names = [name for name, value in values if (node_id, name) not in binding.matched and not is_hollow(value)]
-        if names and not (node.adapter.takes_all and len(names) < len(node.values)):
+        for name in node.values:
+            if (node_id, name) not in matched:
+                unmatched.setdefault(node_id, []).append(name)
+    missing = []
+    for node_id, names in unmatched.items():
+        node = live.nodes[node_id]
+        names = [name for name in names if (node_id, name) not in binding.excused and not is_hollow(node.values[name])]
+        in_part = node.adapter.takes_all and len(names) < len(node.values)
+        if not (isinstance(node.obj, Group) or in_part):
             missing += [node.attribute_key(name) for name in names]
     return missing

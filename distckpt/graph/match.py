@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from distckpt.graph.adapters.optimizer import claim_of_pair
@@ -19,9 +20,8 @@ from distckpt.layout.records import OWN_VALUE
 WHOLE = {OWN_VALUE: "a tensor", STATE: "the state of an object with state_dict() or serialize()"}
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A stored attribute and where it goes.
+class Match(msgspec.Struct, frozen=True):
+    """A stored attribute and where it goes. A struct, since there is one for each value.
 
     Attributes:
         key: Checkpoint key of the stored value.
@@ -99,7 +99,8 @@ class Binding:
         duplicates: (saved node key, first live key, other live key): one saved node, two live objects.
         combined: (first saved key, other saved key, live key): two saved values, one live one.
         warnings: What the user should know.
-        matched: Ids of live nodes and names of their values that found a stored one.
+        matched: Node id and name of each live value that found a stored one, to the key of the first that it found.
+        excused: Node id and name of each value of live slots that the file need not have.
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -110,7 +111,8 @@ class Binding:
     duplicates: list[tuple[str, str, str]] = field(default_factory=list)
     combined: list[tuple[str, str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    matched: set[tuple[int, str]] = field(default_factory=set)
+    matched: dict[tuple[int, str], str] = field(default_factory=dict)
+    excused: set[tuple[int, str]] = field(default_factory=set)
 
 
 def parameter_of(node: LiveNode) -> torch.Tensor:

@@ -46,25 +46,31 @@ class NodeMatcher:
         self.bind_pair(0, 0)
         while self._queue:
             saved_id, live_id = self._queue.popleft()
-            if isinstance(self.live[live_id].obj, Groups):
+            saved, node = self.saved[saved_id], self.live[live_id]
+            if type(node.obj) is Groups:
                 self.groups.append((saved_id, live_id))
                 continue
-            node = self.live[live_id]
-            if self.saved[saved_id].children and node.problem:
-                self.result.mismatches.append(Mismatch(node.key, "an object with parts of its own", refused(node)))
-                continue
-            if self.saved[saved_id].children and OWN_VALUE in node.values:
-                found = Mismatch(node.key, "an object with parts of its own", describe(node.values[OWN_VALUE]))
-                self.result.mismatches.append(found)
+            if saved.children and not self._may_have_children(node):
                 continue
             if node.adapter.is_container and saved_id not in self.partial:
-                self._compare_lengths(self.saved[saved_id], node)
-            for child in self.saved[saved_id].children:
+                self._compare_lengths(saved, node)
+            for child in saved.children:
                 target = node.children.get(child.local_name)
                 if target is None:
                     self._defer(child.node_id, live_id, child.local_name)
                 else:
                     self.bind_pair(child.node_id, target)
+
+    def _may_have_children(self, node: LiveNode) -> bool:
+        """Whether a live node can have those of a stored one; if not, that is a mismatch."""
+        if node.problem:
+            found = refused(node)
+        elif OWN_VALUE in node.values:
+            found = describe(node.values[OWN_VALUE])
+        else:
+            return True
+        self.result.mismatches.append(Mismatch(node.key, "an object with parts of its own", found))
+        return False
 
     def bind_pair(self, saved_id: int, live_id: int) -> None:
         """Bind a stored node to a live one, unless it is bound to another."""

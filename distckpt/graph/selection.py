@@ -57,7 +57,7 @@ def select(
         ValueError: A prefix names nothing in the file, or only some of the slots of a parameter.
     """
     if only is None and not skip_slots:
-        keys = frozenset(attribute.checkpoint_key for node in graph.nodes for attribute in node.attributes)
+        keys = frozenset([attribute.checkpoint_key for node in graph.nodes for attribute in node.attributes])
         return Selection(renamed, keys, frozenset(), slots=True, scopes=None)
     prefixes = None if only is None else tuple(prefix.strip("/") for prefix in only)
     whole = frozenset(range(len(graph.nodes))) if prefixes is None else _whole_nodes(graph, prefixes)

@@ -73,6 +73,8 @@ class SlotMatcher:
         """Match the slots of every bound optimizer, pair by pair."""
         for saved_id, live_id in list(self._nodes.live_of.items()):
             node = self._live[live_id]
+            if not node.children:  # most nodes are leaves
+                continue
             if isinstance(node.obj, torch.optim.Optimizer) and self._nodes.saved_of[live_id] == saved_id:
                 self._match_optimizer(saved_id, node)
 
@@ -125,7 +127,7 @@ class SlotMatcher:
         """Say that live slots are not expected to be in the file."""
         for parameter_id in parameter_ids:
             for slot_id in node.slots.get(parameter_id, {}).values():
-                self._result.matched.update((slot_id, name) for name in self._live[slot_id].values)
+                self._result.excused.update((slot_id, name) for name in self._live[slot_id].values)
 
     def _defer(self, node: LiveNode, variable_id: int, slots: dict[str, int]) -> None:
         """The optimizer has no such parameter, or one that has no values yet; both may come later."""

@@ -31,7 +31,6 @@ class ValueMatcher:
         self._live = nodes.live
         self._result = nodes.result
         self._hollow = hollow
-        self._key_of: dict[tuple[int, str], str] = {}
         self.ready: set[int] = set()
 
     def find_ready(self) -> None:
@@ -40,7 +39,7 @@ class ValueMatcher:
         """
         for live_id in self._nodes.saved_of:
             node = self._live[live_id]
-            if isinstance(node.obj, torch.nn.Module):
+            if node.children and isinstance(node.obj, torch.nn.Module):  # most nodes are leaves
                 lazy = [n for n in node.children.values() if is_uninitialised(self._live[n].obj)]
                 if all(map(self._has_saved_value, lazy)):
                     self.ready.update(lazy)
@@ -57,26 +56,26 @@ class ValueMatcher:
 
     def match_attributes(self, saved: Node, live_id: int) -> None:
         """Match the attributes of one pair of nodes; of several saved values for a live one the first counts."""
-        node = self._live[live_id]
-        if _is_foreign(saved, node):
+        node, result = self._live[live_id], self._result
+        if node.adapter.needs is not None and _is_foreign(saved, node.adapter.needs):
             found = Mismatch(node.key, "an object of another kind", f"a {type(node.obj).__qualname__}")
-            self._result.mismatches.append(found)
+            result.mismatches.append(found)
             return
-        grows = can_grow(saved, node)
         for attribute in saved.attributes:
-            value = node.values.get(attribute.name)
-            key = attribute.checkpoint_key
-            first = self._key_of.get((live_id, attribute.name))
-            if first is not None:
-                self._result.combined.append((first, key, node.attribute_key(attribute.name)))
-            elif value is None and not (
-                grows or live_id in self.ready or node.adapter.takes(attribute.name, node.values)
-            ):
-                self._defer(key, attribute.name, node)
+            name, key = attribute.name, attribute.checkpoint_key
+            value, place = node.values.get(name), (live_id, name)
+            if place in result.matched:
+                result.combined.append((result.matched[place], key, node.attribute_key(name)))
+            elif value is not None or self._takes(saved, live_id, name):
+                result.matched[place] = key
+                result.matches.append(Match(key, name, node, value))
             else:
-                self._key_of[live_id, attribute.name] = key
-                self._result.matches.append(Match(key, attribute.name, node, value))
-                self._result.matched.add((live_id, attribute.name))
+                self._defer(key, name, node)
+
+    def _takes(self, saved: Node, live_id: int, name: str) -> bool:
+        """Whether a live node takes a stored value for which it has none of that name."""
+        node = self._live[live_id]
+        return live_id in self.ready or node.adapter.takes(name, node.values) or can_grow(saved, node)
 
     def _defer(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""
@@ -99,9 +98,8 @@ class ValueMatcher:
             self._result.pending.setdefault(key, (node.key, f"attribute {name!r}"))
 
 
-def _is_foreign(saved: Node, node: LiveNode) -> bool:
+def _is_foreign(saved: Node, needed: str) -> bool:
     """Whether a stored node has something, but not what the live object's adapter cannot do without."""
-    needed = node.adapter.needs
-    if needed is None or not (saved.attributes or saved.children):
+    if not (saved.attributes or saved.children):
         return False
     return all(attribute.name != needed for attribute in saved.attributes)

@@ -50,8 +50,9 @@ class Shardings(msgspec.Struct, frozen=True, array_like=True):
         """
         if not found:
             return cls()
-        numbers = {sharding: number for number, sharding in enumerate(dict.fromkeys(found.values()), 1)}
-        sharding_of = [numbers[found[key]] if key in found else 0 for key in keys]
+        numbers: dict[Sharding, int] = {}
+        number_of = {key: numbers.setdefault(sharding, len(numbers) + 1) for key, sharding in found.items()}
+        sharding_of = [number_of.get(key, 0) for key in keys]
         return cls(process, list(numbers), np.array(sharding_of, np.uint32).tobytes())
 
 
@@ -78,12 +79,12 @@ def disagreements(keys: Sequence[str], of_ranks: Sequence[Shardings]) -> list[st
         keys: Keys of the tensors.
         of_ranks: How each rank shards them.
     """
+    if all((own.shardings, own.sharding_of) == (of_ranks[0].shardings, of_ranks[0].sharding_of) for own in of_ranks):
+        return []  # nearly always
     holders: dict[Sharding, list[int]] = {}
     for rank, own in enumerate(of_ranks):
         for sharding in own.shardings:
             holders.setdefault(sharding, []).append(rank)
-    if not holders:
-        return []
     numbers = {sharding: number for number, sharding in enumerate(holders, 1)}
     seen = np.zeros((len(of_ranks), len(keys)), np.uint32)
     for rank, own in enumerate(of_ranks):

@@ -147,14 +147,15 @@ class Restoration:
 
     def settle(self, binding: Binding, assignment: Assignment) -> None:
         """Record what an assignment has restored. Called after it was applied."""
-        self._settled |= assignment.consumed | assignment.pairs
+        consumed = assignment.consumed
+        self._settled.update(consumed, assignment.pairs)
         for match in binding.matches:
-            if isinstance(match.node.obj, Slot):  # the pair is done, even if training adds more slots to it
-                self._settled.add(match.node.key.rpartition("/")[0])
-            in_place = isinstance(match.value, TensorValue) and match.value.in_place
+            obj, value = match.node.obj, match.value
             # Groups and slots of optimizers are stand-ins, made anew by every walk.
-            if in_place and match.key in assignment.consumed and not isinstance(match.node.obj, Group | Slot):
-                self._holders[match.key] = weakref.ref(match.node.obj)
+            if type(obj) is Slot:
+                self._settled.add(match.node.key.rpartition("/")[0])  # the pair, even if training adds slots to it
+            elif type(obj) is not Group and type(value) is TensorValue and value.in_place and match.key in consumed:
+                self._holders[match.key] = weakref.ref(obj)
         for mismatch in assignment.mismatches:
             self._skipped[mismatch.key] = mismatch
             self._settled.add(mismatch.key)
@@ -205,11 +206,11 @@ class Restoration:
 
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """This rank's part of the report, from the results of `plan`. Local."""
-        taken = (assignment.consumed | self._settled) - self._skipped.keys() - self._dropped
+        taken = (assignment.consumed | self._settled).difference(self._skipped, self._dropped)
         taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
-            taken=bytes(key in taken for key in self.keys),
+            taken=bytes([key in taken for key in self.keys]),
             missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
             pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
@@ -226,7 +227,7 @@ class Restoration:
                 yield f"{live}: two saved values, {first} and {other}, meet one live object; the first is restored"
 
     def _reassigned(self, binding: Binding) -> Iterator[str]:
-        for match in binding.matches:
+        for match in binding.matches if self._holders else ():
             holder = self._holders.get(match.key)
             if holder is not None and holder() is not match.node.obj:
                 yield f"{match.key}: reassigned: its object was replaced after it had been restored"
@@ -260,13 +261,15 @@ def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[Val
 def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
     """Combine the reports of all ranks, in rank order. Local; equal reports give an equal result on every rank."""
     taken = np.bitwise_or.reduce([np.frombuffer(report.taken, np.uint8) for report in reports])
-    by_value = [(key, bool(flag)) for key, flag in zip(restoration.keys, taken, strict=True) if key != COUNTER_KEY]
-    unexpected = sorted(key for key, flag in by_value if not flag and key not in restoration.hollow)
+    keys = restoration.keys
+    left = [keys[index] for index in np.flatnonzero(taken == 0).tolist()]
+    left = [key for key in left if key != COUNTER_KEY]
+    unexpected = sorted(key for key in left if key not in restoration.hollow)
     missing = sorted({key for report in reports for key in report.missing if key != COUNTER_KEY})
     waits = {key: text for report in reversed(reports) for key, text in report.pending.items()}
     world_size, size = restoration.source.manifest.world_size, len(reports)
     return Report(
-        restored=sum(flag for _, flag in by_value),
+        restored=len(keys) - keys.count(COUNTER_KEY) - len(left),
         missing=tuple(missing),
         exempt=frozenset(
             [key for key in missing if is_of_other_rank(key, world_size)]
@@ -276,7 +279,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         pending={key: waits[key] for key in unexpected if key in waits},
         mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
-        disputed=tuple(disagreements(restoration.keys, [report.shardings for report in reports])),
+        disputed=tuple(disagreements(keys, [report.shardings for report in reports])),
     )
 
 
