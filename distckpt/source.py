@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.graph.assignment import TensorRead
-from distckpt.graph.values import Block
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
 from distckpt.layout.dtypes import dtype_info
@@ -86,7 +85,7 @@ class Source:
         self.bytes_verified = 0
         self._offsets: list[int] = opened.offsets.tolist()
         self._checksums = None if opened.checksums is None else ChecksumReader(fd, opened.checksums)
-        self._firsts = opened.index.firsts
+        self._checksum_index = opened.index
         self._planner = ReadPlanner(manifest.variables, opened.index)
         self._index = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self._fd = fd
@@ -114,15 +113,14 @@ class Source:
             whole = [read for read in reads if read.cast is None]
             if threads > 1 and share_memory(block.tensor for read in whole for block in read.target.blocks()):
                 threads = 1
-            jobs = [job for read in whole for job in self._jobs(read, verify)]
-            self._run(jobs, verify, progress, threads)
+            self._run(self._jobs(whole, verify), verify, progress, threads)
             for read in reads:
                 if read.cast is not None:
                     self._read_converting(read, verify)
 
     def _read_converting(self, read: TensorRead, verify: bool) -> None:
         """Read and convert piece by piece through a temporary tensor, so that memory stays bounded."""
-        for job in self._jobs(read, verify):
+        for job in self._jobs([read], verify):
             piece = torch.empty(job.box.shape, dtype=read.cast, device="cpu")
             self._run([msgspec.structs.replace(job, tensor=piece)], verify, None, threads=1)
             copy_bits(job.tensor, piece.to(job.tensor.dtype))
@@ -137,17 +135,19 @@ class Source:
         for report in reports:
             self.count(report)
 
-    def _jobs(self, read: TensorRead, verify: bool) -> Iterator[ReadJob]:
-        for block in read.target.blocks():
-            yield from self._block_jobs(read, block, verify)
-
-    def _block_jobs(self, read: TensorRead, block: Block, verify: bool) -> Iterator[ReadJob]:
-        variable = self.manifest.variables[read.variable]
-        offset, checksums = self._offsets[read.variable], self._checksums if verify else None
-        for box, checksum in self._planner.items(read.variable, block.box):
-            expected = checksums[checksum] if checksums is not None and checksum >= 0 else None
-            part = sub_tensor(block.tensor, box, block.box)
-            yield ReadJob(read.key, offset, variable.shape, box, part, expected)
+    def _jobs(self, reads: Sequence[TensorRead], verify: bool) -> list[ReadJob]:
+        """What to read; one pass over all tensors, for a model has many."""
+        checksums = self._checksums if verify else None
+        jobs = []
+        for read in reads:
+            index = read.variable
+            offset, shape = self._offsets[index], self.manifest.variables[index].shape
+            for own, tensor in read.target.blocks():
+                for item in self._planner.items(index, own):
+                    expected = checksums[item.checksum] if checksums is not None and item.checksum >= 0 else None
+                    part = sub_tensor(tensor, item.box, own)
+                    jobs.append(ReadJob(read.key, offset, shape, item.box, part, expected))
+        return jobs
 
     # ---- for an exchange with other ranks ----
 
@@ -162,7 +162,7 @@ class Source:
 
     def pieces(self, index: int) -> list[PieceSpan]:
         """The pieces of a variable, with their spans, as an exchange needs them."""
-        return piece_spans(self.manifest.variables[index], self._firsts[index])
+        return piece_spans(self.manifest.variables[index], self._checksum_index.firsts(index))
 
     def unit_reader(
         self, variables: Mapping[int, InFile], pieces: Mapping[int, list[PieceSpan]], *, verify: bool

@@ -94,9 +94,9 @@ def write_jobs(
 ) -> list[WriteJob]:
     """What `rank` writes; None: what all ranks write."""
     jobs = []
-    firsts = index_checksums(variables).firsts
-    for variable, of_shards, offset in zip(variables, firsts, skeleton.offsets.tolist(), strict=True):
-        for shard, first in zip(variable.shards, of_shards, strict=True):
+    index = index_checksums(variables)
+    for number, (variable, offset) in enumerate(zip(variables, skeleton.offsets.tolist(), strict=True)):
+        for shard, first in zip(variable.shards, index.firsts(number), strict=True):
             box = Box(shard.offset, shard.shape)
             if rank is None or shard.rank == rank:
                 tensor = part(tensors[variable.key], box)

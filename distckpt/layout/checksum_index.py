@@ -12,43 +12,25 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from distckpt.layout.box import piece_count
 from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.records import Shard, Variable
-from distckpt.layout.tiling import tilings_of
 
 
-class _Places(NamedTuple):
-    """Where the checksums of a class stand.
+class Places(NamedTuple):
+    """Where the checksums of a class stand: for each shard two numbers.
 
     Attributes:
-        origins: For each shard: index of its first checksum in the first variable of the class.
-        strides: For each shard: from there to that of the next variable of the class.
+        origins: Index of its first checksum in the first variable of the class.
+        strides: From there to that of the next variable of the class.
     """
 
     origins: array[int]
     strides: array[int]
-
-
-@dataclass(slots=True, eq=False)
-class Firsts:
-    """For each shard of one variable: index of the first of its checksums."""
-
-    _places: _Places
-    _ordinal: int
-
-    def __getitem__(self, shard: int) -> int:
-        return self._places.origins[shard] + self._ordinal * self._places.strides[shard]
-
-    def __len__(self) -> int:
-        return len(self._places.origins)
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[shard] for shard in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +38,49 @@ class ChecksumIndex:
     """The places of all checksums.
 
     Attributes:
-        firsts: Those of each variable.
+        classes: For each variable: number of its class.
+        ordinals: For each variable: how many of its class come before it.
+        places: For each class: where its checksums stand.
         total: Number of checksums in the file.
     """
 
-    firsts: list[Firsts]
+    classes: list[int]
+    ordinals: list[int]
+    places: list[Places]
     total: int
+
+    def firsts(self, variable: int) -> list[int]:
+        """For each shard of a variable: index of the first of its checksums."""
+        ordinal = self.ordinals[variable]
+        origins, strides = self.places[self.classes[variable]]
+        return [origin + ordinal * stride for origin, stride in zip(origins, strides, strict=True)]
+
+    def first(self, variable: int, shard: int) -> int:
+        """Index of the first checksum of one shard."""
+        origins, strides = self.places[self.classes[variable]]
+        return origins[shard] + self.ordinals[variable] * strides[shard]
 
 
 def index_checksums(variables: Sequence[Variable]) -> ChecksumIndex:
     """Find the place of every checksum; writers and readers find the same."""
-    tilings = tilings_of(variables)
-    itemsizes = [dtype_info(variable.dtype).itemsize for variable in variables]
-    classes: list[_Class] = list(zip(tilings.which, itemsizes, strict=True))
-    members = Counter(classes)
-    counted = {of_class: _count(tilings.distinct[of_class[0]], of_class[1]) for of_class in members}
-    places, total = _place(counted, members)
-    ordinals = {of_class: itertools.count() for of_class in members}
-    return ChecksumIndex([Firsts(places[of_class], next(ordinals[of_class])) for of_class in classes], total)
-
-
-#: Variables that are cut alike: index of their tiling, and bytes per element.
-_Class = tuple[int, int]
+    numbers: dict[tuple[tuple[Shard, ...], int], int] = {}  # shards and bytes per element to number of the class
+    known: dict[tuple[int, str], int] = {}  # the same by identity of the list of shards, and dtype
+    classes: list[int] = []
+    ordinals: list[int] = []
+    members: list[int] = []  # of each class: how many
+    for variable in variables:
+        alike = (id(variable.shards), variable.dtype)
+        number = known.get(alike)
+        if number is None:
+            itemsize = dtype_info(variable.dtype).itemsize
+            number = known[alike] = numbers.setdefault((tuple(variable.shards), itemsize), len(numbers))
+            if number == len(members):
+                members.append(0)
+        classes.append(number)
+        ordinals.append(members[number])
+        members[number] += 1
+    places, total = _place([_count(shards, itemsize) for shards, itemsize in numbers], members)
+    return ChecksumIndex(classes, ordinals, places, total)
 
 
 class _Counted(NamedTuple):
@@ -97,21 +100,22 @@ def _count(shards: Sequence[Shard], itemsize: int) -> _Counted:
     return _Counted(ranks, counts, per_rank)
 
 
-def _place(classes: Mapping[_Class, _Counted], members: Mapping[_Class, int]) -> tuple[dict[_Class, _Places], int]:
+def _place(classes: Sequence[_Counted], members: Sequence[int]) -> tuple[list[Places], int]:
     """Where each class stands, and the number of all checksums."""
     per_rank: Counter[int] = Counter()  # the ranks of a hostile manifest may be any numbers
-    for of_class, counted in classes.items():
+    for counted, n_members in zip(classes, members, strict=True):
         for rank, count in counted.per_rank.items():
-            per_rank[rank] += members[of_class] * count
+            per_rank[rank] += n_members * count
     ranks = sorted(per_rank)
     *starts, total = itertools.accumulate((per_rank[rank] for rank in ranks), initial=0)
     following = dict(zip(ranks, starts, strict=True))
-    places = {}
-    for of_class, (writers, counts, strides) in classes.items():
-        places[of_class] = _Places(array("q"), array("q", [strides[rank] for rank in writers]))
+    places = []
+    for (writers, counts, strides), n_members in zip(classes, members, strict=True):
+        found = Places(array("q"), array("q", [strides[rank] for rank in writers]))
         for rank, count in zip(writers, counts, strict=True):
-            places[of_class].origins.append(following[rank])
+            found.origins.append(following[rank])
             following[rank] += count
         for rank, count in strides.items():
-            following[rank] += (members[of_class] - 1) * count
+            following[rank] += (n_members - 1) * count
+        places.append(found)
     return places, total

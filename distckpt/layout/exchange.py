@@ -135,7 +135,7 @@ def piece_spans(variable: Variable, firsts: Iterable[int]) -> list[PieceSpan]:
 
     Args:
         variable: The variable.
-        firsts: The variable's entry in `ChecksumIndex.firsts`.
+        firsts: Its `ChecksumIndex.firsts`.
     """
     itemsize = dtype_info(variable.dtype).itemsize
     return sorted(

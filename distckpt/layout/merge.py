@@ -169,7 +169,7 @@ def _items(holdings: Sequence[Holding], variables: Sequence[Variable], size: int
             previous = list(own)
             in_file_order = sorted(member for tiling in own for member in members[tiling])
         items = [
-            PlanItem(tensor_of[rank][index], shard.offset, shard.shape, checksums.firsts[index][number])
+            PlanItem(tensor_of[rank][index], shard.offset, shard.shape, checksums.first(index, number))
             for index, tiling in in_file_order
             for number, shard in own[tiling]
         ]

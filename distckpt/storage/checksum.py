@@ -77,7 +77,7 @@ class ChecksumReader:
     def __init__(self, fd: int, stored: StoredChecksums) -> None:
         self._fd = fd
         self._stored = stored
-        self._blocks: dict[int, np.ndarray] = {}
+        self._blocks: dict[int, list[int]] = {}
 
     def __getitem__(self, index: int) -> int:
         """The checksum of a piece.
@@ -89,16 +89,19 @@ class ChecksumReader:
         block = self._blocks.get(number)
         if block is None:
             block = self._blocks[number] = self._read(number * _BLOCK)
-        return int(block[place])
+        return block[place]
 
-    def _read(self, start: int) -> np.ndarray:
+    def _read(self, start: int) -> list[int]:
         stored = self._stored
         count = min(_BLOCK, stored.total - start)
-        if stored.values is not None:
-            return np.frombuffer(stored.values, np.uint64, count, CHECKSUM_NBYTES * start)
-        block = bytearray(CHECKSUM_NBYTES * count)
-        rawio.read_into(self._fd, memoryview(block), stored.offset + CHECKSUM_NBYTES * start)
-        return np.frombuffer(block, np.uint64)
+        if stored.values is None:
+            data = bytearray(CHECKSUM_NBYTES * count)
+            rawio.read_into(self._fd, memoryview(data), stored.offset + CHECKSUM_NBYTES * start)
+            values = np.frombuffer(data, np.uint64)
+        else:
+            values = np.frombuffer(stored.values, np.uint64, count, CHECKSUM_NBYTES * start)
+        block: list[int] = values.tolist()  # of NumPy's integers each would have to be converted
+        return block
 
 
 @dataclass(slots=True)

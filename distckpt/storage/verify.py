@@ -90,8 +90,8 @@ class _Verification:
         numbers = itertools.count()
         for index, variable in enumerate(variables):
             itemsize = dtype_info(variable.dtype).itemsize
-            for box, checksum in planner.items(index, Box.whole(variable.shape)):
-                yield _Piece(next(numbers), index, box, box.numel * itemsize, checksum)
+            for item in planner.items(index, Box.whole(variable.shape)):
+                yield _Piece(next(numbers), index, item.box, item.box.numel * itemsize, item.checksum)
 
     def _verify(self, pieces: Iterator[_Piece]) -> None:
         """Verify pieces, reading all into the same memory. Runs in one thread."""

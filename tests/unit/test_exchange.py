@@ -126,8 +126,8 @@ def stored(key: str, shape: Shape, boxes: list[Box]) -> Variable:
 def test_bands_keep_pieces_whole() -> None:
     shape = (8, 8)
     variables = [stored("rows", shape, rows(shape, 4)), stored("columns", shape, columns(shape, 2))]
-    firsts = index_checksums(variables).firsts
-    by_rows, by_columns = (piece_spans(v, f) for v, f in zip(variables, firsts, strict=True))
+    index = index_checksums(variables)
+    by_rows, by_columns = (piece_spans(v, index.firsts(i)) for i, v in enumerate(variables))
     assert bands([piece.span for piece in by_rows]) == [Span(16 * i, 16 * i + 16) for i in range(4)]
     # Four rows of four elements each make a piece; the pieces of both halves lie between each other.
     assert bands([piece.span for piece in by_columns]) == [Span(0, 32), Span(32, 64)]
@@ -199,7 +199,7 @@ class Exchange:
         path.write_bytes(b"".join(value.numpy().tobytes() for value in self.values))
         self.files = {i: InFile(v.key, self.offsets[i], v.shape, ITEMSIZE) for i, v in enumerate(variables)}
         index = index_checksums(variables)
-        self.pieces = {i: piece_spans(v, f) for i, (v, f) in enumerate(zip(variables, index.firsts, strict=True))}
+        self.pieces = {i: piece_spans(v, index.firsts(i)) for i, v in enumerate(variables)}
         self.checksums = np.zeros(index.total, np.uint64)
         for i, value in enumerate(self.values):
             for piece in self.pieces[i]:

@@ -132,12 +132,12 @@ def check_complete(result: Merged) -> None:
     """Every element is written exactly once, by a rank whose plan says so, with a checksum for each piece."""
     items = {(rank, item.checksum): item for rank, plan in enumerate(result.plans) for item in plan.items}
     assert len(items) == sum(len(plan.items) for plan in result.plans)
-    firsts = index_checksums(result.variables).firsts
+    checksums = index_checksums(result.variables)
     n_pieces = 0
     for index, variable in enumerate(result.variables):
         counts = np.zeros(variable.shape, int)
         assert [shard.offset for shard in variable.shards] == sorted(shard.offset for shard in variable.shards)
-        for shard, first in zip(variable.shards, firsts[index], strict=True):
+        for shard, first in zip(variable.shards, checksums.firsts(index), strict=True):
             item = items.pop((shard.rank, first))
             assert (item.offset, item.shape) == (shard.offset, shard.shape)
             assert result.plans[shard.rank].variables[item.tensor] == index

@@ -81,7 +81,7 @@ def test_all_that_is_wanted_is_read_once(few: int, monkeypatch: pytest.MonkeyPat
     def check(case: tuple[Variable, Box]) -> None:
         stored, want = case
         counts = np.zeros(stored.shape, int)
-        (firsts,) = index_checksums([stored]).firsts
+        firsts = index_checksums([stored]).firsts(0)
         written = {
             first + number: piece
             for shard, first in zip(stored.shards, firsts, strict=True)
@@ -139,7 +139,7 @@ def test_checksums_stand_by_rank_then_by_class_then_by_variable() -> None:
     large = variable((3, 1 << 21), grid((3, 1 << 21), (3, 1)))
     double = variable((3, 1 << 21), grid((3, 1 << 21), (3, 1)), "float64")
     index = index_checksums([small, none, large, double, large, small])
-    assert list(map(list, index.firsts)) == [[0], [], [2, 6, 10], [4, 8, 12], [3, 7, 11], [1]]
+    assert [index.firsts(number) for number in range(6)] == [[0], [], [2, 6, 10], [4, 8, 12], [3, 7, 11], [1]]
     assert index.total == 14
     assert index_checksums([]).total == 0
 
@@ -148,8 +148,10 @@ def test_variables_need_not_share_the_list_of_shards_to_be_cut_alike() -> None:
     shards = [Shard(1, (0,), (2,)), Shard(0, (2,), (2,))]
     apart = [Variable(key, "int8", (4,), 0, list(shards)) for key in "abc"]
     shared = [Variable(key, "int8", (4,), 0, shards) for key in "abc"]
-    assert [list(firsts) for firsts in index_checksums(apart).firsts] == [[3, 0], [4, 1], [5, 2]]
-    assert [list(firsts) for firsts in index_checksums(shared).firsts] == [[3, 0], [4, 1], [5, 2]]
+    for variables in (apart, shared):
+        index = index_checksums(variables)
+        assert [index.firsts(number) for number in range(3)] == [[3, 0], [4, 1], [5, 2]]
+        assert [index.first(number, 1) for number in range(3)] == [0, 1, 2]
 
 
 def n_pieces(stored: Variable, shard: Shard) -> int:
@@ -170,8 +172,8 @@ def test_every_piece_has_a_checksum_of_its_own_beside_those_of_its_rank(data: st
     ]
     index = index_checksums(variables)
     owners = {}
-    for stored, firsts in zip(variables, index.firsts, strict=True):
-        for shard, first in zip(stored.shards, firsts, strict=True):
+    for variable, stored in enumerate(variables):
+        for shard, first in zip(stored.shards, index.firsts(variable), strict=True):
             for number in range(n_pieces(stored, shard)):
                 assert owners.setdefault(first + number, shard.rank) == shard.rank
     assert sorted(owners) == list(range(index.total))
@@ -286,4 +288,4 @@ def test_variables_that_are_cut_alike_are_checked_once_and_all_that_are_wrong_ar
 def test_checksums_of_hostile_ranks_take_no_memory() -> None:
     shards = [Shard(rank, (i,), (1,)) for i, rank in enumerate([1 << 62, -5, 1 << 62, 0])]
     index = index_checksums([Variable("x", "float32", (4,), -1, shards)])
-    assert list(index.firsts[0]) == [2, 0, 3, 1]
+    assert index.firsts(0) == [2, 0, 3, 1]
