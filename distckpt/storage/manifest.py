@@ -19,7 +19,7 @@ import xxhash
 from distckpt.errors import CorruptCheckpointError
 from distckpt.layout.box import Shape
 from distckpt.layout.collector import collector_off
-from distckpt.layout.records import FORMAT, FORMAT_VERSION, Manifest, ManifestHeader, Shard, Variable
+from distckpt.layout.records import FORMAT, FORMAT_VERSION, Manifest, ManifestHeader, Node, Shard, Variable
 from distckpt.layout.tiling import tilings_of
 from distckpt.layout.validation import validate
 from distckpt.storage.hdf5_types import itemsize
@@ -201,30 +201,40 @@ def problems(manifest: Manifest) -> list[str]:
         for variable in manifest.variables
         if not -1 <= variable.offset <= _MAX_OFFSET
     ]
-    if len({variable.key for variable in manifest.variables}) != len(manifest.variables):
+    keys = {variable.key for variable in manifest.variables}
+    if len(keys) != len(manifest.variables):
         found.append("two variables have the same key")
     if manifest.world_size < 1:
         found.append(f"world size {manifest.world_size}")
-    return found + _graph_problems(manifest)
+    return found + _graph_problems(manifest.object_graph.nodes, keys | manifest.python_state.keys())
 
 
-def _graph_problems(manifest: Manifest) -> list[str]:
-    """References of the object graph to nodes or values that the manifest does not have."""
-    nodes = manifest.object_graph.nodes
-    ids = range(len(nodes))
-    keys = {variable.key for variable in manifest.variables} | manifest.python_state.keys()
+def _graph_problems(nodes: Sequence[Node], stored: set[str]) -> list[str]:
+    """References of an object graph to nodes that it does not have, or to other values than the stored ones."""
+    no_nodes = set(_referred(nodes)).difference(range(len(nodes)))
+    no_values = {attribute.checkpoint_key for node in nodes for attribute in node.attributes} - stored
     found = [] if nodes else ["the object graph has no root"]
-    for number, node in enumerate(nodes):
-        referred = [child.node_id for child in node.children] + (node.parameters or [])
-        for slot in node.slot_variables:
-            referred += (slot.original_variable_node_id, slot.slot_variable_node_id)
-        found += [f"node {number} refers to node {other}, of {len(nodes)}" for other in referred if other not in ids]
+    for number, node in enumerate(nodes if no_nodes or no_values else ()):
+        found += [
+            f"node {number} refers to node {other}, of {len(nodes)}" for other in _referred([node]) if other in no_nodes
+        ]
         found += [
             f"node {number} has a value {attribute.checkpoint_key!r} that is not stored"
             for attribute in node.attributes
-            if attribute.checkpoint_key not in keys
+            if attribute.checkpoint_key in no_values
         ]
     return found
+
+
+def _referred(nodes: Sequence[Node]) -> list[int]:
+    """The nodes to which some nodes refer."""
+    slots = [slot for node in nodes for slot in node.slot_variables]
+    return [
+        *[child.node_id for node in nodes for child in node.children],
+        *[parameter for node in nodes for parameter in node.parameters or ()],
+        *[slot.original_variable_node_id for slot in slots],
+        *[slot.slot_variable_node_id for slot in slots],
+    ]
 
 
 def nbytes_of(variable: Variable) -> int:
@@ -234,7 +244,7 @@ def nbytes_of(variable: Variable) -> int:
 
 def sizes_of(variables: Sequence[Variable]) -> np.ndarray:
     """int64, size of each variable's dataset in bytes."""
-    return np.fromiter((nbytes_of(variable) for variable in variables), np.int64, len(variables))
+    return np.array([math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables], np.int64)
 
 
 def extent_problems(variables: Sequence[Variable], offsets: np.ndarray, file_nbytes: int) -> list[str]:
