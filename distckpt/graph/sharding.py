@@ -35,11 +35,12 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
         UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized, subclasses without memory), or a
             placement is no shard.
     """
-    if type(tensor) in _PLAIN:
+    cls = type(tensor)
+    if cls in _PLAIN:
         _require_plain(tensor)
         return replicated(tensor, name, in_place=in_place)
-    if _is_dtensor(tensor):
-        value = _dtensor_value(tensor, name, in_place)
+    if _is_dtensor_class(cls):
+        value = _dtensor_value(tensor, name, in_place)  # type: ignore[arg-type]  # it is a DTensor
     else:
         _require_plain(tensor)
         value = replicated(tensor, name, in_place=in_place)
@@ -144,7 +145,7 @@ def _dtensor_value(tensor: DTensor, name: str, in_place: bool) -> TensorValue:
     _require_plain(local)
     spec = tensor._spec  # the tensor takes several times longer to tell
     shape, boxes, sharding = _known_shards.find(spec.mesh, spec.placements, spec.shape, local.shape)
-    return TensorValue(name, local, shape, boxes, in_place, sharding=sharding)
+    return TensorValue(name, local, shape, boxes, in_place, False, False, None, sharding)
 
 
 class _Shard(NamedTuple):
@@ -178,15 +179,17 @@ _known_shards = _KnownShards()
 
 @functools.lru_cache(maxsize=256)  # models have few meshes, and repeat few shapes
 def _shard_of(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _ShardOf:
-    return functools.lru_cache(maxsize=4096)(functools.partial(_shard, mesh, placements))
-
-
-def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size, local: torch.Size) -> _Shard:
-    """The shard that this rank holds of a DTensor, given its global and its local size."""
-    shape, held = tuple(size), tuple(local)
     words = f"placements ({', '.join(map(repr, placements))}) on the mesh {_mesh_in_words(mesh)}"
     _require_shards(placements, words)
     sharding = Sharding(words, strides(mesh.mesh.flatten().tolist()))
+    return functools.lru_cache(maxsize=4096)(functools.partial(_shard, mesh, placements, sharding))
+
+
+def _shard(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], sharding: Sharding, size: torch.Size, local: torch.Size
+) -> _Shard:
+    """The shard that this rank holds of a DTensor, given its global and its local size."""
+    shape, held = tuple(size), tuple(local)
     coordinate = mesh.get_coordinate()
     if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
         origin = (0,) * len(shape)
@@ -201,8 +204,8 @@ def _shard(mesh: DeviceMesh, placements: tuple[Placement, ...], size: torch.Size
         if local_shape(intervals) == held:
             return _Shard(shape, boxes_of(intervals), sharding)
     raise UnsaveableError(
-        f"a DTensor's local shape is {held}, which is not what {words} gives this rank of the global shape {shape}. "
-        "Use ShardedVariable(local, global_shape, offset) to say where it lies."
+        f"a DTensor's local shape is {held}, which is not what {sharding.words} gives this rank of the global shape "
+        f"{shape}. Use ShardedVariable(local, global_shape, offset) to say where it lies."
     )
 
 

@@ -124,6 +124,11 @@ def is_uninitialised(obj: object) -> TypeGuard[UninitializedParameter | Uninitia
     return isinstance(obj, _Uninitialised)
 
 
+def is_uninitialised_class(cls: type) -> bool:
+    """Whether objects of this class are parameters or buffers without a shape so far."""
+    return issubclass(cls, _Uninitialised)
+
+
 def is_meta(obj: object) -> bool:
     """Whether an object is a tensor on the meta device, or a `ShardedVariable` of one: it has no memory so far."""
     tensor = getattr(obj, "tensor", obj)

@@ -13,7 +13,7 @@ from distckpt.graph.adapters.optimizer import Group, Slot, SlotAdapter, like_par
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.python_value import too_deep
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import Edge, TensorValue, UnsaveableError, Value
+from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
 from distckpt.layout.keys import child_key, join, slot_key
 from distckpt.layout.records import OWN_VALUE
 
@@ -140,13 +140,15 @@ def _expand(graph: LiveGraph, node: LiveNode, rank: int) -> None:
         for part in node.adapter.parts(node.obj, rank):
             if type(part) is Edge:
                 _add_edge(graph, node, part)
+            elif type(part) is TensorValue:
+                node.values[part.name] = msgspec.structs.replace(part, buffer=True) if node.buffer else part
+            elif type(part) is PythonValue:
+                node.values[part.name] = part
             elif type(part) is Problem:
                 key = join(node.key, part.name) if part.name else node.key or "the root"
                 graph.problems.append(f"{key}: {part.text}")
             elif type(part) is Omission:
                 graph.omissions.append(f"{join(node.key, part.name)}: {part.text}")
-            else:
-                _add_value(node, part)  # type: ignore[arg-type]  # the others are handled above
     except UnsaveableError as error:
         node.problem = str(error)
         graph.problems.append(f"{node.key or 'the root'}: {error}")
@@ -156,12 +158,6 @@ def _expand(graph: LiveGraph, node: LiveNode, rank: int) -> None:
     except Exception as error:  # of the user's own methods
         error.add_note(f"while {node.key or 'the root'} was asked for its state")
         raise
-
-
-def _add_value(node: LiveNode, value: Value) -> None:
-    if node.buffer and type(value) is TensorValue:
-        value = msgspec.structs.replace(value, buffer=True)
-    node.values[value.name] = value
 
 
 def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:

@@ -33,9 +33,9 @@ _UNESCAPES = {"..": ".", ".S": "/", ".0": "\0"}
 
 def edge_name(key: str | int) -> str:
     """The `local_name` of the edge for a dict key."""
-    if isinstance(key, int):
-        return f"\0i{int(key)}"
-    return f"\0{key}" if key.startswith("\0") and _LOOKS_LIKE_INT_NAME.fullmatch(key) else key
+    if isinstance(key, str):
+        return f"\0{key}" if key[:1] == "\0" and _LOOKS_LIKE_INT_NAME.fullmatch(key) else key
+    return f"\0i{int(key)}"
 
 
 def dict_key(local_name: str) -> str | int:

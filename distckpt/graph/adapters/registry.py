@@ -34,11 +34,17 @@ def _adapters() -> tuple[Adapter, ...]:
     from distckpt.graph.adapters.optimizer import GroupAdapter, GroupsAdapter, OptimizerAdapter
     from distckpt.graph.adapters.rng import GeneratorAdapter, PerRankAdapter, RNGStateAdapter
     from distckpt.graph.adapters.stateful import PythonStateAdapter, StatefulAdapter
-    from distckpt.graph.adapters.tensor import ArrayAdapter, ShardedVariableAdapter, TensorAdapter
+    from distckpt.graph.adapters.tensor import (
+        ArrayAdapter,
+        ShardedVariableAdapter,
+        TensorAdapter,
+        UninitialisedAdapter,
+    )
     from distckpt.graph.adapters.trackable import TrackableAdapter
 
     return (
-        TensorAdapter(),
+        UninitialisedAdapter(),
+        TensorAdapter(),  # its objects are tensors, too
         ModuleAdapter(),
         TrackableAdapter(),
         ShardedVariableAdapter(),
@@ -89,9 +95,11 @@ def is_flattened(wrapper: Any) -> bool:
 def adapter_for(obj: object) -> Adapter | None:
     """The adapter of an unwrapped object; None when it can be no node of the graph."""
     cls = type(obj)
-    if cls not in _adapter_of_class:
-        _adapter_of_class[cls] = next((adapter for adapter in _adapters() if adapter.handles(cls)), None)
-    return _adapter_of_class[cls]
+    try:
+        return _adapter_of_class[cls]
+    except KeyError:
+        found = _adapter_of_class[cls] = next((adapter for adapter in _adapters() if adapter.handles(cls)), None)
+        return found
 
 
 def refusal(obj: object) -> str | None:

@@ -12,7 +12,7 @@ from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.claims import Claim
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import ShardedVariable
-from distckpt.graph.values import TensorValue, is_uninitialised
+from distckpt.graph.values import TensorValue, is_uninitialised, is_uninitialised_class
 from distckpt.layout.records import OWN_VALUE
 
 
@@ -24,11 +24,23 @@ class TensorAdapter(Adapter):
         return issubclass(cls, torch.Tensor)
 
     def parts(self, obj: Any, rank: int) -> Iterable[Part]:
-        """The tensor's own value; a parameter that is not initialised yet is a node without one."""
-        return () if is_uninitialised(obj) else (tensor_value(obj),)
+        """The tensor's own value."""
+        return (tensor_value(obj),)
+
+
+class UninitialisedAdapter(Adapter):
+    """Parameters and buffers of lazy modules, without a shape so far."""
+
+    def handles(self, cls: type) -> bool:
+        """`UninitializedParameter` and `UninitializedBuffer`."""
+        return is_uninitialised_class(cls)
+
+    def parts(self, obj: object, rank: int) -> Iterable[Part]:
+        """None: it is a node without a value."""
+        return ()
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
-        """Initialise an uninitialised parameter or buffer; all others are restored in place."""
+        """Initialise it."""
         value = saved[OWN_VALUE]
         assert is_uninitialised(obj)
         assert isinstance(value, torch.Tensor)
