@@ -133,6 +133,19 @@ def test_the_same_sharding_reads_whole_pieces() -> None:
     assert sum(item.box.numel for item in items) == math.prod(shape)
 
 
+@pytest.mark.parametrize("n_ranks", [3, 20])
+def test_a_planner_that_remembers_boxes_plans_as_a_new_one(n_ranks: int) -> None:
+    shape = (40, 6)
+    variables = [variable(shape, grid(shape, mesh), dtype) for mesh in [(n_ranks, 1), (1, 2)] for dtype in ["int8"] * 2]
+    variables.append(variable(shape, grid(shape, (n_ranks, 1)), "float32"))
+    index = index_checksums(variables)
+    planner = ReadPlanner(variables, index)
+    asked = [(number, want) for want in grid(shape, (2, 1)) for number in (0, 1, 2, 4, 0, 3, 1)]
+    planned = [planner.items(number, want) for number, want in asked]
+    assert planned == [ReadPlanner(variables, index).items(number, want) for number, want in asked]
+    assert planned[0] != planned[1]  # other checksums
+
+
 def test_checksums_stand_by_rank_then_by_class_then_by_variable() -> None:
     small = variable((2,), [Box.whole((2,))])
     none = variable((0,), [])
