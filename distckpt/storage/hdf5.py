@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,21 +102,22 @@ def _opened(path: str) -> Any:
     from h5py import h5f
 
     name = os.fsencode(path)
-    *ways, last = (
-        file_access(),
+    ways: tuple[Callable[[], Any], ...] = (
+        file_access,
         # If the program has the file open itself, with one of the values of h5py's `locking`. This takes no lock.
-        _serial_access(locking=True),
-        _serial_access(locking=True, where_possible=False),
-        _serial_access(locking=False),
-        _serial_access(locking=False, where_possible=False),
+        functools.partial(_serial_access, locking=True),
+        functools.partial(_serial_access, locking=True, where_possible=False),
+        functools.partial(_serial_access, locking=False),
+        functools.partial(_serial_access, locking=False, where_possible=False),
     )
-    for access in ways:
+    *others, last = ways
+    for access in others:
         try:
-            return h5f.open(name, h5f.ACC_RDONLY, access)
+            return h5f.open(name, h5f.ACC_RDONLY, access())
         except OSError as error:
             if _OPEN_OTHERWISE not in str(error):
                 raise
-    return h5f.open(name, h5f.ACC_RDONLY, last)
+    return h5f.open(name, h5f.ACC_RDONLY, last())
 
 
 def open_checkpoint(path: str) -> OpenedCheckpoint:
@@ -144,8 +146,9 @@ def _check(path: str, file: Any, file_nbytes: int) -> OpenedCheckpoint:
     manifest = manifests.decode(manifest_bytes)
     problems = manifests.problems(manifest)
     if not problems:
-        offsets = _offsets(file, manifest.variables, file_nbytes)
-        problems = manifests.extent_problems(manifest.variables, offsets, file_nbytes)
+        sizes = manifests.sizes_of(manifest.variables)
+        offsets = _offsets(file, manifest.variables, sizes, file_nbytes)
+        problems = manifests.extent_problems(manifest.variables, sizes, offsets, file_nbytes)
     if problems:
         raise CorruptCheckpointError("the manifest does not fit the file:\n  " + "\n  ".join(problems[:10]))
     index = index_checksums(manifest.variables)
@@ -237,12 +240,11 @@ def _max_expansion(creation: Any) -> float:
     return _MAX_EXPANSION if set(filters) <= _BOUNDED_FILTERS else math.inf
 
 
-def _offsets(file: Any, variables: Sequence[Variable], file_nbytes: int) -> np.ndarray:
+def _offsets(file: Any, variables: Sequence[Variable], sizes: np.ndarray, file_nbytes: int) -> np.ndarray:
     """Where each variable is: what the manifest says, if that is true of the first and the last."""
-    sizes = manifests.sizes_of(variables)
+    offsets = np.array([variable.offset for variable in variables], np.int64)
+    offsets[sizes == 0] = -1
     filled = np.flatnonzero(sizes).tolist()
-    offsets = np.full(len(variables), -1, np.int64)
-    offsets[filled] = [variables[i].offset for i in filled]
     if any(_position(file, variables[i], file_nbytes) != offsets[i] for i in {*filled[:1], *filled[-1:]}):
         # Rewritten, by h5repack for instance.
         offsets[filled] = [_position(file, variables[i], file_nbytes) for i in filled]

@@ -247,15 +247,17 @@ def sizes_of(variables: Sequence[Variable]) -> np.ndarray:
     return np.array([math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables], np.int64)
 
 
-def extent_problems(variables: Sequence[Variable], offsets: np.ndarray, file_nbytes: int) -> list[str]:
+def extent_problems(
+    variables: Sequence[Variable], sizes: np.ndarray, offsets: np.ndarray, file_nbytes: int
+) -> list[str]:
     """Which variables are not inside a file of `file_nbytes`, or share bytes with another.
 
     Args:
         variables: Variables for which `problems` found nothing.
+        sizes: Their `sizes_of`.
         offsets: int64, position of each in the file; negative ones are left out.
         file_nbytes: Length of the file in bytes.
     """
-    sizes = sizes_of(variables)
     ends = offsets + sizes
     placed = np.flatnonzero((sizes > 0) & (offsets >= 0))
     outside = placed[ends[placed] > file_nbytes]

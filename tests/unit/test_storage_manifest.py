@@ -151,7 +151,7 @@ def test_capacity_has_room_to_spare() -> None:
 def test_no_problems() -> None:
     assert manifests.problems(manifest()) == []
     offsets = np.array([variable.offset for variable in VARIABLES])
-    assert manifests.extent_problems(VARIABLES, offsets, 4096 + 80) == []
+    assert manifests.extent_problems(VARIABLES, manifests.sizes_of(VARIABLES), offsets, 4096 + 80) == []
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,8 @@ def test_no_problems() -> None:
     ],
 )
 def test_extent_problems(offsets: list[int], file_nbytes: int, expected: list[str]) -> None:
-    assert manifests.extent_problems(VARIABLES, np.array(offsets), file_nbytes) == expected
+    sizes = manifests.sizes_of(VARIABLES)
+    assert manifests.extent_problems(VARIABLES, sizes, np.array(offsets), file_nbytes) == expected
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def open_manifest(encoded: bytes) -> OpenedCheckpoint:
     manifest = manifests.decode(encoded)
     offsets = np.array([variable.offset for variable in manifest.variables], np.int64)
     problems = manifests.problems(manifest)
-    problems += manifests.extent_problems(manifest.variables, offsets, manifest.file_nbytes)
+    sizes = manifests.sizes_of(manifest.variables)
+    problems += manifests.extent_problems(manifest.variables, sizes, offsets, manifest.file_nbytes)
     if problems:
         raise ValueError(f"expected a manifest that fits its file. Got {problems[:3]}.")
     index = index_checksums(manifest.variables)
