@@ -111,7 +111,7 @@ class Source:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
             whole = [read for read in reads if read.cast is None]
-            if threads > 1 and share_memory(block.tensor for read in whole for block in read.target.blocks()):
+            if threads > 1 and share_memory(read.target.tensor for read in whole):
                 threads = 1
             self._run(self._jobs(whole, verify), verify, progress, threads)
             for read in reads:

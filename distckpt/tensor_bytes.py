@@ -97,12 +97,14 @@ def share_memory(tensors: Iterable[torch.Tensor]) -> bool:
 
     A tensor counts as holding all bytes from its first to its last element; an empty one holds none.
     """
-    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel())
+    spans = sorted([(start := tensor.data_ptr(), start + _extent(tensor)) for tensor in tensors if tensor.numel()])
     return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the start of the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
