@@ -147,7 +147,8 @@ class _Builder:
         if key in self._done or (self._unfit and self._follows_unfit(node.obj)):
             return
         index = self._variables.get(key)
-        refusal = node.adapter.refusal(node.obj, match.name, self._manifest.python_state.get(key))
+        encoded = self._manifest.python_state[key] if index is None else None
+        refusal = node.adapter.refusal(node.obj, match.name, encoded)
         if refusal is not None:
             self._add_mismatch(match, refusal)
         elif index is None:
