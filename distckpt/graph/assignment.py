@@ -88,7 +88,7 @@ class Assignment:
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return sum(read.target.tensor.numel() * read.target.tensor.element_size() for read in self.reads)
+        return sum([read.target.tensor.nbytes for read in self.reads])
 
     def apply(self) -> None:
         """Set everything that is not read in place; the last step of a restore."""

@@ -234,7 +234,7 @@ class Restoration:
 
 
 def _shardings(assignment: Assignment) -> dict[str, Sharding]:
-    return {read.key: read.target.sharding for read in assignment.reads if read.target.sharding is not None}
+    return {read.key: found for read in assignment.reads if (found := read.target.sharding) is not None}
 
 
 def _still_waits(restoration: Restoration | None, key: str) -> bool:
