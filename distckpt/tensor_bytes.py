@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -126,3 +126,20 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
     elif source.dtype is torch.complex128 and not lazy:  # its copy crashes where it is not aligned
         target, source = torch.view_as_real(target), torch.view_as_real(source)
     target.copy_(source, non_blocking=non_blocking)
+
+
+def join(target: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors bit for bit into contiguous memory, one after the other, in a few calls of torch.
+
+    Args:
+        target: The memory: a 1-d tensor with as many elements as all sources together.
+        sources: Tensors of the same dtype, at least one, on the CPU; any shapes, any strides.
+    """
+    with torch.no_grad():
+        if target.dtype is torch.complex128:  # see `copy_bits`
+            start = 0
+            for source in sources:
+                copy_bits(target[start : start + source.numel()], source.reshape(-1))
+                start += source.numel()
+        else:
+            torch.cat([source if source.dim() == 1 else source.reshape(-1) for source in sources], out=target)

@@ -13,9 +13,9 @@ import torch
 
 from distckpt import device
 from distckpt.device import Copy, start_all
-from distckpt.exchange import aggregation, taking
+from distckpt.exchange import taking
 from distckpt.graph import fingerprint
-from distckpt.storage import parallel_reading, rawio, reading, room, snapshot, units, writing
+from distckpt.storage import packing, parallel_reading, rawio, reading, room, snapshot, units, writing
 from distckpt.storage.staging import HostBuffer
 from distckpt.tensor_bytes import is_packed
 
@@ -59,9 +59,9 @@ class Machine:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the package see these GPUs, and log its system calls."""
-        for module in (writing, parallel_reading, room, units, snapshot, fingerprint):
+        for module in (writing, packing, parallel_reading, room, units, snapshot, fingerprint):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
-        for module in (writing, reading, parallel_reading, units, taking, aggregation, snapshot, fingerprint):
+        for module in (writing, reading, parallel_reading, units, taking, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
         for module in (room, fingerprint):
             monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)

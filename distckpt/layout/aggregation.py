@@ -13,6 +13,7 @@ I/O in ROMIO, Frontiers '99), but the messages are planned once per layout.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,8 +67,8 @@ class SmallParts:
     """The parts of small variables that one rank writes.
 
     Attributes:
-        extents: Position and size of each part in the file, ascending.
-        bins: Index of the bin of each part.
+        extents: Position and size of each part in the file.
+        bins: Index of the bin of each part, ascending once `take` has ordered them.
         is_shard: For each part, whether other ranks write other parts of its variable.
     """
 
@@ -79,6 +80,11 @@ class SmallParts:
     def of_variables(cls, offsets: _Ints, extents: Extents, is_shard: npt.NDArray[np.bool_]) -> SmallParts:
         """Assign parts to bins by `offsets`, the position in the file at which the variable of each part begins."""
         return cls(extents, offsets // BIN_NBYTES, is_shard)
+
+    def take(self, order: _Ints) -> SmallParts:
+        """The same parts in another order, in which those of a bin are neighbours and bins ascend."""
+        starts, sizes = self.extents
+        return SmallParts(Extents(starts[order], sizes[order]), self.bins[order], self.is_shard[order])
 
     def crowded(self, n_bins: int, n_ranks: int) -> npt.NDArray[np.uint8]:
         """For each bin, 1 if it has at least `MIN_SHARDS` shards, assuming that all ranks have as many as this one."""
@@ -102,12 +108,12 @@ def aggregators(n_bins: int, n_ranks: int) -> list[int]:
 
 
 class _Move(NamedTuple):
-    """Copies of parts of equal size, from the messages received into the memory of the bin.
+    """Copies of parts of equal size, from the messages received into the order of the file.
 
     Attributes:
         size: Bytes of each part.
         sources: Position of each part in the concatenated messages.
-        targets: Position of each part in the memory of the bin.
+        targets: Position of each part among all parts in the order of the file.
     """
 
     size: int
@@ -121,14 +127,10 @@ class Assembly:
 
     Attributes:
         lengths: Bytes that each rank sends: its parts, concatenated.
-        start: Position in the file of the first byte of the bin's memory.
-        nbytes: Size of that memory.
-        runs: (position in the memory, size) of each run without a gap, to be written.
+        runs: (position in the file, size) of each run without a gap, to be written.
     """
 
     lengths: list[int]
-    start: int
-    nbytes: int
     runs: list[tuple[int, int]]
     _moves: list[_Move]
 
@@ -143,28 +145,59 @@ class Assembly:
         starts = np.concatenate([extents.starts for extents in by_rank])
         sizes = np.concatenate([extents.sizes for extents in by_rank])
         sources = np.cumsum(sizes) - sizes
-        start = int(starts.min())
-        targets = starts - start
-        order = np.argsort(targets)
-        first, last = targets[order], (targets + sizes)[order]
+        order = np.argsort(starts)
+        first, last = starts[order], (starts + sizes)[order]
+        targets = np.empty_like(sources)
+        targets[order] = np.cumsum(sizes[order]) - sizes[order]
         gaps = np.flatnonzero(first[1:] != last[:-1])
         begins, ends = first[[0, *(gaps + 1)]], last[[*gaps, -1]]
-        of_size = ((int(size), np.flatnonzero(sizes == size)) for size in np.unique(sizes))
+        moved = np.empty(0, np.int64) if np.array_equal(sources, targets) else np.unique(sizes)
+        of_size = ((int(size), np.flatnonzero(sizes == size)) for size in moved)
         return cls(
             lengths=[int(extents.sizes.sum()) for extents in by_rank],
-            start=start,
-            nbytes=int(last[-1]),
             runs=list(zip(begins.tolist(), (ends - begins).tolist(), strict=True)),
             _moves=[_Move(size, sources[which], targets[which]) for size, which in of_size],
         )
 
-    def put_together(self, arrived: npt.NDArray[np.uint8], memory: npt.NDArray[np.uint8]) -> None:
-        """Copy the received parts into the order of the file.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all messages, and of all runs."""
+        return sum(self.lengths)
+
+    def put_together(self, arrived: npt.NDArray[np.uint8], memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Bring the received parts into the order of the file.
 
         Args:
-            arrived: The messages of all ranks, concatenated by rank; `sum(lengths)` bytes.
-            memory: Receives the bytes of `runs`; `nbytes` bytes.
+            arrived: The messages of all ranks, concatenated by rank; `nbytes` bytes.
+            memory: Of `nbytes` bytes; receives the parts, unless they have arrived in the order of the file.
+
+        Returns:
+            The bytes of `runs`, one after the other: `arrived` or `memory`.
         """
-        windows = np.lib.stride_tricks.sliding_window_view
         for size, sources, targets in self._moves:
-            windows(memory, size, writeable=True)[targets] = windows(arrived, size)[sources]
+            _windows(memory, size)[targets] = _windows(arrived, size)[sources]
+        return memory if self._moves else arrived
+
+
+def _windows(data: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.void]:
+    """Every `size` consecutive bytes as one element, so that parts are copied whole and not byte by byte."""
+    return np.ndarray(len(data) - size + 1, f"V{size}", data, strides=(1,))
+
+
+def rounds_of(roots: Sequence[int]) -> list[list[int]]:
+    """Divide bins into rounds, in each of which every rank has at most one bin to write: all can write at once.
+
+    Args:
+        roots: The aggregator of each bin.
+
+    Returns:
+        Indices of bins, ascending in each round.
+    """
+    rounds: list[list[int]] = []
+    taken: Counter[int] = Counter()
+    for number, root in enumerate(roots):
+        if taken[root] == len(rounds):
+            rounds.append([])
+        rounds[taken[root]].append(number)
+        taken[root] += 1
+    return rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,25 +17,39 @@ from distckpt.layout.box import Box
 from distckpt.layout.records import LocalLayout, SavePlan
 from distckpt.options import SaveOptions
 from distckpt.saving.draft import NewFile
-from distckpt.storage.transfer import WriteJob, sub_tensor
+from distckpt.storage.packing import LiveJobs, Packing, Place
+from distckpt.storage.transfer import sub_tensor
 
 
-class _Write(NamedTuple):
-    """A box that this rank writes in every save of the layout.
+class _Source(NamedTuple):
+    """Where the elements of a box that this rank writes come from.
 
     Attributes:
+        place: Index of the box, among those that this rank writes.
         tensor: Index of the tensor, among this rank's tensors in order.
-        key: Its checkpoint key.
-        offset: Position of its variable in the file, in bytes.
-        box: The box.
-        checksum: As `PlanItem.checksum`.
+        box: The box, which is not all that this rank has of the tensor.
     """
 
+    place: int
     tensor: int
-    key: str
-    offset: int
     box: Box
-    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Writes:
+    """What this rank writes in every save of a layout, and where it comes from.
+
+    Attributes:
+        packing: What it writes.
+        tensors: For each box, the index of its tensor among this rank's tensors in order.
+        cut: The boxes that are not all that this rank has of their tensor.
+        counter: Index of the box of the save counter; None where another rank writes it, or nobody.
+    """
+
+    packing: Packing
+    tensors: list[int]
+    cut: list[_Source]
+    counter: int | None
 
 
 @dataclass(slots=True)
@@ -58,7 +73,7 @@ class AgreedLayout:
     keys: list[str]
     offsets: np.ndarray | None = None
     aggregation: Aggregation = field(default_factory=Aggregation)
-    _writes: list[_Write] = field(default_factory=list)
+    _writes: _Writes | None = None
 
     def has_layout(self, layout: LocalLayout, options: SaveOptions) -> bool:
         """Whether this rank holds the same kinds of values in the same places as when the ranks last agreed."""
@@ -79,39 +94,32 @@ class AgreedLayout:
         """Take the positions of the variables in a new file, and in those that follow. The same on all ranks."""
         self.offsets = offsets
         self.aggregation = Aggregation()
-        self._writes = []
+        self._writes = None
 
-    def jobs(self, file: NewFile, captured: Capture) -> list[WriteJob]:
-        """What this rank writes in one save, in file order."""
-        self._writes = self._writes or self._list_writes()
-        tensors, jobs = captured.tensors, []
-        for tensor, key, offset, box, checksum in self._writes:
-            value = tensors[tensor]
-            part = _part_of(value, box)
-            if key == COUNTER_KEY and file.counter:
-                part = torch.tensor(file.counter, device="cpu")
-            jobs.append(WriteJob(key, offset, value.global_shape, box, part, checksum))
-        return jobs
+    def jobs(self, file: NewFile, captured: Capture) -> LiveJobs:
+        """What this rank writes in one save."""
+        held = captured.tensors
+        if self._writes is None:
+            self._writes = self._list_writes(held)
+        writes = self._writes
+        tensors = [held[tensor].tensor for tensor in writes.tensors]
+        for place, tensor, box in writes.cut:
+            block = held[tensor].block_with(box)
+            tensors[place] = sub_tensor(block.tensor.detach(), box, block.box)
+        if writes.counter is not None and file.counter:
+            tensors[writes.counter] = torch.tensor(file.counter, device="cpu")
+        return LiveJobs(writes.packing, tensors)
 
-    def _list_writes(self) -> list[_Write]:
+    def _list_writes(self, held: Sequence[TensorValue]) -> _Writes:
         assert self.offsets is not None, "a file was made"
         variables, keys, offsets = self.plan.variables, self.keys, self.offsets.tolist()
-        return [
-            _Write(
-                item.tensor,
-                keys[item.tensor],
-                offsets[variables[item.tensor]],
-                Box(item.offset, item.shape),
-                item.checksum,
-            )
-            for item in self.plan.items
-        ]
-
-
-def _part_of(value: TensorValue, box: Box) -> torch.Tensor:
-    """This rank's memory of the elements of a box."""
-    tensor = value.tensor
-    if value.boxes != (box,) or tensor.shape != box.shape:  # seldom
-        block = value.block_with(box)
-        tensor = sub_tensor(block.tensor, box, block.box)
-    return tensor.detach() if tensor.requires_grad else tensor
+        places, cut, counter = [], [], None
+        for number, item in enumerate(self.plan.items):
+            value, box, key = held[item.tensor], Box(item.offset, item.shape), keys[item.tensor]
+            offset = offsets[variables[item.tensor]]
+            places.append(Place(key, offset, value.global_shape, box, item.checksum, value.tensor.dtype))
+            if value.boxes != (box,):  # seldom
+                cut.append(_Source(number, item.tensor, box))
+            if key == COUNTER_KEY:
+                counter = number
+        return _Writes(Packing.of(places), [item.tensor for item in self.plan.items], cut, counter)

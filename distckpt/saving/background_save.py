@@ -29,7 +29,6 @@ from distckpt.log import log
 from distckpt.request import Attempt
 from distckpt.saving.draft import Draft, NewFile, log_saved
 from distckpt.saving.writer import Destination, Rest, write_aggregated, write_alone
-from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.snapshot import Snapshot
 from distckpt.timing import DURABLE_SAVE_STEPS, Timing
 
@@ -122,7 +121,7 @@ class BackgroundSave:
     def _write(self) -> bool:
         try:
             if self._begun.error is None:
-                rest = self._rest or Rest(self._snapshot.jobs(), ChecksumLog())
+                rest = self._rest or Rest.all_of(self._snapshot.jobs())
                 write_alone(self._destination, rest)
         finally:
             self._rest = None

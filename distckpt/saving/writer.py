@@ -10,7 +10,7 @@ whatever happens; close on all ranks, always; agree; gather the times; rank 0 wr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from distckpt.request import Attempt
 from distckpt.saving.draft import NewFile
 from distckpt.storage import mpio
 from distckpt.storage.checksum import ChecksumLog
+from distckpt.storage.packing import Bundle, Jobs, write_bundles
 from distckpt.storage.rawio import fsync, open_shared
-from distckpt.storage.transfer import WriteJob
+from distckpt.storage.transfer import Progress, WriteJob
 from distckpt.storage.writing import write_posix
 from distckpt.timing import SAVE_STEPS, Timer
 
@@ -53,7 +54,7 @@ class Destination(NamedTuple):
 def write_shards(
     coordinator: Coordinator,
     destination: Destination,
-    plan_jobs: Callable[[], list[WriteJob]],
+    plan_jobs: Callable[[], Jobs],
     seal: Callable[[], None],
 ) -> None:
     """Write this rank's shards and checksums, and make them durable. Collective over the communicator.
@@ -71,7 +72,7 @@ def write_shards(
     try:
         with coordinator.step("open"), timer.step("open"):
             fd = destination.open()
-            work = _Work(coordinator, destination, fd, plan_jobs())
+            work = _Work.begin(coordinator, destination, fd, plan_jobs())
         work = work.after_aggregation().after_exchange()
         if destination.file.transport == "mpio":
             work.write_mpio()
@@ -92,17 +93,22 @@ class Rest(NamedTuple):
     """What a rank writes alone in the background.
 
     Attributes:
-        jobs: What it writes.
-        log: Checksums of its parts that were aggregated.
+        jobs: What it writes, and what was aggregated.
+        bundles: The bundles of it that were not aggregated.
+        log: Checksums of what was aggregated.
     """
 
-    jobs: list[WriteJob]
+    jobs: Jobs
+    bundles: Sequence[Bundle]
     log: ChecksumLog
 
+    @classmethod
+    def all_of(cls, jobs: Jobs) -> Rest:
+        """Where nothing was aggregated."""
+        return cls(jobs, list(jobs.packing.bundles.values()), ChecksumLog())
 
-def write_aggregated(
-    coordinator: Coordinator, destination: Destination, take_jobs: Callable[[], list[WriteJob]]
-) -> Rest:
+
+def write_aggregated(coordinator: Coordinator, destination: Destination, take_jobs: Callable[[], Jobs]) -> Rest:
     """Write the aggregated small variables, with all other ranks. Collective; any thread.
 
     Args:
@@ -123,13 +129,13 @@ def write_aggregated(
             jobs = take_jobs()
         with destination.timer.step("exchange"):
             wanted = log if destination.options.checksums else None
-            rest = destination.aggregation.write(coordinator, fd, destination.file.nbytes, jobs, wanted)
+            bundles = destination.aggregation.write(coordinator, fd, destination.file.nbytes, jobs, wanted)
         with coordinator.step("write"):
             closing, fd = fd, -1
             os.close(closing)  # network file systems report a full quota here at the latest
     finally:
         _close_after_failure(fd)
-    return Rest(rest, log)
+    return Rest(jobs, bundles, log)
 
 
 def write_alone(destination: Destination, rest: Rest) -> None:
@@ -147,8 +153,11 @@ def write_alone(destination: Destination, rest: Rest) -> None:
         fd = destination.open()
     try:
         with timer.step("write"):
-            checksums = write_posix(fd, rest.jobs, checksums=options.checksums)
+            jobs = rest.jobs
+            others = [jobs[index] for index in jobs.packing.others]
+            checksums = write_posix(fd, others, checksums=options.checksums)
             checksums.extend(rest.log)
+            write_bundles(fd, jobs, rest.bundles, checksums if options.checksums else None)
             checksums.write(fd, destination.file.checksums_offset)
         with timer.step("fsync"):
             if options.durable:
@@ -171,14 +180,26 @@ class _Work:
     """What this rank has still to write, and where.
 
     Attributes:
+        jobs: What this rank writes in this save.
+        bundles: Those of its bundles that are left.
+        others: Those of its jobs in no bundle that are left.
         exchanged: Checksums of what was written together with other ranks.
     """
 
     coordinator: Coordinator
     destination: Destination
     fd: int
-    jobs: list[WriteJob]
+    jobs: Jobs
+    bundles: Sequence[Bundle]
+    others: list[WriteJob]
     exchanged: ChecksumLog = field(default_factory=ChecksumLog)
+
+    @classmethod
+    def begin(cls, coordinator: Coordinator, destination: Destination, fd: int, jobs: Jobs) -> _Work:
+        """All of it: nothing has been written. Local."""
+        packing = jobs.packing
+        others = [jobs[index] for index in packing.others]
+        return cls(coordinator, destination, fd, jobs, list(packing.bundles.values()), others)
 
     @property
     def timer(self) -> Timer:
@@ -188,7 +209,7 @@ class _Work:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return sum(job.tensor.nbytes for job in self.jobs)
+        return sum(job.tensor.nbytes for job in self.others) + sum(bundle.nbytes for bundle in self.bundles)
 
     def after_aggregation(self) -> _Work:
         """Write the aggregated small variables, with all other ranks. Collective.
@@ -196,10 +217,10 @@ class _Work:
         Returns:
             What is left to this rank and those of its node.
         """
+        aggregation, file_nbytes = self.destination.aggregation, self.destination.file.nbytes
         with self.timer.step("exchange"):
-            file_nbytes = self.destination.file.nbytes
-            rest = self.destination.aggregation.write(self.coordinator, self.fd, file_nbytes, self.jobs, self._log)
-        return replace(self, jobs=rest)
+            bundles = aggregation.write(self.coordinator, self.fd, file_nbytes, self.jobs, self._log)
+        return replace(self, bundles=bundles)
 
     def after_exchange(self) -> _Work:
         """Write narrow strips that alternate with those of other ranks, with the ranks of the node. Collective.
@@ -209,10 +230,10 @@ class _Work:
         """
         node = self.coordinator.node
         with self.timer.step("exchange"):
-            rest = Attempt.of(lambda: write_together(node, self.fd, self.jobs, self._log))
+            rest = Attempt.of(lambda: write_together(node, self.fd, self.others, self._log))
         with self.coordinator.step("exchange"):
             rest.require()
-        return replace(self, jobs=rest.value)
+        return replace(self, others=rest.value)
 
     @property
     def _log(self) -> ChecksumLog | None:
@@ -226,9 +247,8 @@ class _Work:
             self.timer.step("write"),
             progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
         ):
-            checksums = write_posix(self.fd, self.jobs, checksums=self.destination.options.checksums, progress=progress)
-            checksums.extend(self.exchanged)
-            checksums.write(self.fd, self.destination.file.checksums_offset)
+            checksums = self.destination.options.checksums
+            self._finish(write_posix(self.fd, self.others, checksums=checksums, progress=progress), progress)
 
     def write_mpio(self) -> None:
         """Write through parallel HDF5. Collective.
@@ -238,7 +258,7 @@ class _Work:
         """
         coordinator, timeout = self.coordinator, self.destination.options.timeout
         with coordinator.step("divide"), self.timer.step("write"):
-            pieces = mpio.split_pieces(self.jobs)
+            pieces = mpio.split_pieces(self.others)
         n_calls = self._count_collective_calls(len(pieces.large))
         communicator = coordinator.communicator
         with coordinator.watchdog("open parallel HDF5", timeout):
@@ -287,6 +307,11 @@ class _Work:
                 n_collective_calls=n_calls,
                 progress=progress,
             )
-        checksums.extend(self.exchanged)
-        checksums.write(self.fd, self.destination.file.checksums_offset)
+            self._finish(checksums, progress)
         return True
+
+    def _finish(self, checksums: ChecksumLog, progress: Progress | None) -> None:
+        """Write the small parts that are left, and all checksums. Local."""
+        checksums.extend(self.exchanged)
+        write_bundles(self.fd, self.jobs, self.bundles, None if self._log is None else checksums, progress)
+        checksums.write(self.fd, self.destination.file.checksums_offset)

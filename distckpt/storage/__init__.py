@@ -14,6 +14,7 @@ Names, the file, and what writing and reading share:
 Data:
 
     writing, mpio                  write pieces, with `pwrite` or through parallel HDF5
+    packing                        write small variables, many at a time
     reading, filling, verify       read boxes into tensors, or only to compare their checksums
     parallel_reading, threads      the same with several threads
     units, piece_checks            read or write what ranks exchange

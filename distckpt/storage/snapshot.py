@@ -12,17 +12,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import torch
 
 from distckpt.device import Copy, DeviceCopies, gpu_of
+from distckpt.storage.packing import Bundle, LiveJobs, Packing, Row
 from distckpt.storage.staging import HostBuffer, HostBuffers
 from distckpt.storage.transfer import WriteJob
-from distckpt.tensor_bytes import copy_bits, is_packed
+from distckpt.tensor_bytes import bytes_of, copy_bits, is_packed, join
 from distckpt.words import listing
 
-#: Copies begin at multiples of this, in bytes.
-_ALIGNMENT = 64
 #: Bytes that one thread copies at a time when several threads share the copying.
 _SHARED_NBYTES = 16 << 20
 #: Tensors of at least this many bytes are copied by torch, whose threads are then worth starting.
@@ -64,12 +62,12 @@ class Snapshot:
     """
 
     def __init__(
-        self, jobs: Sequence[WriteJob], later: Sequence[bool], watch: Watch, buffers: HostBuffers, limit: int | None
+        self, jobs: LiveJobs, later: Sequence[bool], watch: Watch, buffers: HostBuffers, limit: int | None
     ) -> None:
         """Copy the tensors that must be copied at once. Local; may wait for memory.
 
         Args:
-            jobs: The write jobs of this rank, with live tensors.
+            jobs: The write jobs of this rank.
             later: For each job, whether it can be copied later.
             watch: Finds changes of the tensors to be copied later.
             buffers: Source of the memory.
@@ -78,16 +76,16 @@ class Snapshot:
         Raises:
             MemoryError: The limit is below the bytes needed.
         """
-        self._live = list(jobs)
-        self._sizes = [job.tensor.nbytes for job in jobs]
-        self._starts, self.nbytes = _places(self._sizes)
+        self._live: LiveJobs | None = jobs
+        self.nbytes = jobs.packing.nbytes
         self._buffers = buffers
         self._buffer: HostBuffer | None = buffers.take(self.nbytes, limit) if self.nbytes else None
         try:
-            self._gpus = [gpu_of(job.tensor) for job in jobs]
+            self._gpus = list(map(gpu_of, jobs.tensors))
             self._copies = self._device_copies()
-            self._copy_now([index for index, deferred in enumerate(later) if not deferred])
-            self._later = _SharedWork(self._parts([index for index, deferred in enumerate(later) if deferred]), watch)
+            now, deferred = self._divide(jobs.packing, later)
+            self._copy_now(now)
+            self._later = _SharedWork(self._parts(deferred), watch)
         except BaseException:
             self.release()
             raise
@@ -101,72 +99,100 @@ class Snapshot:
         """Make the remaining copies, together with other threads that call this; returns when all are made."""
         self._later.run()
 
-    def jobs(self) -> list[WriteJob]:
+    def jobs(self) -> CopiedJobs:
         """The write jobs, with the copies as tensors. The snapshot must be complete.
 
         Raises:
             RuntimeError: A tensor was changed before it was copied; names it.
         """
         self._later.require()
-        return [msgspec.structs.replace(job, tensor=self._room(index)) for index, job in enumerate(self._live)]
+        return CopiedJobs(self._jobs, self._buffer)
 
     def release(self) -> None:
         """Give the memory back; the jobs must not be used any more. May be called again."""
         buffer, self._buffer = self._buffer, None
-        self._live = []
+        self._live = None
         if buffer is not None:
             self._buffers.give_back(buffer)
+
+    @property
+    def _jobs(self) -> LiveJobs:
+        assert self._live is not None, "not released"
+        return self._live
+
+    def _divide(self, packing: Packing, later: Sequence[bool]) -> tuple[_Share, _Share]:
+        """What is copied now, and what later. Rows on the CPU that belong together are copied in one call."""
+        now, deferred = _Share(), _Share()
+        alone = list(packing.others)
+        for bundle in packing.bundles.values():
+            for row in bundle.rows:
+                times = {later[job] for job in row.jobs}
+                if len(times) == 1 and not any(map(self._gpus.__getitem__, row.jobs)):
+                    (deferred if times.pop() else now).rows.append((bundle.start, row))
+                else:
+                    alone += row.jobs
+        for job in alone:
+            (deferred if later[job] else now).jobs.append(job)
+        return now, deferred
 
     # ---- one copy ----
 
     def _room(self, index: int) -> torch.Tensor:
         """The copy of a job's tensor."""
-        tensor = self._live[index].tensor
-        return tensor if self._buffer is None else self._buffer.memory.room(tensor, self._starts[index])
+        return _room(self._jobs, self._buffer, index)
 
-    def _copy_now(self, indices: Sequence[int]) -> None:
+    def _copy_now(self, share: _Share) -> None:
         """Copy tensors; those on the CPU while GPUs copy theirs."""
         try:
-            self._start_from_gpus(indices)
-            for index in indices:
+            self._start_from_gpus(share.jobs)
+            for start, row in share.rows:
+                self._copy_row(start, row)
+            for index in share.jobs:
                 if self._gpus[index] is None:
                     self._copy_from_host(index)
         finally:
             self._copies.finish()  # also after a failure, which gives back the memory that GPUs copy into
 
+    def _copy_row(self, start: int, row: Row) -> None:
+        assert self._buffer is not None, "there are bytes"
+        tensors = self._jobs.tensors
+        join(row.within(self._buffer.memory.data[start:]), [tensors[job] for job in row.jobs])
+
     def _copy_from_host(self, index: int) -> None:
-        tensor, nbytes = self._live[index].tensor, self._sizes[index]
-        if nbytes < _LARGE_NBYTES and is_packed(tensor):
-            self._move(index, 0, nbytes)
+        tensor = self._jobs.tensor(index)
+        if tensor.nbytes < _LARGE_NBYTES and is_packed(tensor):
+            self._move(index, tensor, 0, tensor.nbytes)
         else:
             copy_bits(self._room(index), tensor)
 
-    def _parts(self, indices: Sequence[int]) -> list[Callable[[], object]]:
+    def _parts(self, share: _Share) -> list[Callable[[], object]]:
         """Divide copies among threads: all from GPUs are one part; of the others, large ones are cut into several."""
         parts: list[Callable[[], object]] = []
-        if any(self._gpus[index] is not None for index in indices):
-            parts.append(functools.partial(self._copy_from_gpus, indices))
-        for index in indices:
+        if any(self._gpus[index] is not None for index in share.jobs):
+            parts.append(functools.partial(self._copy_from_gpus, share.jobs))
+        parts += [functools.partial(self._copy_row, start, row) for start, row in share.rows]
+        for index in share.jobs:
             if self._gpus[index] is None:
-                nbytes = self._sizes[index]
-                divided = nbytes > _SHARED_NBYTES and is_packed(self._live[index].tensor)
+                tensor = self._jobs.tensors[index]
+                nbytes = tensor.nbytes
+                divided = nbytes > _SHARED_NBYTES and is_packed(tensor)
                 step = _SHARED_NBYTES if divided else max(nbytes, 1)
                 parts += [functools.partial(self._copy_part, index, start, step) for start in range(0, nbytes, step)]
         return parts
 
     def _copy_part(self, index: int, start: int, nbytes: int) -> None:
-        tensor = self._live[index].tensor
+        tensor = self._jobs.tensor(index)
         if is_packed(tensor):
-            self._move(index, start, min(nbytes, self._sizes[index] - start))
+            self._move(index, tensor, start, min(nbytes, tensor.nbytes - start))
         else:
             copy_bits(self._room(index), tensor)
 
-    def _move(self, index: int, start: int, nbytes: int) -> None:
+    def _move(self, index: int, tensor: torch.Tensor, start: int, nbytes: int) -> None:
         """Copy bytes of a packed tensor without torch, whose call takes longer than a small copy and starts threads."""
         if nbytes:
             assert self._buffer is not None, "there are bytes"
-            target = self._buffer.address + self._starts[index] + start
-            ctypes.memmove(target, self._live[index].tensor.data_ptr() + start, nbytes)
+            target = self._buffer.address + self._jobs.packing.starts[index] + start
+            ctypes.memmove(target, tensor.data_ptr() + start, nbytes)
 
     # ---- GPUs ----
 
@@ -180,7 +206,7 @@ class Snapshot:
     def _start_from_gpus(self, indices: Sequence[int]) -> None:
         """Start to copy the tensors that are on GPUs."""
         self._copies.start(
-            Copy(gpu, self._room(index), self._live[index].tensor)
+            Copy(gpu, self._room(index), self._jobs.tensor(index))
             for index in indices
             if (gpu := self._gpus[index]) is not None
         )
@@ -192,13 +218,41 @@ class Snapshot:
             self._copies.finish()
 
 
-def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Positions of the copies in the buffer, and its size, in bytes."""
-    starts, stop = [], 0
-    for nbytes in sizes:
-        starts.append(stop)
-        stop += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    return starts, stop
+def _room(jobs: LiveJobs, buffer: HostBuffer | None, index: int) -> torch.Tensor:
+    """The place of a job's tensor in the buffer; there is none if all tensors are empty."""
+    tensor = jobs.tensor(index)
+    return tensor if buffer is None else buffer.memory.room(tensor, jobs.packing.starts[index])
+
+
+class CopiedJobs:
+    """Write jobs of copies in a buffer, see `storage.packing.Jobs`."""
+
+    def __init__(self, live: LiveJobs, buffer: HostBuffer | None) -> None:
+        self.packing = live.packing
+        self._live = live
+        self._buffer = buffer
+
+    def __getitem__(self, index: int, /) -> WriteJob:
+        """See `Jobs`."""
+        return self.packing.places[index].job(_room(self._live, self._buffer, index))
+
+    def packed(self, bundle: Bundle, room: torch.Tensor) -> memoryview:
+        """See `Jobs`: the copies lie as in the bundle."""
+        assert self._buffer is not None, "there are bytes"
+        return bytes_of(self._buffer.memory.data[bundle.start : bundle.start + bundle.nbytes])
+
+
+@dataclass(slots=True)
+class _Share:
+    """Copies that are made together.
+
+    Attributes:
+        rows: Position in the buffer of a bundle, and one of its rows, all on the CPU.
+        jobs: Indices of the jobs whose tensors are copied one by one.
+    """
+
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    jobs: list[int] = field(default_factory=list)
 
 
 # ---- copies that are made later ----------------------------------------------------------------------------------

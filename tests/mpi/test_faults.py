@@ -36,7 +36,7 @@ from distckpt.coordination import coordinator
 from distckpt.errors import CollectiveError, RankTimeoutError
 from distckpt.exchange import aggregation, taking
 from distckpt.saving.agreed_layout import AgreedLayout
-from distckpt.storage import checksum, creation, hdf5, manifest, mpio, rawio, skeleton, state, units
+from distckpt.storage import checksum, creation, hdf5, manifest, mpio, packing, rawio, skeleton, state, units
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.verify import verify_file
 
@@ -90,19 +90,23 @@ class Program:
             small=self.small,
             rows=ShardedVariable(rows, (2 * comm.size, 3), (2 * comm.rank, 0)),
             columns=ShardedVariable(rows.clone(), (2, 3 * comm.size), (0, 3 * comm.rank)),
+            large=ShardedVariable(torch.full((1, 9000), float(seed)), (comm.size, 9000), (comm.rank, 0)),
             step=seed,
         )
 
     def train(self) -> None:
         """Changes values, not the layout."""
         self.optimizer.step()
-        self.checkpoint.rows.tensor += 1
-        self.checkpoint.columns.tensor += 1
+        for shard in self.shards():
+            shard.tensor += 1
         self.checkpoint.step += 1
+
+    def shards(self) -> list[ShardedVariable]:
+        return [self.checkpoint.rows, self.checkpoint.columns, self.checkpoint.large]
 
     def values(self) -> list[object]:
         slots = [slot["momentum_buffer"] for slot in self.optimizer.state.values()]
-        sharded = [shard.tensor for shard in (self.checkpoint.rows, self.checkpoint.columns, *self.small)]
+        sharded = [shard.tensor for shard in (*self.shards(), *self.small)]
         tensors = [*self.model.parameters(), *slots, self.meter.values, *sharded]
         return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.checkpoint.step]
 
@@ -246,13 +250,13 @@ SAVE_FAULTS = [
     Fault("share", coordinator, "_array_type", ROOT, layouts=NEW),
     Fault("open", distckpt.saving.writer, "open_shared", EVERY),
     Fault("open", AgreedLayout, "jobs", EVERY, transports=BOTH),
-    Fault("aggregate", aggregation, "_small_parts", EVERY, layouts=NEW),
+    Fault("open", packing, "_small_parts", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "aggregators", EVERY, layouts=NEW),
     Fault("aggregate", aggregation, "_own", EVERY, layouts=NEW, n_small=MANY),
     Fault("aggregate", aggregation, "_decode", EVERY, layouts=NEW, n_small=MANY),
     Fault("aggregate", aggregation.Assembly, "of", ROOT, layouts=NEW, n_small=MANY),
     Fault("aggregate", aggregation, "_Writing", EVERY, transports=BOTH, n_small=MANY),
-    Fault("aggregate", aggregation, "digest", EVERY, n_small=MANY),
+    Fault("aggregate", packing, "digest", EVERY, n_small=MANY),
     Fault("aggregate", aggregation.Assembly, "put_together", ROOT, transports=BOTH, n_small=MANY),
     Fault("exchange", distckpt.exchange.writing, "_is_narrow", EVERY, transports=BOTH),
     Fault("exchange", distckpt.exchange.writing, "_encode_boxes", EVERY),
@@ -265,6 +269,7 @@ SAVE_FAULTS = [
     Fault("divide", mpio, "split_pieces", EVERY, transports=("mpio",)),
     Fault("open parallel HDF5", mpio, "ParallelFile", EVERY, transports=("mpio",), together=True),
     Fault("write", rawio, "write_vector", EVERY),
+    Fault("write", packing, "write_runs", EVERY, transports=BOTH),
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",)),
     Fault("open parallel HDF5", mpio.ParallelFile, "prepare_collective", EVERY, transports=("mpio",), collective=True),
     Fault("write", mpio._Transfer, "_open", EVERY, transports=("mpio",), collective=True),

@@ -32,7 +32,7 @@ from distckpt.errors import CollectiveError, LayoutError
 from distckpt.exchange import aggregation
 from distckpt.saving.agreed_layout import AgreedLayout
 from distckpt.saving.background_save import BackgroundSave
-from distckpt.storage import creation, rawio
+from distckpt.storage import creation, packing
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.verify import verify_file
@@ -285,12 +285,12 @@ FAULTS = [
     Fault("stage", distckpt.saving.saver.HostBuffers, "take", EVERY),
     Fault("write", distckpt.saving.background_save.Snapshot, "jobs", EVERY),
     Fault("write", distckpt.saving.writer, "open_shared", EVERY),
-    Fault("write", rawio, "write_vector", EVERY),
+    Fault("write", packing, "write_runs", EVERY),
     Fault("write", ChecksumLog, "write", EVERY),
     Fault("write", distckpt.saving.writer, "fsync", EVERY),
     Fault("write", distckpt.saving.writer, "open_shared", EVERY, MANY),
     Fault("aggregate", aggregation, "_Writing", EVERY, MANY),
-    Fault("aggregate", aggregation, "digest", EVERY, MANY),
+    Fault("aggregate", packing, "digest", EVERY, MANY),
     Fault("aggregate", aggregation.Assembly, "put_together", ROOT, MANY),
     Fault("commit", distckpt.saving.draft, "write_manifest", ROOT),
     Fault("commit", distckpt.saving.draft, "fsync", ROOT),

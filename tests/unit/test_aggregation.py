@@ -18,6 +18,7 @@ from distckpt.layout.aggregation import (
     SmallParts,
     aggregators,
     count_bins,
+    rounds_of,
 )
 
 
@@ -51,12 +52,13 @@ def test_a_bin_is_put_together_in_file_order_and_its_gaps_stay_out(by_rank: list
     sent = [content[start : start + size] for parts in by_rank for start, size in parts]
     assembly = Assembly.of([Extents.decode(memoryview(extents(parts).encode())) for parts in by_rank])
     assert assembly.lengths == [sum(size for _, size in parts) for parts in by_rank]
-    memory = np.full(assembly.nbytes, 255, np.uint8)
-    assembly.put_together(np.concatenate(sent), memory)
-    file = np.zeros_like(content)
-    for position, nbytes in assembly.runs:
-        assert file[assembly.start + position - 1] == 0 or assembly.start + position == 0, "runs that touch are one"
-        file[assembly.start + position : assembly.start + position + nbytes] = memory[position : position + nbytes]
+    ordered = assembly.put_together(np.concatenate(sent), np.full(assembly.nbytes, 255, np.uint8))
+    file, position = np.zeros_like(content), 0
+    for offset, nbytes in assembly.runs:
+        assert file[offset - 1] == 0 or offset == 0, "runs that touch are one"
+        file[offset : offset + nbytes] = ordered[position : position + nbytes]
+        position += nbytes
+    assert position == assembly.nbytes
     assert np.array_equal(file, expected)
 
 
@@ -89,3 +91,12 @@ def test_bins_and_their_aggregators() -> None:
     assert aggregators(3, 6) == [0, 2, 4]
     assert aggregators(4, 2) == [0, 0, 1, 1]
     assert aggregators(0, 2) == []
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_in_each_round_a_rank_writes_at_most_one_bin(n_bins: int, n_ranks: int) -> None:
+    roots = aggregators(n_bins, n_ranks)
+    rounds = rounds_of(roots)
+    assert sorted(number for numbers in rounds for number in numbers) == list(range(n_bins))
+    assert all(len({roots[number] for number in numbers}) == len(numbers) for numbers in rounds)
+    assert len(rounds) == -(-n_bins // n_ranks)

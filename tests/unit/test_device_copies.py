@@ -17,6 +17,7 @@ from distckpt.graph.fingerprint import fingerprint, fingerprints
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
 from distckpt.storage import filling, hdf5, rawio
 from distckpt.storage.checksum import digest
+from distckpt.storage.packing import LiveJobs
 from distckpt.storage.reading import read, read_through_hdf5
 from distckpt.storage.room import Arrivals, Departing, Departures
 from distckpt.storage.snapshot import Snapshot, Watch
@@ -364,10 +365,12 @@ def assert_copied(copied: Snapshot, tensors: list[torch.Tensor], expected: list[
     """The copies hold what was there, in memory of their own, though the tensors have changed."""
     for tensor in tensors:
         tensor.zero_()
-    for job, value, tensor in zip(copied.jobs(), expected, tensors, strict=True):
-        assert job.tensor.is_contiguous()
-        assert torch.equal(job.tensor, value)
-        assert not tensor.numel() or job.tensor.data_ptr() != tensor.data_ptr()
+    jobs = copied.jobs()
+    for number, (value, tensor) in enumerate(zip(expected, tensors, strict=True)):
+        copy = jobs[number].tensor
+        assert copy.is_contiguous()
+        assert torch.equal(copy, value)
+        assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()
 
 
 def test_a_snapshot_copies_from_all_gpus_while_the_cpu_copies(
@@ -382,7 +385,7 @@ def test_a_snapshot_copies_from_all_gpus_while_the_cpu_copies(
         Snapshot, "_copy_from_host", lambda self, index: (machine.log.append("copy"), copy(self, index))
     )
     expected = expected_copies(tensors)
-    copied = Snapshot(write_jobs(tensors), [False] * len(tensors), Watch(), HostBuffers(), None)
+    copied = Snapshot(LiveJobs.of(write_jobs(tensors)), [False] * len(tensors), Watch(), HostBuffers(), None)
     assert copied.is_complete
     assert [entry for entry, _ in itertools.groupby(machine.log)] == [
         "pin", "start 0", "start 1", "copy", "wait 0", "wait 1",
@@ -397,7 +400,7 @@ def test_a_snapshot_made_later_starts_all_copies_at_once_and_sees_nothing_newer(
         if number % 3:
             machine.put(tensor, number % 2)
     expected = expected_copies(tensors)
-    copied = Snapshot(write_jobs(tensors), [True] * len(tensors), Watch(), HostBuffers(), None)
+    copied = Snapshot(LiveJobs.of(write_jobs(tensors)), [True] * len(tensors), Watch(), HostBuffers(), None)
     assert not copied.is_complete
     assert (machine.log, machine.n_follows) == (["pin"], 2)
     copied.complete()
@@ -411,7 +414,7 @@ def test_memory_is_given_back_when_no_gpu_copies_into_it_any_more(machine: Machi
     machine.fails_at = 1
     buffers = HostBuffers()
     tensors = [machine.put(torch.randn(9), number) for number in range(2)]
-    arguments = write_jobs(tensors), [deferred] * 2, Watch(), buffers, None
+    arguments = LiveJobs.of(write_jobs(tensors)), [deferred] * 2, Watch(), buffers, None
     if deferred:
         copied = Snapshot(*arguments)
         copied.complete()

@@ -21,6 +21,7 @@ from distckpt.coordination.coordinator import Coordinator
 from distckpt.layout.box import Box
 from distckpt.saving.background_save import BackgroundSave
 from distckpt.storage.hdf5 import open_checkpoint
+from distckpt.storage.packing import LiveJobs
 from distckpt.storage.snapshot import Snapshot, Watch, _SharedWork
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob
@@ -319,13 +320,13 @@ def test_memory_is_given_back_after_the_copies_into_it_when_one_fails(monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("an earlier kernel has failed")
 
-    monkeypatch.setattr("distckpt.storage.snapshot.copy_bits", broken)
+    monkeypatch.setattr("distckpt.storage.snapshot.join", broken)
     monkeypatch.setattr("distckpt.storage.snapshot.DeviceCopies.finish", lambda _: order.append("wait"))
     monkeypatch.setattr(HostBuffers, "give_back", lambda _, buffer: (order.append("give back"), give_back(buffer)))
     tensor = torch.randn(3, 4).t()
     job = WriteJob("t", 0, (4, 3), Box.whole((4, 3)), tensor, 0)
     with pytest.raises(RuntimeError, match="an earlier kernel"):
-        Snapshot([job], [False], Watch(), buffers, None)
+        Snapshot(LiveJobs.of([job]), [False], Watch(), buffers, None)
     assert order == ["wait", "give back"]
 
 
@@ -333,7 +334,7 @@ def test_a_snapshot_that_copies_nothing_later_keeps_no_tensor_alive() -> None:
     """As on a rank whose replicas others write: it watches all of them, and the handle keeps the snapshot."""
     replica, watch = torch.randn(3), Watch()
     watch.add("replica", replica)
-    snapshot = Snapshot([], [], watch, HostBuffers(), None)
+    snapshot = Snapshot(LiveJobs.of([]), [], watch, HostBuffers(), None)
     gone = weakref.ref(replica)
     del replica, watch
     assert snapshot.is_complete
@@ -346,7 +347,7 @@ def test_threads_share_the_copies() -> None:
         WriteJob(f"t{n}", 0, tuple(tensor.shape), Box.whole(tuple(tensor.shape)), tensor, 0)
         for n, tensor in enumerate(tensors)
     ]
-    snapshot = Snapshot(jobs, [True] * len(jobs), Watch(), HostBuffers(), None)
+    snapshot = Snapshot(LiveJobs.of(jobs), [True] * len(jobs), Watch(), HostBuffers(), None)
     assert not snapshot.is_complete
     threads = [threading.Thread(target=snapshot.complete) for _ in range(4)]
     for thread in threads:
@@ -354,9 +355,10 @@ def test_threads_share_the_copies() -> None:
     for thread in threads:
         thread.join()
     assert snapshot.is_complete
-    for job, tensor in zip(snapshot.jobs(), tensors, strict=True):
-        assert torch.equal(job.tensor, tensor)
-        assert not tensor.numel() or job.tensor.data_ptr() != tensor.data_ptr()
+    copied = snapshot.jobs()
+    for number, tensor in enumerate(tensors):
+        assert torch.equal(copied[number].tensor, tensor)
+        assert not tensor.numel() or copied[number].tensor.data_ptr() != tensor.data_ptr()
 
 
 def test_a_forked_process_waits_for_no_copy_of_its_parent(gate: threading.Event, path: str) -> None:

@@ -321,7 +321,7 @@ def test_a_save_in_the_background_tells_its_timing(
 def test_the_copy_that_an_overlapped_save_makes_later_is_staging(
     path: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = torch.nn.Linear(30, 40, bias=False)
+    model = torch.nn.Linear(300, 400, bias=False)
     saved = Checkpoint(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     monkeypatch.setattr(
         distckpt.saving.background_save.Snapshot,

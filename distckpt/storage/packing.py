@@ -1,0 +1,346 @@
+"""Packing: the small parts that a rank writes are copied together and written as a few long ranges.
+
+A model may have a hundred thousand biases, norms and step counters. With a write job, a copy and an entry in a list of
+buffers for each, Python would take several times as long as the disk. So what does not change from save to save is
+worked out once per layout (`Packing`): the small parts of a bin of the file (see `layout.aggregation`) form a bundle,
+in which parts of one dtype are neighbours, so that torch copies a row of them in one call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from distckpt.device import gpu_of
+from distckpt.layout.aggregation import SMALL_NBYTES, Assembly, Extents, SmallParts
+from distckpt.layout.box import Box, Shape, first_element, is_contiguous
+from distckpt.storage import rawio
+from distckpt.storage.checksum import ChecksumLog, digest
+from distckpt.storage.transfer import Progress, WriteJob
+from distckpt.storage.writing import PieceBytes, pieces_of
+from distckpt.tensor_bytes import bytes_of, join
+
+#: Bundles, and the boxes that are in none, begin at multiples of this in memory. In bytes.
+_ALIGNMENT = 64
+#: A row has fewer elements than this: torch copies more of them with threads, which takes longer than copying them.
+_ROW_NUMEL = 1 << 15
+
+
+class Place(NamedTuple):
+    """Where a box goes, in all saves of a layout: a `WriteJob` without the tensor.
+
+    Attributes:
+        key: Checkpoint key.
+        dataset_offset: Position of the dataset in the file, in bytes.
+        global_shape: Shape of the dataset.
+        box: The box, in coordinates of the dataset.
+        checksum: Index of the checksum of its first piece.
+        dtype: Type of the elements.
+    """
+
+    key: str
+    dataset_offset: int
+    global_shape: Shape
+    box: Box
+    checksum: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, job: WriteJob) -> Place:
+        """Of a job."""
+        return cls(job.key, job.dataset_offset, job.global_shape, job.box, job.checksum, job.tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the box in bytes."""
+        return self.box.numel * self.dtype.itemsize
+
+    @property
+    def file_offset(self) -> int:
+        """Position of the first byte in the file."""
+        return self.dataset_offset + first_element(self.box, self.global_shape) * self.dtype.itemsize
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is one range of bytes of a small variable: small ones lie next to each other in the file."""
+        nbytes = math.prod(self.global_shape) * self.dtype.itemsize
+        return 0 < nbytes < SMALL_NBYTES and self.box.numel > 0 and is_contiguous(self.box, self.global_shape)
+
+    def job(self, tensor: torch.Tensor) -> WriteJob:
+        """The job that writes a tensor there."""
+        return WriteJob(self.key, self.dataset_offset, self.global_shape, self.box, tensor, self.checksum)
+
+
+class Row(NamedTuple):
+    """Parts of one dtype that lie one after the other in a bundle, copied in one call.
+
+    Attributes:
+        jobs: Index of the job of each part.
+        dtype: Type of their elements.
+        start: Position of the first byte in the bundle; a multiple of the size of an element.
+        numel: Number of elements.
+    """
+
+    jobs: list[int]
+    dtype: torch.dtype
+    start: int
+    numel: int
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """Its elements in the memory of the bundle, a tensor of uint8."""
+        return memory[self.start : self.start + self.numel * self.dtype.itemsize].view(self.dtype)
+
+
+class Bundle(NamedTuple):
+    """The small parts of a bin that this rank writes, one after the other.
+
+    Attributes:
+        rows: The parts.
+        extents: Their places in the file.
+        checksums: Indices of their checksums.
+        start: Position of the first byte in a memory that holds all that this rank writes.
+    """
+
+    rows: list[Row]
+    extents: Extents
+    checksums: list[int]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(self.extents.sizes.sum())
+
+    def name(self, packing: Packing) -> str:
+        """Describes the bin in an error; other ranks may have further parts of it, whose keys are not known here."""
+        if not self.rows:
+            return "small variables"
+        jobs = [job for row in self.rows for job in row.jobs]
+        first = packing.places[jobs[int(self.extents.starts.argmin())]]
+        return f"{first.key} and other small variables"
+
+    def log(self, packed: memoryview, log: ChecksumLog) -> None:
+        """Log the checksums of the parts, which are in `packed`."""
+        stops = self.extents.sizes.cumsum()
+        starts = (stops - self.extents.sizes).tolist()
+        values = [digest(packed[start:stop]) for start, stop in zip(starts, stops.tolist(), strict=True)]
+        log.extend(ChecksumLog(self.checksums, values))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """What a rank writes in all saves of a layout, in file order, and how it is placed in one memory.
+
+    Attributes:
+        places: Where each box goes.
+        parts: The small parts, bundle after bundle.
+        bundles: Index of a bin to this rank's small parts of it, ascending.
+        others: Indices of the boxes that are in no bundle.
+        starts: Position of each box in the memory, in bytes.
+        nbytes: Size of the memory, in bytes.
+    """
+
+    places: list[Place]
+    parts: SmallParts
+    bundles: dict[int, Bundle]
+    others: list[int]
+    starts: list[int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, places: list[Place]) -> Packing:
+        """Plan it, for what a rank writes in file order."""
+        order, parts = _small_parts(places)
+        others = sorted(set(range(len(places))).difference(order))
+        starts, stop, bundles = np.zeros(len(places), np.int64), 0, {}
+        for number in np.unique(parts.bins).tolist():
+            which = parts.within(number)
+            extents = parts.extents.slice(which)
+            jobs = order[which]
+            bundles[number] = Bundle(_rows(places, jobs), extents, [places[job].checksum for job in jobs], stop)
+            ends = stop + extents.sizes.cumsum()
+            starts[jobs] = ends - extents.sizes
+            stop = _aligned(int(ends[-1]))
+        for job in others:
+            starts[job] = stop
+            stop += _aligned(places[job].nbytes)
+        return cls(places, parts, bundles, others, starts.tolist(), stop)
+
+    def bundle(self, number: int) -> Bundle:
+        """This rank's small parts of a bin; there may be none."""
+        none = np.zeros(0, np.int64)
+        return self.bundles.get(number) or Bundle([], Extents(none, none), [], 0)
+
+
+def _small_parts(places: Sequence[Place]) -> tuple[list[int], SmallParts]:
+    """Indices of the small boxes, and their parts: by bin; in a bin by dtype, the largest first, so all are aligned."""
+    found = [(index, place) for index, place in enumerate(places) if place.is_small]
+    dtypes = sorted({place.dtype for _, place in found}, key=lambda dtype: (-dtype.itemsize, str(dtype)))
+    rank_of = {dtype: rank for rank, dtype in enumerate(dtypes)}
+    columns = [
+        (index, place.dataset_offset, place.file_offset, place.nbytes, place.box.shape != place.global_shape)
+        for index, place in found
+    ]
+    indices, offsets, starts, sizes, is_shard = np.array(columns, np.int64).reshape(-1, 5).T
+    parts = SmallParts.of_variables(offsets, Extents(starts, sizes), is_shard.astype(np.bool_))
+    ranks = np.array([rank_of[place.dtype] for _, place in found], np.int64)
+    order = np.lexsort((starts, ranks, parts.bins))
+    return indices[order].tolist(), parts.take(order)
+
+
+def _rows(places: Sequence[Place], jobs: Sequence[int]) -> list[Row]:
+    """Divide a bundle into rows."""
+    rows: list[Row] = []
+    stop = 0
+    for dtype, members in itertools.groupby(jobs, key=lambda job: places[job].dtype):
+        row = Row([], dtype, stop, 0)
+        for job in members:
+            numel = places[job].box.numel
+            if row.numel + numel >= _ROW_NUMEL and row.jobs:
+                rows.append(row)
+                row = Row([], dtype, stop, 0)
+            row.jobs.append(job)
+            row = row._replace(numel=row.numel + numel)
+            stop += numel * dtype.itemsize
+        rows.append(row)
+    return rows
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+# ---- one save ----------------------------------------------------------------------------------------------------
+
+
+class Jobs(Protocol):
+    """What a rank writes in one save. Write jobs are made when they are asked for: small parts are packed without."""
+
+    @property
+    def packing(self) -> Packing:
+        """What is the same in all saves of the layout."""
+
+    def __getitem__(self, index: int, /) -> WriteJob:
+        """A job."""
+
+    def packed(self, bundle: Bundle, room: torch.Tensor) -> memoryview:
+        """The bytes of a bundle.
+
+        Args:
+            bundle: One of the packing.
+            room: Contiguous host memory of uint8, as long as the bundle, for the bytes unless they are packed already.
+        """
+
+
+class LiveJobs:
+    """Write jobs of live tensors.
+
+    Attributes:
+        packing: What is the same in all saves of the layout.
+        tensors: The elements of each box in row-major order; any shape, any strides, any device.
+    """
+
+    def __init__(self, packing: Packing, tensors: list[torch.Tensor]) -> None:
+        self.packing = packing
+        self.tensors = tensors
+
+    @classmethod
+    def of(cls, jobs: Sequence[WriteJob]) -> LiveJobs:
+        """Of jobs in file order."""
+        return cls(Packing.of([Place.of(job) for job in jobs]), [job.tensor for job in jobs])
+
+    def tensor(self, index: int) -> torch.Tensor:
+        """The elements of a box, in its shape."""
+        tensor, shape = self.tensors[index], self.packing.places[index].box.shape
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        return tensor if tensor.shape == shape else tensor.view(shape)
+
+    def __getitem__(self, index: int, /) -> WriteJob:
+        """See `Jobs`."""
+        return self.packing.places[index].job(self.tensor(index))
+
+    def packed(self, bundle: Bundle, room: torch.Tensor) -> memoryview:
+        """See `Jobs`."""
+        tensors, staged = self.tensors, []
+        for row in bundle.rows:
+            parts = [tensors[job] for job in row.jobs]
+            if any(map(gpu_of, parts)):
+                staged.append(row)
+            else:
+                join(row.within(room), parts)
+        if staged:
+            self._stage(staged, bytes_of(room))
+        return bytes_of(room)
+
+    def _stage(self, rows: Sequence[Row], room: memoryview) -> None:
+        """Pack rows that have parts on GPUs."""
+        source = PieceBytes(None)
+        places = itertools.chain.from_iterable(self._slices(row) for row in rows)
+        for batch in source.batches(pieces_of(self[job] for row in rows for job in row.jobs)):
+            for piece, place in zip(batch, places, strict=False):
+                if source.needs_flush(piece):
+                    source.flushed()
+                room[place] = source.get(piece)
+            source.flushed()
+
+    def _slices(self, row: Row) -> Iterator[slice]:
+        """The place of each part of a row in the bundle."""
+        start = row.start
+        for job in row.jobs:
+            stop = start + self.packing.places[job].nbytes
+            yield slice(start, stop)
+            start = stop
+
+
+def write_bundles(
+    fd: int, jobs: Jobs, bundles: Iterable[Bundle], log: ChecksumLog | None, progress: Progress | None = None
+) -> None:
+    """Write small parts of this rank. Local.
+
+    Args:
+        fd: Descriptor of the file.
+        jobs: What this rank writes.
+        bundles: Some of its bundles.
+        log: Receives the checksums; None computes none.
+        progress: Called with the number of bytes just written.
+    """
+    writeback = rawio.Writeback(fd)
+    for bundle in bundles:
+        packed = jobs.packed(bundle, torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu"))
+        if log is not None:
+            bundle.log(packed, log)
+        assembly = Assembly.of([bundle.extents])
+        ordered = assembly.put_together(np.frombuffer(packed, np.uint8), np.empty(bundle.nbytes, np.uint8))
+        write_runs(fd, assembly.runs, ordered, bundle.name(jobs.packing), writeback)
+        if progress is not None:
+            progress(bundle.nbytes)
+    writeback.flush()
+
+
+def write_runs(
+    fd: int, runs: Iterable[tuple[int, int]], data: np.ndarray, name: str, writeback: rawio.Writeback
+) -> None:
+    """Write runs of small parts. Local.
+
+    Args:
+        fd: Descriptor of the file.
+        runs: (position in the file, size) of each.
+        data: Their bytes, one after the other.
+        name: Describes the contents in an error.
+        writeback: Starts write-back of what is written.
+    """
+    start = 0
+    for offset, nbytes in runs:
+        try:
+            rawio.write_all(fd, data[start : start + nbytes].data, offset)
+        except OSError as error:
+            text = f"{error.strerror}: {name}, {nbytes} bytes at byte {offset} of the checkpoint"
+            raise OSError(error.errno, text) from error
+        writeback.add(offset, nbytes)
+        start += nbytes
