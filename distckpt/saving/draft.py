@@ -15,7 +15,7 @@ import msgspec
 from distckpt.log import log
 from distckpt.storage.commit import commit, discard
 from distckpt.storage.creation import create_like, write_manifest
-from distckpt.storage.manifest import with_timing
+from distckpt.storage.manifest import Unsealed, sealed
 from distckpt.storage.paths import Prefix, parse_numbered
 from distckpt.storage.rawio import fsync
 from distckpt.storage.skeleton import Skeleton
@@ -66,17 +66,17 @@ class Draft:
         self.temp_path = temp_path
         self.file: NewFile | None = None
         self.ended = False
-        self._manifest: tuple[Skeleton, bytes] | None = None  # where the manifest goes, and its bytes; None once sealed
+        self._manifest: tuple[Skeleton, Unsealed] | None = None  # where it goes, and what; None once sealed
         self._numbered = numbered
         self._finished: os.stat_result | None = None  # of the complete temporary file
 
-    def describe(self, file: NewFile, skeleton: Skeleton, manifest: bytes) -> None:
+    def describe(self, file: NewFile, skeleton: Skeleton, manifest: Unsealed) -> None:
         """Say what the file is, or will be.
 
         Args:
             file: What all ranks know of it.
             skeleton: All of it but the data and the manifest.
-            manifest: Encoded, without a timing; it fits.
+            manifest: The manifest, which fits.
         """
         self.file = file
         self._manifest = skeleton, manifest
@@ -101,7 +101,7 @@ class Draft:
         skeleton, manifest = self._manifest
         fd = os.open(self.temp_path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            write_manifest(fd, skeleton, with_timing(manifest, timing))
+            write_manifest(fd, skeleton, *sealed(manifest, timing))
             if durable:
                 fsync(fd)
         finally:

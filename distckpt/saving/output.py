@@ -92,14 +92,14 @@ class _Template:
         ]
         return cls(skeleton, manifests.encode_layout(msgspec.structs.replace(manifest, variables=variables)))
 
-    def encode(self, manifest: Manifest) -> bytes:
+    def encode(self, manifest: Manifest) -> manifests.Unsealed:
         """The manifest of one file, without a timing."""
         manifest = msgspec.structs.replace(manifest, file_nbytes=self.skeleton.file_nbytes)
-        return manifests.encode(manifest, self.layout)
+        return manifests.encode_unsealed(manifest, self.layout)
 
-    def fits(self, encoded: bytes) -> bool:
+    def fits(self, encoded: manifests.Unsealed) -> bool:
         """Whether the file has room for a manifest."""
-        return manifests.timed_nbytes(encoded) <= self.skeleton.manifest_capacity
+        return encoded.max_nbytes <= self.skeleton.manifest_capacity
 
 
 class Output:
@@ -161,8 +161,8 @@ class Output:
         temp = temp_path(name.final)
         self._draft = draft = Draft(temp, numbered=self._numbered)
         template = known = self._template
-        encoded = b"" if template is None else template.encode(manifest)
-        if template is None or not template.fits(encoded):
+        encoded = None if template is None else template.encode(manifest)
+        if template is None or encoded is None or not template.fits(encoded):
             template = self._template = self._make_first(temp, manifest)
             encoded = template.encode(manifest)
         fresh = template is not known

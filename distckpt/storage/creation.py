@@ -86,12 +86,20 @@ def rebuild(fd: int, skeleton: Skeleton) -> None:
         rawio.write_all(fd, memoryview(data), offset)
 
 
-def write_manifest(fd: int, skeleton: Skeleton, data: bytes) -> None:
-    """Write an encoded manifest into its dataset. Rank 0 only.
+def write_manifest(fd: int, skeleton: Skeleton, *parts: bytes) -> None:
+    """Write an encoded manifest into its dataset, which is padded with blanks. Rank 0 only.
+
+    Args:
+        fd: Descriptor of the file.
+        skeleton: Its skeleton.
+        parts: The manifest, at most `rawio.MAX_VECTORS - 1` parts.
 
     Raises:
         ValueError: It does not fit.
     """
-    if len(data) > skeleton.manifest_capacity:
-        raise ValueError(f"the manifest has {len(data)} bytes, its dataset {skeleton.manifest_capacity}")
-    rawio.write_all(fd, memoryview(data.ljust(skeleton.manifest_capacity)), skeleton.manifest_offset)
+    nbytes, capacity = sum(map(len, parts)), skeleton.manifest_capacity
+    if nbytes > capacity:
+        raise ValueError(f"the manifest has {nbytes} bytes, its dataset {capacity}")
+    rawio.write_vector(
+        fd, [memoryview(part) for part in (*parts, b" " * (capacity - nbytes))], skeleton.manifest_offset
+    )

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,7 +32,8 @@ _OFFSET_DIGITS = 16
 
 #: What is set aside for the timing, which is known only when the data are written. In bytes.
 _TIMING_NBYTES = 1024
-_WITHOUT_TIMING = b"null}"
+#: Length of the checksum at the front, in bytes.
+_SEAL_NBYTES = len('{"manifest_checksum":"0123456789abcdef",')
 
 #: An offset beyond the end of any file; an int64 holds its sum with the size of any variable.
 _MAX_OFFSET = 1 << 61
@@ -43,7 +44,7 @@ _CAPACITY_STEP = 4096
 _encoder = msgspec.json.Encoder()
 
 #: What the manifests of all files of a layout have in common, field by field: most of each.
-EncodedLayout = Mapping[str, msgspec.Raw]
+EncodedLayout = Mapping[str, bytes]
 
 
 class _Version(msgspec.Struct):
@@ -72,18 +73,53 @@ class _StoredManifest(ManifestHeader, frozen=True):
 
     tilings: list[list[Shard]]
     variables: list[_StoredVariable]
-    timing: Timing | None = None  # `encode` puts it last, see `with_timing`
+    timing: Timing | None = None  # the last field, see `sealed`
 
 
-def encode(manifest: Manifest, layout: EncodedLayout | None = None) -> bytes:
-    """The manifest as sealed JSON, without padding.
+class Unsealed(NamedTuple):
+    """A manifest as JSON, but for the timing and the checksum, which are known only when the data are written.
+
+    Attributes:
+        parts: The fields, one after the other: the large ones are those of an `EncodedLayout`, not copies.
+    """
+
+    parts: list[bytes]
+
+    @property
+    def max_nbytes(self) -> int:
+        """Upper bound for the length of the manifest, whatever timing it will have."""
+        return sum(map(len, self.parts)) + _SEAL_NBYTES + _TIMING_NBYTES
+
+
+def encode_unsealed(manifest: Manifest, layout: EncodedLayout | None = None) -> Unsealed:
+    """All of a manifest but the timing.
 
     Args:
         manifest: What to encode.
         layout: `encode_layout` of another manifest with the same object graph and variables, if there is one.
     """
-    layout = encode_layout(manifest) if layout is None else layout
-    return _sealed(_encoder.encode({**_header_fields(manifest), **layout, "timing": manifest.timing})[1:])
+    fields = {**_header_fields(manifest), **(encode_layout(manifest) if layout is None else layout)}
+    parts: list[bytes] = []
+    for name, value in fields.items():
+        parts += (b'"%s":' % name.encode(), value if isinstance(value, bytes) else _encoder.encode(value), b",")
+    return Unsealed(parts)
+
+
+def sealed(unsealed: Unsealed, timing: Timing | None) -> list[bytes]:
+    """The manifest with a timing, and its checksum at the front; in parts to be written one after the other."""
+    return _with_checksum([*unsealed.parts, b'"timing":%s}' % _encoder.encode(timing)])
+
+
+def _with_checksum(parts: list[bytes]) -> list[bytes]:
+    hasher = xxhash.xxh3_64()
+    for part in parts:
+        hasher.update(part)
+    return [b'{"manifest_checksum":"%s",' % hasher.hexdigest().encode(), *parts]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as sealed JSON, without padding."""
+    return b"".join(sealed(encode_unsealed(manifest), manifest.timing))
 
 
 def encode_layout(manifest: Manifest) -> EncodedLayout:
@@ -94,31 +130,14 @@ def encode_layout(manifest: Manifest) -> EncodedLayout:
         for variable, tiling in zip(manifest.variables, tilings.which, strict=True)
     ]
     fields = {"object_graph": manifest.object_graph, "tilings": tilings.distinct, "variables": variables}
-    return {name: msgspec.Raw(_encoder.encode(value)) for name, value in fields.items()}
-
-
-def with_timing(encoded: bytes, timing: Timing) -> bytes:
-    """An encoded manifest without a timing, with one: whoever writes the file does not encode it all again."""
-    seal = _SEAL.match(encoded)
-    assert seal is not None, "as `encode` made it"
-    assert encoded.endswith(_WITHOUT_TIMING), "it has none yet"
-    return _sealed(encoded[seal.end() : -len(_WITHOUT_TIMING)] + _encoder.encode(timing) + b"}")
-
-
-def _sealed(body: bytes) -> bytes:
-    return b'{"manifest_checksum":"%s",%s' % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+    return {name: _encoder.encode(value) for name, value in fields.items()}
 
 
 def max_nbytes(manifest: Manifest) -> int:
     """Upper bound for the length of the encoded manifest, whatever offsets, file length and timing it will have."""
     numbers = [variable.offset for variable in manifest.variables]
     numbers.append(manifest.file_nbytes)
-    return timed_nbytes(encode(manifest)) + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
-
-
-def timed_nbytes(encoded: bytes) -> int:
-    """Upper bound for the length of an encoded manifest, whatever timing it will have."""
-    return len(encoded) + _TIMING_NBYTES
+    return encode_unsealed(manifest).max_nbytes + sum(_OFFSET_DIGITS - len(str(number)) for number in numbers)
 
 
 def capacity_for(nbytes: int) -> int:

@@ -8,6 +8,7 @@ in which parts of one dtype are neighbours, so that torch copies a row of them i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,29 @@ from distckpt.tensor_bytes import bytes_of, join
 _ALIGNMENT = 64
 #: A row has fewer elements than this: torch copies more of them with threads, which takes longer than copying them.
 _ROW_NUMEL = 1 << 15
+
+
+class _Extent(NamedTuple):
+    """The bytes of a box.
+
+    Attributes:
+        start: Position of the first one in the dataset.
+        nbytes: Their number.
+        is_small: Whether they are one range of a small variable: small ones lie next to each other in the file.
+        is_shard: Whether the variable has others.
+    """
+
+    start: int
+    nbytes: int
+    is_small: bool
+    is_shard: bool
+
+
+@functools.lru_cache(maxsize=1 << 14)  # models repeat few shapes
+def _extent(box: Box, global_shape: Shape, itemsize: int) -> _Extent:
+    nbytes = box.numel * itemsize
+    is_small = nbytes > 0 and math.prod(global_shape) * itemsize < SMALL_NBYTES and is_contiguous(box, global_shape)
+    return _Extent(first_element(box, global_shape) * itemsize, nbytes, is_small, box.shape != global_shape)
 
 
 class Place(NamedTuple):
@@ -57,20 +81,9 @@ class Place(NamedTuple):
         return cls(job.key, job.dataset_offset, job.global_shape, job.box, job.checksum, job.tensor.dtype)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the box in bytes."""
-        return self.box.numel * self.dtype.itemsize
-
-    @property
-    def file_offset(self) -> int:
-        """Position of the first byte in the file."""
-        return self.dataset_offset + first_element(self.box, self.global_shape) * self.dtype.itemsize
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is one range of bytes of a small variable: small ones lie next to each other in the file."""
-        nbytes = math.prod(self.global_shape) * self.dtype.itemsize
-        return 0 < nbytes < SMALL_NBYTES and self.box.numel > 0 and is_contiguous(self.box, self.global_shape)
+    def extent(self) -> _Extent:
+        """Its bytes."""
+        return _extent(self.box, self.global_shape, self.dtype.itemsize)
 
     def job(self, tensor: torch.Tensor) -> WriteJob:
         """The job that writes a tensor there."""
@@ -169,7 +182,7 @@ class Packing:
             stop = _aligned(int(ends[-1]))
         for job in others:
             starts[job] = stop
-            stop += _aligned(places[job].nbytes)
+            stop += _aligned(places[job].extent.nbytes)
         return cls(places, parts, bundles, others, starts.tolist(), stop)
 
     def bundle(self, number: int) -> Bundle:
@@ -180,35 +193,36 @@ class Packing:
 
 def _small_parts(places: Sequence[Place]) -> tuple[list[int], SmallParts]:
     """Indices of the small boxes, and their parts: by bin; in a bin by dtype, the largest first, so all are aligned."""
-    found = [(index, place) for index, place in enumerate(places) if place.is_small]
-    dtypes = sorted({place.dtype for _, place in found}, key=lambda dtype: (-dtype.itemsize, str(dtype)))
+    dtypes = sorted({place.dtype for place in places}, key=lambda dtype: (-dtype.itemsize, str(dtype)))
     rank_of = {dtype: rank for rank, dtype in enumerate(dtypes)}
     columns = [
-        (index, place.dataset_offset, place.file_offset, place.nbytes, place.box.shape != place.global_shape)
-        for index, place in found
+        (index, rank_of[place.dtype], place.dataset_offset, extent.start, extent.nbytes, extent.is_shard)
+        for index, place in enumerate(places)
+        if (extent := place.extent).is_small
     ]
-    indices, offsets, starts, sizes, is_shard = np.array(columns, np.int64).reshape(-1, 5).T
-    parts = SmallParts.of_variables(offsets, Extents(starts, sizes), is_shard.astype(np.bool_))
-    ranks = np.array([rank_of[place.dtype] for _, place in found], np.int64)
-    order = np.lexsort((starts, ranks, parts.bins))
+    indices, ranks, offsets, starts, sizes, is_shard = np.array(columns, np.int64).reshape(-1, 6).T
+    parts = SmallParts.of_variables(offsets, Extents(offsets + starts, sizes), is_shard.astype(np.bool_))
+    order = np.lexsort((parts.extents.starts, ranks, parts.bins))
     return indices[order].tolist(), parts.take(order)
 
 
 def _rows(places: Sequence[Place], jobs: Sequence[int]) -> list[Row]:
     """Divide a bundle into rows."""
     rows: list[Row] = []
-    stop = 0
+    start = 0
     for dtype, members in itertools.groupby(jobs, key=lambda job: places[job].dtype):
-        row = Row([], dtype, stop, 0)
+        row: list[int] = []
+        numel = 0
         for job in members:
-            numel = places[job].box.numel
-            if row.numel + numel >= _ROW_NUMEL and row.jobs:
-                rows.append(row)
-                row = Row([], dtype, stop, 0)
-            row.jobs.append(job)
-            row = row._replace(numel=row.numel + numel)
-            stop += numel * dtype.itemsize
-        rows.append(row)
+            more = places[job].extent.nbytes // dtype.itemsize
+            if row and numel + more >= _ROW_NUMEL:
+                rows.append(Row(row, dtype, start, numel))
+                start += numel * dtype.itemsize
+                row, numel = [], 0
+            row.append(job)
+            numel += more
+        rows.append(Row(row, dtype, start, numel))
+        start += numel * dtype.itemsize
     return rows
 
 
@@ -293,7 +307,7 @@ class LiveJobs:
         """The place of each part of a row in the bundle."""
         start = row.start
         for job in row.jobs:
-            stop = start + self.packing.places[job].nbytes
+            stop = start + self.packing.places[job].extent.nbytes
             yield slice(start, stop)
             start = stop
 

@@ -14,6 +14,7 @@ from distckpt import Checkpoint
 from distckpt.cli import main
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.layout.records import Manifest
+from distckpt.storage.manifest import sealed
 
 ManifestOf = Callable[[str], Manifest]
 
@@ -54,7 +55,7 @@ def test_show_of_a_file_without_a_timing_says_so(
     path: str, monkeypatch: pytest.MonkeyPatch, manifest_of: ManifestOf
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(distckpt.saving.draft, "with_timing", lambda encoded, _: encoded)
+        patch.setattr(distckpt.saving.draft, "sealed", lambda unsealed, _: sealed(unsealed, None))
         file = checkpoint().save(path)
     assert manifest_of(file).timing is None
     assert shown("--timing", file)[-1] == "the file does not say how long its save took"
