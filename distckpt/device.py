@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,11 @@ from distckpt.tensor_bytes import copy_bits
 def gpu_of(tensor: torch.Tensor) -> torch.device | None:
     """The GPU that holds a tensor; None for tensors that `copy_bits` copies synchronously."""
     return tensor.device if tensor.is_cuda else None
+
+
+def any_on_gpu(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a GPU holds any of the tensors, see `gpu_of`."""
+    return any(map(attrgetter("is_cuda"), tensors))
 
 
 def pinned_memory(nbytes: int) -> torch.Tensor:

@@ -59,10 +59,11 @@ class Machine:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the package see these GPUs, and log its system calls."""
-        for module in (writing, packing, parallel_reading, room, units, snapshot, fingerprint):
+        for module in (writing, parallel_reading, room, units, snapshot, fingerprint):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
         for module in (writing, reading, parallel_reading, units, taking, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
+        monkeypatch.setattr(packing, "any_on_gpu", lambda tensors: any(map(self.gpu_of, tensors)))
         for module in (room, fingerprint):
             monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)
         monkeypatch.setattr(HostBuffer, "pin", lambda _: self.log.append("pin"))

@@ -135,10 +135,10 @@ class ChecksumLog:
         """
         if not self.indices:
             return
-        indices = np.array(self.indices, np.int64)
+        indices = np.fromiter(self.indices, np.int64, len(self.indices))
         order = np.argsort(indices, kind="stable")
         indices = indices[order]
-        values = np.array(self.values, "<u8")[order].data.cast("B")
+        values = np.fromiter(self.values, "<u8", len(self.values))[order].data.cast("B")
         starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1).tolist()
         for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
             run = values[start * CHECKSUM_NBYTES : stop * CHECKSUM_NBYTES]

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from distckpt.device import gpu_of
+from distckpt.device import any_on_gpu
 from distckpt.layout.aggregation import SMALL_NBYTES, Assembly, Extents, SmallParts
 from distckpt.layout.box import Box, Shape, first_element, is_contiguous
 from distckpt.storage import rawio
@@ -284,7 +284,7 @@ class LiveJobs:
         tensors, staged = self.tensors, []
         for row in bundle.rows:
             parts = [tensors[job] for job in row.jobs]
-            if any(map(gpu_of, parts)):
+            if any_on_gpu(parts):
                 staged.append(row)
             else:
                 join(row.within(room), parts)
