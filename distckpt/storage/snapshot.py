@@ -126,7 +126,7 @@ class Snapshot:
         alone = list(packing.others)
         for bundle in packing.bundles.values():
             for row in bundle.rows:
-                times = {later[job] for job in row.jobs}
+                times = set(map(later.__getitem__, row.jobs))
                 if len(times) == 1 and not any(map(self._gpus.__getitem__, row.jobs)):
                     (deferred if times.pop() else now).rows.append((bundle.start, row))
                 else:
