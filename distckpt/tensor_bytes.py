@@ -14,6 +14,12 @@ from distckpt.errors import CheckpointError
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+#: Dtypes that torch cannot copy as what they are: elements shorter than a byte at all, the others unless aligned.
+_COPIED_AS_BITS = {torch.complex128} | {
+    dtype for n_bits in range(1, 8) for sign in ("", "u") if (dtype := getattr(torch, f"{sign}int{n_bits}", None))
+}
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of this name, which another version of torch may have written.
 
@@ -136,10 +142,10 @@ def join(target: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
         sources: Tensors of the same dtype, at least one, on the CPU; any shapes, any strides.
     """
     with torch.no_grad():
-        if target.dtype is torch.complex128:  # see `copy_bits`
+        if target.dtype in _COPIED_AS_BITS:
             start = 0
             for source in sources:
-                copy_bits(target[start : start + source.numel()], source.reshape(-1))
+                copy_bits(target[start : start + source.numel()].view(source.shape), source)
                 start += source.numel()
         else:
             torch.cat([source if source.dim() == 1 else source.reshape(-1) for source in sources], out=target)

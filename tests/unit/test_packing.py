@@ -26,7 +26,7 @@ from tests.imitated_gpu import Machine
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64,
-    torch.complex128, torch.float8_e4m3fn, torch.uint16,
+    torch.complex128, torch.float8_e4m3fn, torch.uint16, torch.uint4, torch.float4_e2m1fn_x2,
 )  # fmt: skip
 KINDS = ("packed", "strided", "scalar", "lazy", "parameter", "empty", "cut", "large")
 
