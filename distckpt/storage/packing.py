@@ -20,12 +20,14 @@ import torch
 
 from distckpt.device import any_on_gpu
 from distckpt.layout.aggregation import SMALL_NBYTES, Assembly, Extents, SmallParts
-from distckpt.layout.box import Box, Shape, first_element, is_contiguous
+from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, first_element, is_contiguous
 from distckpt.storage import rawio
 from distckpt.storage.checksum import ChecksumLog, digest
 from distckpt.storage.transfer import Progress, WriteJob
 from distckpt.storage.writing import PieceBytes, pieces_of
 from distckpt.tensor_bytes import bytes_of, join
+
+assert SMALL_NBYTES <= MAX_PIECE_NBYTES, "a small part is one piece: it has one checksum"
 
 #: Bundles, and the boxes that are in none, begin at multiples of this in memory. In bytes.
 _ALIGNMENT = 64

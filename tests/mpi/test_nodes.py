@@ -19,7 +19,7 @@ from distckpt.coordination.session import Session
 from distckpt.exchange import across, node, taking, wants, writing
 from distckpt.layout import box
 from distckpt.source import Source
-from distckpt.storage import transfer
+from distckpt.storage import packing, transfer
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = [pytest.mark.mpi(min_size=4), pytest.mark.timeout(120)]
@@ -49,6 +49,9 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "UNIT_NBYTES", UNIT_NBYTES)
     for module in (box, transfer):
         monkeypatch.setattr(module, "MAX_PIECE_NBYTES", 9000)
+    # Small variables are one piece each, so fewer are small here, and none that other tests have found to be.
+    monkeypatch.setattr(packing, "SMALL_NBYTES", 9000)
+    monkeypatch.setattr(packing, "_extent", packing._extent.__wrapped__)
 
 
 @pytest.fixture
