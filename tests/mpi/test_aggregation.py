@@ -191,6 +191,20 @@ def test_what_is_on_gpus(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.Monkey
     assert_saved(comm, path, program)
 
 
+@pytest.mark.mpi(min_size=4)
+def test_ranks_that_write_nothing_take_part_in_the_background(subcomm: Any, mpi_dir: Path) -> None:
+    """Two ranks have all; one of the others writes the save counter, and one not a byte."""
+    comm = subcomm(4)
+    variables: dict[str, ShardedVariable] = {}
+    for number in range(bins.MIN_SHARDS):
+        shard = torch.full((2 if comm.rank < 2 else 0,), float(number))
+        variables[f"v{number}"] = ShardedVariable(shard, (4,), (min(2 * comm.rank, 4),))
+    path = Checkpoint(comm=comm, **variables).save_async(mpi_dir / "x").result()
+    if comm.rank == 0:
+        assert verify_file(path) == []
+        assert torch.equal(load_variable(path, "v3"), torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize("speaks", [True, False])
 def test_saves_in_the_background(subcomm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, speaks: bool) -> None:
     comm = subcomm(3)
