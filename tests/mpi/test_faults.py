@@ -336,7 +336,7 @@ def test_a_failing_save_is_the_same_error_on_all_ranks_and_changes_nothing(
             assert names_in(comm, directory) == {"checkpoint", "ckpt-1.h5"}
             assert latest_checkpoint(directory) == str(directory / "ckpt-1.h5")
             assert (program.values(), program.checkpoint.save_counter) == (before, counter)
-            assert open_files() == files
+            assert open_files() <= files  # fewer where objects of an earlier round were collected meanwhile
             assert_usable(comm, program, directory, 2, options)
 
 
@@ -453,7 +453,7 @@ def test_a_failing_restore_is_the_same_error_on_all_ranks(
             assert len(set(comm.allgather(outcome))) == 1
         else:
             assert_agreed(comm, fault, [rank], outcome, kind)
-        assert open_files() == files
+        assert open_files() <= files  # fewer where objects of an earlier round were collected meanwhile
         if fault.step not in READING:
             assert program.values() == before
         assert program.checkpoint.save_counter == 0
