@@ -19,6 +19,9 @@ _COPIED_AS_BITS = {torch.complex128} | {
     dtype for n_bits in range(1, 8) for sign in ("", "u") if (dtype := getattr(torch, f"{sign}int{n_bits}", None))
 }
 
+#: Classes of tensors whose operations are torch's own. Those of a subclass may be anything.
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of this name, which another version of torch may have written.
@@ -142,10 +145,14 @@ def join(target: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
         sources: Tensors of the same dtype, at least one, on the CPU; any shapes, any strides.
     """
     with torch.no_grad():
-        if target.dtype in _COPIED_AS_BITS:
+        if target.dtype in _COPIED_AS_BITS or not _PLAIN.issuperset(map(type, sources)):
             start = 0
             for source in sources:
-                copy_bits(target[start : start + source.numel()].view(source.shape), source)
+                part = target[start : start + source.numel()]
+                if is_packed(source):
+                    bytes_of(part)[:] = bytes_of(source)
+                else:
+                    copy_bits(part.view(source.shape), source)
                 start += source.numel()
         else:
             torch.cat([source if source.dim() == 1 else source.reshape(-1) for source in sources], out=target)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from distckpt.storage.snapshot import Snapshot, Watch
 from distckpt.storage.staging import HostBuffers
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.writing import write_posix
-from distckpt.tensor_bytes import join
+from distckpt.tensor_bytes import bytes_of, join
 from tests.imitated_gpu import Machine
 
 DTYPES = (
@@ -172,3 +174,36 @@ def test_an_error_of_the_disk_names_a_variable(tmp_path: Path) -> None:
             write_bundles(fd, jobs, jobs.packing.bundles.values(), ChecksumLog())
     finally:
         os.close(fd)
+
+
+def is_cat(func: Any) -> bool:
+    return "cat" in str(func)
+
+
+class NoFunction(torch.Tensor):
+    """A subclass of the program's that does not let itself be concatenated."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_cat(func):
+            raise TypeError("no cat")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class NoDispatch(torch.Tensor):
+    """The same, one level below."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_cat(func):
+            raise TypeError("no cat")
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("subclass", [NoFunction, NoDispatch])
+def test_subclasses_have_no_say_in_packing(tmp_path: Path, subclass: type[torch.Tensor]) -> None:
+    listed = scalars(5)
+    expected = bytes(bytes_of(torch.cat([job.tensor for job in listed])))
+    jobs = LiveJobs.of([msgspec.structs.replace(job, tensor=job.tensor.as_subclass(subclass)) for job in listed])
+    content, _ = written(tmp_path / "file", jobs, jobs, packed=True)
+    assert content == expected
