@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from distckpt.tensor_bytes import copy_bits
+from distckpt.tensor_bytes import can_join, copy_bits, joined
 
 
 def gpu_of(tensor: torch.Tensor) -> torch.device | None:
@@ -41,6 +41,31 @@ class Copy(NamedTuple):
     gpu: torch.device
     target: torch.Tensor
     source: torch.Tensor
+
+
+class Joining(NamedTuple):
+    """A copy of several tensors of a GPU into host memory, one after the other: they are joined on the GPU first.
+
+    Attributes:
+        gpu: The device of the tensors.
+        target: The memory, pinned: a contiguous 1-d tensor with as many elements as all sources together.
+        sources: The tensors, for which `tensor_bytes.can_join` holds; any shapes, any strides.
+    """
+
+    gpu: torch.device
+    target: torch.Tensor
+    sources: Sequence[torch.Tensor]
+
+    def start(self) -> None:
+        """Start the copy on the current stream. Only that stream uses the memory of the joined tensors afterwards."""
+        with torch.no_grad():
+            self.target.copy_(joined(self.sources), non_blocking=True)
+
+
+def joining_gpu(dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> torch.device | None:
+    """The GPU that can join tensors of this dtype; None if they are not all on one, or torch cannot join them."""
+    gpus = set(map(gpu_of, tensors))
+    return gpus.pop() if len(gpus) == 1 and can_join(dtype, tensors) else None
 
 
 class Event(Protocol):
@@ -78,7 +103,7 @@ class SideStream:
         """Make copies started from now on wait for the work that the program has queued on the GPU so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._gpu))
 
-    def start(self, copies: Sequence[Copy]) -> Event:
+    def start(self, copies: Sequence[Copy | Joining]) -> Event:
         """Start copies; returns an event after the last of them."""
         with torch.cuda.stream(self._stream):
             start_all(copies)
@@ -90,12 +115,15 @@ class SideStream:
         self._stream.synchronize()
 
 
-def start_all(copies: Sequence[Copy]) -> None:
+def start_all(copies: Sequence[Copy | Joining]) -> None:
     """Start copies on the current stream: the plain ones all in one call, which takes the least time in Python."""
     plain: list[Copy] = []
     special: list[Copy] = []
     for copy in copies:
-        (plain if _is_plain(copy) else special).append(copy)
+        if isinstance(copy, Joining):
+            copy.start()
+        else:
+            (plain if _is_plain(copy) else special).append(copy)
     if plain:
         with torch.no_grad():
             torch._foreach_copy_([copy.target for copy in plain], [copy.source for copy in plain], non_blocking=True)
@@ -128,9 +156,9 @@ class DeviceCopies:
         for gpu in moment or ():
             self._stream_of(gpu).follow()
 
-    def start(self, copies: Iterable[Copy]) -> Ticket:
+    def start(self, copies: Iterable[Copy | Joining]) -> Ticket:
         """Start copies; returns a ticket. Their tensors must stay unchanged until `Ticket.wait` has returned."""
-        by_gpu: dict[torch.device, list[Copy]] = {}
+        by_gpu: dict[torch.device, list[Copy | Joining]] = {}
         for copy in copies:
             by_gpu.setdefault(copy.gpu, []).append(copy)
         if self._follows:

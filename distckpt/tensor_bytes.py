@@ -137,6 +137,21 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
     target.copy_(source, non_blocking=non_blocking)
 
 
+def can_join(dtype: torch.dtype, sources: Iterable[torch.Tensor]) -> bool:
+    """Whether torch can join tensors of a dtype in one call, which leaves their bits as they are."""
+    return dtype not in _COPIED_AS_BITS and _PLAIN.issuperset(map(type, sources))
+
+
+def joined(sources: Iterable[torch.Tensor], target: torch.Tensor | None = None) -> torch.Tensor:
+    """The elements of tensors of one dtype on one device, for which `can_join` holds, one after the other.
+
+    Args:
+        sources: The tensors, at least one; any shapes, any strides.
+        target: 1-d, receives the elements; None makes a new tensor.
+    """
+    return torch.cat([source if source.dim() == 1 else source.reshape(-1) for source in sources], out=target)
+
+
 def join(target: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
     """Copy tensors bit for bit into contiguous memory, one after the other, in a few calls of torch.
 
@@ -145,14 +160,14 @@ def join(target: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
         sources: Tensors of the same dtype, at least one, on the CPU; any shapes, any strides.
     """
     with torch.no_grad():
-        if target.dtype in _COPIED_AS_BITS or not _PLAIN.issuperset(map(type, sources)):
-            start = 0
-            for source in sources:
-                part = target[start : start + source.numel()]
-                if is_packed(source):
-                    bytes_of(part)[:] = bytes_of(source)
-                else:
-                    copy_bits(part.view(source.shape), source)
-                start += source.numel()
-        else:
-            torch.cat([source if source.dim() == 1 else source.reshape(-1) for source in sources], out=target)
+        if can_join(target.dtype, sources):
+            joined(sources, target)
+            return
+        start = 0
+        for source in sources:
+            part = target[start : start + source.numel()]
+            if is_packed(source):
+                bytes_of(part)[:] = bytes_of(source)
+            else:
+                copy_bits(part.view(source.shape), source)
+            start += source.numel()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distckpt import device
-from distckpt.device import Copy, start_all
+from distckpt.device import Copy, Joining, start_all
 from distckpt.exchange import taking
 from distckpt.graph import fingerprint
 from distckpt.storage import packing, parallel_reading, rawio, reading, room, snapshot, units, writing
@@ -27,6 +27,7 @@ class Machine:
         log: "start k": copies of batch k begin; "wait k": they have ended; "write", "read": a system call.
         buffers: The pinned memory that was asked for.
         copied: Bytes of all copies that began.
+        n_copies: Number of those copies.
         n_follows: How often a stream was told to see what the program has begun.
     """
 
@@ -35,6 +36,7 @@ class Machine:
         self.log: list[str] = []
         self.buffers: list[torch.Tensor] = []
         self.copied = 0
+        self.n_copies = 0
         self.n_follows = 0
         self.n_starts = itertools.count()
         self.fails_at = -1
@@ -59,12 +61,12 @@ class Machine:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the package see these GPUs, and log its system calls."""
-        for module in (writing, parallel_reading, room, units, snapshot, fingerprint):
+        for module in (device, packing, writing, parallel_reading, room, units, snapshot, fingerprint):
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
         for module in (writing, reading, parallel_reading, units, taking, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
         monkeypatch.setattr(packing, "any_on_gpu", lambda tensors: any(map(self.gpu_of, tensors)))
-        for module in (room, fingerprint):
+        for module in (packing, room, fingerprint):
             monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)
         monkeypatch.setattr(HostBuffer, "pin", lambda _: self.log.append("pin"))
         monkeypatch.setattr(device, "SideStream", lambda gpu: Stream(self, gpu))
@@ -86,15 +88,18 @@ class Stream:
     def follow(self) -> None:
         self.machine.n_follows += 1
 
-    def start(self, copies: list[Copy]) -> Mark:
+    def start(self, copies: list[Copy | Joining]) -> Mark:
         number = next(self.machine.n_starts)
         if number == self.machine.fails_at:
             raise RuntimeError("CUDA error: out of memory")
         assert all(copy.gpu == self.gpu for copy in copies)
-        sides = [self.machine.gpu_of(tensor) for copy in copies for tensor in (copy.target, copy.source)]
-        assert len([side for side in sides if side is None]) == len(copies)  # the other sides are in host memory
+        for copy in copies:  # between this GPU and host memory
+            sources = copy.sources if isinstance(copy, Joining) else [copy.source]
+            sides = {self.machine.gpu_of(copy.target), *map(self.machine.gpu_of, sources)}
+            assert sides == {None, self.gpu}
         self.machine.log.append(f"start {number}")
-        self.machine.copied += sum(copy.source.nbytes for copy in copies)
+        self.machine.copied += sum(copy.target.nbytes for copy in copies)
+        self.machine.n_copies += len(copies)
         mark = Mark(self, number, list(copies))
         self.queue.append(mark)
         if not self.machine.late:
@@ -109,7 +114,7 @@ class Stream:
 class Mark:
     """The end of a batch of copies in a stream."""
 
-    def __init__(self, stream: Stream, number: int, copies: list[Copy]) -> None:
+    def __init__(self, stream: Stream, number: int, copies: list[Copy | Joining]) -> None:
         self.stream, self.number, self.copies = stream, number, copies
 
     def run(self) -> None:

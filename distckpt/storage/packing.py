@@ -18,14 +18,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from distckpt.device import any_on_gpu
+from distckpt.device import Copy, DeviceCopies, Joining, any_on_gpu, gpu_of, joining_gpu, pinned_memory
 from distckpt.layout.aggregation import SMALL_NBYTES, Assembly, Extents, SmallParts
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box, Shape, first_element, is_contiguous
 from distckpt.storage import rawio
 from distckpt.storage.checksum import ChecksumLog, digest
 from distckpt.storage.transfer import Progress, WriteJob
-from distckpt.storage.writing import PieceBytes, pieces_of
-from distckpt.tensor_bytes import bytes_of, join
+from distckpt.tensor_bytes import Memory, bytes_of, copy_bits, join
 
 assert SMALL_NBYTES <= MAX_PIECE_NBYTES, "a small part is one piece: it has one checksum"
 
@@ -283,35 +282,42 @@ class LiveJobs:
 
     def packed(self, bundle: Bundle, room: torch.Tensor) -> memoryview:
         """See `Jobs`."""
-        tensors, staged = self.tensors, []
+        tensors, of_gpus = self.tensors, []
         for row in bundle.rows:
             parts = [tensors[job] for job in row.jobs]
             if any_on_gpu(parts):
-                staged.append(row)
+                of_gpus.append(row)
             else:
                 join(row.within(room), parts)
-        if staged:
-            self._stage(staged, bytes_of(room))
+        if of_gpus:
+            self._pack_from_gpus(of_gpus, room)
         return bytes_of(room)
 
-    def _stage(self, rows: Sequence[Row], room: memoryview) -> None:
-        """Pack rows that have parts on GPUs."""
-        source = PieceBytes(None)
-        places = itertools.chain.from_iterable(self._slices(row) for row in rows)
-        for batch in source.batches(pieces_of(self[job] for row in rows for job in row.jobs)):
-            for piece, place in zip(batch, places, strict=False):
-                if source.needs_flush(piece):
-                    source.flushed()
-                room[place] = source.get(piece)
-            source.flushed()
+    def _pack_from_gpus(self, rows: Sequence[Row], room: torch.Tensor) -> None:
+        """Pack rows that have parts on GPUs, through pinned memory."""
+        pinned, copies = Memory(pinned_memory(len(room))), DeviceCopies()
+        try:
+            copies.start(itertools.chain.from_iterable(self._copies(row, pinned) for row in rows))
+        finally:
+            copies.finish()
+        for row in rows:
+            bytes_of(row.within(room))[:] = bytes_of(row.within(pinned.data))
 
-    def _slices(self, row: Row) -> Iterator[slice]:
-        """The place of each part of a row in the bundle."""
+    def _copies(self, row: Row, memory: Memory) -> Iterator[Copy | Joining]:
+        """The copies from GPUs that put a row into memory; what is not on a GPU is copied at once."""
+        parts = [self.tensor(job) for job in row.jobs]
+        gpu = joining_gpu(row.dtype, parts)
+        if gpu is not None:
+            yield Joining(gpu, row.within(memory.data), parts)
+            return
         start = row.start
-        for job in row.jobs:
-            stop = start + self.packing.places[job].extent.nbytes
-            yield slice(start, stop)
-            start = stop
+        for part in parts:
+            target, gpu = memory.room(part, start), gpu_of(part)
+            if gpu is None:
+                copy_bits(target, part)
+            else:
+                yield Copy(gpu, target, part)
+            start += target.nbytes
 
 
 def write_bundles(

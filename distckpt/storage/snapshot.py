@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distckpt.device import Copy, DeviceCopies, gpu_of
+from distckpt.device import Copy, DeviceCopies, Joining, gpu_of, joining_gpu
 from distckpt.storage.packing import Bundle, LiveJobs, Packing, Row
 from distckpt.storage.staging import HostBuffer, HostBuffers
 from distckpt.storage.transfer import WriteJob
@@ -121,19 +121,31 @@ class Snapshot:
         return self._live
 
     def _divide(self, packing: Packing, later: Sequence[bool]) -> tuple[_Share, _Share]:
-        """What is copied now, and what later. Rows on the CPU that belong together are copied in one call."""
+        """What is copied now, and what later. The parts of a row that are copied together are copied in one call."""
         now, deferred = _Share(), _Share()
         alone = list(packing.others)
         for bundle in packing.bundles.values():
             for row in bundle.rows:
                 times = set(map(later.__getitem__, row.jobs))
-                if len(times) == 1 and not any(map(self._gpus.__getitem__, row.jobs)):
-                    (deferred if times.pop() else now).rows.append((bundle.start, row))
-                else:
+                share = None if len(times) > 1 else deferred if times.pop() else now
+                if share is None or not self._add_row(share, bundle.start, row):
                     alone += row.jobs
         for job in alone:
             (deferred if later[job] else now).jobs.append(job)
         return now, deferred
+
+    def _add_row(self, share: _Share, start: int, row: Row) -> bool:
+        """Add a row of the bundle at `start` to those that are copied together, if its parts can be."""
+        if not any(map(self._gpus.__getitem__, row.jobs)):
+            share.rows.append((start, row))
+            return True
+        tensors = [self._jobs.tensors[job] for job in row.jobs]
+        gpu = joining_gpu(row.dtype, tensors)
+        if gpu is None:
+            return False
+        assert self._buffer is not None, "there are bytes"
+        share.joinings.append(Joining(gpu, row.within(self._buffer.memory.data[start:]), tensors))
+        return True
 
     # ---- one copy ----
 
@@ -144,7 +156,7 @@ class Snapshot:
     def _copy_now(self, share: _Share) -> None:
         """Copy tensors; those on the CPU while GPUs copy theirs."""
         try:
-            self._start_from_gpus(share.jobs)
+            self._start_from_gpus(share)
             for start, row in share.rows:
                 self._copy_row(start, row)
             for index in share.jobs:
@@ -168,8 +180,8 @@ class Snapshot:
     def _parts(self, share: _Share) -> list[Callable[[], object]]:
         """Divide copies among threads: all from GPUs are one part; of the others, large ones are cut into several."""
         parts: list[Callable[[], object]] = []
-        if any(self._gpus[index] is not None for index in share.jobs):
-            parts.append(functools.partial(self._copy_from_gpus, share.jobs))
+        if share.joinings or any(self._gpus[index] is not None for index in share.jobs):
+            parts.append(functools.partial(self._copy_from_gpus, share))
         parts += [functools.partial(self._copy_row, start, row) for start, row in share.rows]
         for index in share.jobs:
             if self._gpus[index] is None:
@@ -203,17 +215,18 @@ class Snapshot:
             self._buffer.pin()
         return DeviceCopies(gpus)
 
-    def _start_from_gpus(self, indices: Sequence[int]) -> None:
+    def _start_from_gpus(self, share: _Share) -> None:
         """Start to copy the tensors that are on GPUs."""
-        self._copies.start(
+        copies = [
             Copy(gpu, self._room(index), self._jobs.tensor(index))
-            for index in indices
+            for index in share.jobs
             if (gpu := self._gpus[index]) is not None
-        )
+        ]
+        self._copies.start([*copies, *share.joinings])
 
-    def _copy_from_gpus(self, indices: Sequence[int]) -> None:
+    def _copy_from_gpus(self, share: _Share) -> None:
         try:
-            self._start_from_gpus(indices)
+            self._start_from_gpus(share)
         finally:
             self._copies.finish()
 
@@ -249,10 +262,12 @@ class _Share:
 
     Attributes:
         rows: Position in the buffer of a bundle, and one of its rows, all on the CPU.
+        joinings: Rows that are all on one GPU.
         jobs: Indices of the jobs whose tensors are copied one by one.
     """
 
     rows: list[tuple[int, Row]] = field(default_factory=list)
+    joinings: list[Joining] = field(default_factory=list)
     jobs: list[int] = field(default_factory=list)
 
 

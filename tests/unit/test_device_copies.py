@@ -410,6 +410,30 @@ def test_a_snapshot_made_later_starts_all_copies_at_once_and_sees_nothing_newer(
 
 
 @pytest.mark.parametrize("deferred", [False, True])
+def test_a_snapshot_joins_small_tensors_on_their_gpu(machine: Machine, deferred: bool) -> None:
+    kinds = [torch.randn(7, 3), torch.randn(5).to(torch.bfloat16), torch.tensor(3), torch.randn(6, 5).t()]
+    tensors = [kind.clone() for kind in kinds for _ in range(300)]
+    for tensor in tensors:
+        machine.put(tensor)
+    expected = expected_copies(tensors)
+    copied = Snapshot(LiveJobs.of(write_jobs(tensors)), [deferred] * len(tensors), Watch(), HostBuffers(), None)
+    copied.complete()
+    assert machine.n_copies == 3  # one of each dtype
+    assert machine.copied == sum(tensor.nbytes for tensor in tensors)
+    assert_copied(copied, tensors, expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_small_tensors_of_several_gpus_are_copied_one_by_one(machine: Machine, deferred: bool) -> None:
+    tensors = [machine.put(torch.randn(3), number % 2) for number in range(10)]
+    expected = expected_copies(tensors)
+    copied = Snapshot(LiveJobs.of(write_jobs(tensors)), [deferred] * len(tensors), Watch(), HostBuffers(), None)
+    copied.complete()
+    assert machine.n_copies == 10
+    assert_copied(copied, tensors, expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
 def test_memory_is_given_back_when_no_gpu_copies_into_it_any_more(machine: Machine, deferred: bool) -> None:
     machine.fails_at = 1
     buffers = HostBuffers()

@@ -165,6 +165,18 @@ def test_parts_on_gpus_are_packed_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert machine.copied == 2 * len(range(0, 3000, 7))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_parts_of_one_gpu_are_joined_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    machine = Machine(late=late)
+    jobs = LiveJobs.of(scalars(3000, dtype=torch.int16))
+    expected = written(tmp_path / "file", jobs, jobs, packed=True)
+    for tensor in jobs.tensors:
+        machine.put(tensor, 1)
+    machine.install(monkeypatch)
+    assert written(tmp_path / "file", jobs, jobs, packed=True) == expected
+    assert (machine.copied, machine.n_copies) == (6000, 1)
+
+
 def test_an_error_of_the_disk_names_a_variable(tmp_path: Path) -> None:
     jobs = LiveJobs.of(scalars(5))
     (tmp_path / "file").touch()
