@@ -207,7 +207,8 @@ class _Relay:
     def _read(self, this: Round) -> None:
         """Read this rank's unit. Local. The steps are planned here too, so that nothing can fail once they began."""
         self._batches = _plan_batches(self._wants, self._nodes, self._lane, this.units)
-        self._taking.read(this.units[self._ranks.rank], this.parts[self._node.rank])
+        rank = self._ranks.rank
+        self._taking.read(rank, this.units[rank], this.parts[self._node.rank])
 
     def _hand_on(self, this: Round) -> None:
         """Take from the units of this node, then send and receive. Collective over all ranks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from distckpt.coordination.coordinator import Coordinator
@@ -12,7 +12,7 @@ from distckpt.layout.exchange import Unit
 from distckpt.log import log
 from distckpt.request import Attempt
 
-#: Most bytes that a rank moves in one round. Two such units of every rank of a node are in memory at once, and should
+#: Most bytes that a mover moves in one round. Two such units of every rank of a node are in memory at once, and should
 #: fit into the shared cache; an exchange between nodes holds as many again for what arrives.
 UNIT_NBYTES = 2 << 20
 
@@ -28,9 +28,10 @@ class Round(NamedTuple):
 
     Attributes:
         number: Its number, from 0 on.
-        units: The unit of each rank that takes part.
-        parts: For each rank of the node, the area of shared memory that holds its unit in this round.
-        memory: The whole shared memory: for each rank of the node two areas for units, then any others asked for.
+        units: The unit of each mover: of each rank that takes part, or of each of its threads.
+        parts: For each mover of the node, the area of shared memory that holds its unit in this round.
+        memory: The whole shared memory: for each rank of the node two areas per thread for units, then any others
+            asked for.
     """
 
     number: int
@@ -39,12 +40,14 @@ class Round(NamedTuple):
     memory: SharedMemory
 
     @classmethod
-    def of(cls, rounds: Sequence[list[Unit]], number: int, memory: SharedMemory) -> Round:
+    def of(cls, rounds: Sequence[list[Unit]], number: int, memory: SharedMemory, n_threads: int = 1) -> Round:
         """Make the round of a number.
 
         Rounds alternate between two areas: while the slowest rank still empties one, the others fill the other.
         """
-        return cls(number, rounds[number], [area(part, number % 2) for part in memory.parts], memory)
+        first = number % 2 * n_threads
+        parts = [area(part, first + thread) for part in memory.parts for thread in range(n_threads)]
+        return cls(number, rounds[number], parts, memory)
 
 
 def area(part: memoryview, number: int) -> memoryview:
@@ -100,18 +103,20 @@ def run_rounds(
     *,
     last: Callable[[], object],
     n_areas: int = 2,
+    n_threads: int = 1,
 ) -> bool:
     """Run all rounds: in each, fill shared memory, wait for all ranks, empty it. Collective over `ranks`.
 
     Args:
         ranks: The ranks that take part.
         node: Those of them on this node; the same object as `ranks` in an exchange within one node.
-        rounds: For each round, the unit of each rank.
-        before: Fills shared memory: this rank's area, or this rank's share of all areas. Local.
+        rounds: For each round, the unit of each mover.
+        before: Fills shared memory: this rank's areas, or this rank's share of all areas. Local.
         after: Empties the areas that all ranks have filled. If it is collective, it must go through to its end
             whatever fails, and raise only then.
         last: Called once after the rounds, also after a failure.
-        n_areas: Areas of shared memory for each rank.
+        n_areas: Areas of shared memory for each thread.
+        n_threads: Threads of each rank that move units.
 
     Returns:
         False if a node has no shared memory, and nothing was done.
@@ -121,21 +126,23 @@ def run_rounds(
     """
     if not rounds:
         return True
-    memory = node.shared_memory(n_areas * UNIT_NBYTES)
+    nbytes = n_areas * n_threads * UNIT_NBYTES
+    memory = node.shared_memory(nbytes)
     if memory is None if ranks is node else ranks.any_set(memory is None):
         if memory is None and node.rank == 0:
             log.warning(
                 "rank %d: MPI has no %d bytes of shared memory on this node. Its ranks exchange messages, or read and "
                 "write for themselves. Make /dev/shm larger.",
                 ranks.rank,
-                node.size * n_areas * UNIT_NBYTES,
+                node.size * nbytes,
             )
         if memory is not None:
             memory.free()
         return False
     assert memory is not None, "or this rank would have said so"
     try:
-        failure = _run(ranks, memory, rounds, before, after)
+        every = (Round.of(rounds, number, memory, n_threads) for number in range(len(rounds)))
+        failure = _run(ranks, every, before, after)
         failure = Attempt.of(last).error or failure
     finally:
         memory.free()
@@ -146,20 +153,18 @@ def run_rounds(
 
 def _run(
     ranks: Coordinator,
-    memory: SharedMemory,
-    rounds: Sequence[list[Unit]],
+    rounds: Iterable[Round],
     before: Callable[[Round], object],
     after: Callable[[Round], object],
 ) -> BaseException | None:
     """Run the rounds, which all ranks leave together if one fails; returns the error of this rank, if any."""
     failure: BaseException | None = None
-    for number in range(len(rounds)):
-        this = Round.of(rounds, number, memory)
+    for this in rounds:
         try:
             before(this)
         except BaseException as error:
             failure = error
-        if memory.fence(ranks.any_set, failed=failure is not None):
+        if this.memory.fence(ranks.any_set, failed=failure is not None):
             break
         try:
             after(this)

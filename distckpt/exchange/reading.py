@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import msgspec
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
+from distckpt.device import any_on_gpu
 from distckpt.exchange.across import read_across
 from distckpt.exchange.node import FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes, stack_hulls
@@ -15,6 +19,8 @@ from distckpt.layout.box import Box, Shape
 from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted
+from distckpt.storage.threads import MAX_THREADS, MAX_WITH_BUFFER, SHARE_NBYTES, Team, threads_of_rank
+from distckpt.tensor_bytes import share_memory
 
 
 def read_together(coordinator: Coordinator, want: Want) -> list[TensorRead]:
@@ -69,29 +75,53 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
     meeting = agreed(node, lambda: hulls_that_meet(stack_hulls(hulls)))
     if not meeting:
         return list(want.reads)
-    wishes = gathered(node, "wishes", agreed(node, lambda: own.wishes(meeting)))
-    taking = agreed(node, lambda: _plan(node, want, own, wishes))
-    done = run_rounds(
-        node,
-        node,
-        taking.rounds,
-        before=lambda this: taking.read(this.units[node.rank], this.parts[node.rank]),
-        after=lambda this: _take(taking, this),
-        last=taking.settle,
-    )
-    return taking.finish() if done else None
+    told = gathered(node, "wishes", agreed(node, lambda: _tell(node, want, own, meeting)))
+    for most_threads in (MAX_THREADS, 1):  # where the memory for several threads is not to be had, one may do
+        taking = agreed(node, partial(_plan, node, want, own, told, most_threads))
+        if _run(node, taking):
+            return taking.finish()
+        if taking.n_threads == 1:
+            break
+    return None
 
 
-def _plan(node: Coordinator, want: Want, own: Own, encoded: Sequence[bytes]) -> Taking:
+class _Told(NamedTuple):
+    """What a rank tells the others of its node.
+
+    Attributes:
+        threads: With how many threads it could take part.
+        wishes: Its `Own.wishes`.
+    """
+
+    threads: int
+    wishes: bytes
+
+
+def _tell(node: Coordinator, want: Want, own: Own, variables: Iterable[int]) -> bytes:
+    """What this rank tells the others, encoded. Local."""
+    threads = want.threads or threads_of_rank(node.size)
+    tensors = [read.target.tensor for read in own.reads.values()]
+    if threads > 1 and share_memory(tensors):
+        threads = 1  # so that the last one that is read wins
+    if any_on_gpu(tensors):
+        threads = min(threads, MAX_WITH_BUFFER)
+    return msgspec.msgpack.encode(_Told(threads, own.wishes(variables)))
+
+
+def _plan(node: Coordinator, want: Want, own: Own, encoded: Sequence[bytes], most_threads: int) -> Taking:
     """Plan the exchange within a node. Local; all ranks of the node get the same rounds."""
-    wishes = decode_wishes(encoded)
+    told = [msgspec.msgpack.decode(data, type=_Told) for data in encoded]
+    wishes = decode_wishes([of_rank.wishes for of_rank in told])
     files = {index: want.source.in_file(index) for index in wishes}
     wanted = {
         index: _wanted(tuple(found), files[index].shape, files[index].itemsize)
         for index, found in boxes_of(wishes).items()
     }
-    party = Party({index: found for index, found in wanted.items() if found is not None}, range(node.size))
-    return Taking(want, own, files, wishes, [party], node.size)
+    worth = {index: found for index, found in wanted.items() if found is not None}
+    share = sum(files[index].nbytes for index in worth) // node.size
+    n_threads = max(1, min(most_threads, share // SHARE_NBYTES, *(of_rank.threads for of_rank in told)))
+    party = Party(worth, range(node.size * n_threads))
+    return Taking(want, own, files, wishes, [party], node.size, n_threads)
 
 
 @lru_cache(maxsize=1 << 10)  # models repeat few shapes
@@ -100,6 +130,26 @@ def _wanted(boxes: tuple[Box, ...], shape: Shape, itemsize: int) -> Wanted | Non
     return Wanted(boxes, shape) if is_worth_exchanging(boxes, shape, itemsize) else None
 
 
-def _take(taking: Taking, this: Round) -> None:
-    for mover, (unit, part) in enumerate(zip(this.units, this.parts, strict=True)):
-        taking.take(mover, unit, cells_of(unit, taking.files), part)
+def _run(node: Coordinator, taking: Taking) -> bool:
+    """Run all rounds; returns False if the node has not enough shared memory. Collective over the node."""
+    with Team(taking.n_threads) as team:
+        return run_rounds(
+            node,
+            node,
+            taking.rounds,
+            before=lambda this: team.do(partial(_read, taking, node.rank, this)),
+            after=lambda this: team.do(partial(_take, taking, this)),
+            last=taking.settle,
+            n_threads=taking.n_threads,
+        )
+
+
+def _read(taking: Taking, rank: int, this: Round, thread: int) -> None:
+    mover = rank * taking.n_threads + thread
+    taking.read(mover, this.units[mover], this.parts[mover])
+
+
+def _take(taking: Taking, this: Round, thread: int) -> None:
+    for mover in range(thread, len(this.units), taking.n_threads):
+        unit = this.units[mover]
+        taking.take(mover, unit, cells_of(unit, taking.files), this.parts[mover])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
+from distckpt.device import gpu_of
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
@@ -18,7 +20,9 @@ from distckpt.layout.exchange import InFile, PieceSpan, Span, Unit, bands, hull,
 from distckpt.layout.parcels import Cell
 from distckpt.layout.rounds import Party, plan_rounds
 from distckpt.source import Source
+from distckpt.storage.reading import ReadReport
 from distckpt.storage.room import Arrivals
+from distckpt.storage.threads import one_at_a_time
 from distckpt.storage.transfer import Progress
 from distckpt.storage.units import Held, HeldArray, shared_arrays, shared_parts
 from distckpt.tensor_bytes import is_packed, mark_changed
@@ -32,12 +36,14 @@ class Want(NamedTuple):
         reads: The reads: each names a variable and its target.
         verify: Compare the checksums of all pieces that are read whole.
         progress: Called with the number of bytes just put into tensors.
+        threads: Most threads that read; None for one per core that the node has for this rank.
     """
 
     source: Source
     reads: Sequence[TensorRead]
     verify: bool
     progress: Progress | None
+    threads: int | None = None
 
 
 class Own(NamedTuple):
@@ -118,21 +124,26 @@ def _hull(read: TensorRead) -> Span:
 class Taking:
     """Variables that are read together: the plan of who reads what, and the copies into this rank's tensors.
 
-    Every rank makes one, from the same wishes and parties. In each round it calls `read` for its own unit and then,
+    Every rank makes one, from the same wishes and parties. In each round it calls `read` for its own units and then,
     once all ranks have read, `take` for each unit or parcel that its node can see. After the last round it calls
     `settle`, whatever happened, and, if no rank failed, `finish`. All methods are local.
 
+    With several threads, thread t of rank r is mover r * n_threads + t. Each thread reads its unit, and takes those of
+    its counterparts on all ranks, so that what one mover has read comes in order.
+
     Attributes:
         files: Variable index to its place in the file.
-        rounds: For each round, the unit of each rank; the same on all ranks.
+        n_threads: Threads of each rank that move units; the same on all ranks.
+        rounds: For each round, the unit of each mover; the same on all ranks.
 
     Args:
         want: What this rank wants.
         own: The part of it that can be exchanged.
         files: Variable index to its place in the file, for all that the parties want.
         wishes: Variable index to the wishes of all ranks.
-        parties: The ranks that share what they read, and what they want.
+        parties: The movers that share what they read, and what they want.
         size: Number of ranks.
+        n_threads: See above.
     """
 
     def __init__(
@@ -143,14 +154,17 @@ class Taking:
         wishes: Mapping[int, Sequence[Wish]],
         parties: Sequence[Party],
         size: int,
+        n_threads: int = 1,
     ) -> None:
         source = want.source
         variables = sorted({index for party in parties for index in party.wanted})
         pieces = {index: source.pieces(index) for index in variables}
         moved = {index: bands([piece.span for piece in found]) for index, found in pieces.items()}
         self.files = {index: files[index] for index in variables}
-        self.rounds = plan_rounds(self.files, moved, parties, size, UNIT_NBYTES)
+        self.n_threads = n_threads
+        self.rounds = plan_rounds(self.files, moved, parties, size * n_threads, UNIT_NBYTES)
         self._want = want
+        self._progress = one_at_a_time(want.progress) if n_threads > 1 else want.progress
         self._own = own
         reads = {index: own.reads[index] for index in variables if index in own.reads}
         held = {
@@ -161,22 +175,22 @@ class Taking:
         read = {index: [piece for piece in found if piece not in taken[index]] for index, found in pieces.items()}
         self._reader = source.unit_reader(self.files, read, verify=want.verify)
         self._verifier = source.taken_verifier(self.files, taken, held, verify=want.verify)
-        self._arrivals = Arrivals()
+        self._arrivals = _arrivals(self._tensors, n_threads)  # of each thread
 
-    def read(self, unit: Unit, memory: memoryview) -> None:
+    def read(self, mover: int, unit: Unit, memory: memoryview) -> None:
         """Read a unit into memory, and verify the pieces that end in it, except those that a rank verifies in `take`.
 
         Raises:
             CorruptCheckpointError: The file is too short, or a checksum is wrong.
         """
-        self._reader.read(unit, memory)
+        self._reader.read(unit, memory, mover)
 
     @torch.no_grad()
     def take(self, mover: int, unit: Unit, cells: Iterable[Cell], memory: memoryview) -> None:
         """Copy this rank's elements of a unit into its tensors, and verify the pieces that these now hold whole.
 
         Args:
-            mover: The rank that has read the unit.
+            mover: The mover that has read the unit.
             unit: The unit.
             cells: The boxes in the memory, and their places there.
             memory: The bytes of the unit, or of a parcel of it.
@@ -188,31 +202,33 @@ class Taking:
         for cell in cells:
             of_variable.setdefault(cell.variable, []).append(cell)
         for index, ranges in itertools.groupby(unit, key=operator.attrgetter("variable")):
-            self._copy(of_variable.get(index, ()), memory)
+            self._copy(of_variable.get(index, ()), memory, self._arrivals[mover % self.n_threads])
             # At once: another variable may be restored into the same memory.
             self._verifier.feed(ranges, memory, mover)
 
-    def _copy(self, cells: Sequence[Cell], memory: memoryview) -> None:
+    def _copy(self, cells: Sequence[Cell], memory: memoryview, arrivals: Arrivals) -> None:
         for source, target in shared_arrays(cells, memory, self._arrays):
             np.copyto(target, source)
             self._tell(target.nbytes)
         for there, here in shared_parts(cells, memory, self._tensors):
-            self._arrivals.pass_on(here, there)
+            arrivals.pass_on(here, there)
             self._tell(here.nbytes)
 
     def _tell(self, nbytes: int) -> None:
-        if self._want.progress is not None:
-            self._want.progress(nbytes)
+        if self._progress is not None:
+            self._progress(nbytes)
 
     def settle(self) -> None:
         """Wait until all bytes taken are in the tensors, also on GPUs, and tell autograd that these changed."""
         mark_changed(block.tensor for blocks in self._arrays.values() for block in blocks)
-        self._arrivals.finish()
+        with ExitStack() as all_of_them:
+            for arrivals in self._arrivals:
+                all_of_them.callback(arrivals.finish)
 
     def finish(self) -> list[TensorRead]:
         """Add the bytes read and verified to the source's counts; returns the reads that this rank must do itself."""
         self._want.source.count(self._reader.report)
-        self._want.source.count(self._verifier.report)
+        self._want.source.count(ReadReport(bytes_verified=self._verifier.bytes_verified))
         own = self._own.reads
         return [
             read for read in self._want.reads if read.variable not in self.files or own.get(read.variable) is not read
@@ -231,6 +247,15 @@ def _divide(held: Mapping[int, Sequence[Held]]) -> tuple[dict[int, list[HeldArra
             else:
                 arrays.setdefault(index, []).append(array)
     return arrays, tensors
+
+
+def _arrivals(tensors: Mapping[int, Iterable[Held]], n_threads: int) -> list[Arrivals]:
+    """What each thread stages bytes with that do not go straight into arrays."""
+    if n_threads == 1:
+        return [Arrivals()]
+    # As of now, for the threads do not know the stream of the program.
+    gpus = {gpu for blocks in tensors.values() for block in blocks if (gpu := gpu_of(block.tensor)) is not None}
+    return [Arrivals(gpus, n_buffers=1) for _ in range(n_threads)]
 
 
 def _taken_whole(pieces: Sequence[PieceSpan], wishes: Iterable[Wish]) -> dict[PieceSpan, Box]:

@@ -68,6 +68,11 @@ class InFile(NamedTuple):
     shape: Shape
     itemsize: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size of its dataset in bytes."""
+        return math.prod(self.shape) * self.itemsize
+
 
 class PieceSpan(NamedTuple):
     """A piece and its hull, in which elements of other pieces may lie.

@@ -66,7 +66,7 @@ class Party(NamedTuple):
 
     Attributes:
         wanted: For each variable, by index: the elements that they want.
-        movers: The ranks among them that move bytes between the file and memory.
+        movers: Numbers of those that move bytes between the file and memory: ranks, or threads of ranks.
     """
 
     wanted: Mapping[int, Wanted]
@@ -80,17 +80,17 @@ def plan_rounds(
     size: int,
     unit_nbytes: int,
 ) -> list[list[Unit]]:
-    """Divide spans evenly by bytes among ranks and rounds; each goes to a rank of a party that wants part of it.
+    """Divide spans evenly by bytes among movers and rounds; each goes to a mover of a party that wants part of it.
 
     Args:
         files: The variables, by indices in file order.
-        moved: For each variable, by index: its spans, ascending. Each span is moved by one rank, in order.
+        moved: For each variable, by index: its spans, ascending. Each span is moved by one mover, in order.
         parties: The parties, with the elements that each wants.
-        size: Number of ranks.
-        unit_nbytes: Most bytes that a rank moves in one round; at least the size of an element.
+        size: Number of movers.
+        unit_nbytes: Most bytes that a mover moves in one round; at least the size of an element.
 
     Returns:
-        For each round, for each rank: its unit, empty if the rank has nothing left to move.
+        For each round, for each mover: its unit, empty if the mover has nothing left to move.
     """
     shares = _Shares(parties)
     dealt = {index: list(zip(spans, shares.of(index, spans), strict=True)) for index, spans in moved.items()}
@@ -105,8 +105,8 @@ def plan_rounds(
             for wanted in share.wanted(index).of(span):
                 for part in _cut(wanted, unit_nbytes // itemsize, row):
                     units[mover].add(index, part, itemsize)
-    rounds = itertools.zip_longest(*(of_rank.units for of_rank in units), fillvalue=[])
-    return [list(of_ranks) for of_ranks in rounds]
+    rounds = itertools.zip_longest(*(of_mover.units for of_mover in units), fillvalue=[])
+    return [list(of_movers) for of_movers in rounds]
 
 
 class _Share:
@@ -120,7 +120,7 @@ class _Share:
         self.total = 0
         self._parties = parties
         self._wanted: dict[int, Wanted] = {}
-        self._movers = sorted(rank for party in parties for rank in party.movers)
+        self._movers = sorted(mover for party in parties for mover in party.movers)
         self._done = 0
 
     def wanted(self, index: int) -> Wanted:
@@ -131,7 +131,7 @@ class _Share:
         return self._wanted[index]
 
     def next_mover(self, nbytes: int) -> int:
-        """The rank that moves the next span, of `nbytes` bytes; rank 0 if no party wants it."""
+        """The one that moves the next span, of `nbytes` bytes; mover 0 if no party wants it."""
         place = self._done * len(self._movers) // self.total
         self._done += nbytes
         return self._movers[min(place, len(self._movers) - 1)] if self._movers else 0
@@ -163,7 +163,7 @@ class _Shares:
 
 
 class _Units:
-    """Fills the units of one rank, one after the other."""
+    """Fills the units of one mover, one after the other."""
 
     def __init__(self, unit_nbytes: int) -> None:
         self.units: list[Unit] = []

@@ -140,7 +140,7 @@ class Restorer:
         """Read all tensors, those that other ranks want too together with them. Collective over the communicator."""
         coordinator, verify = self._coordinator, options.verify
         with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
-            want = Want(source, assignment.reads, verify, progress)
+            want = Want(source, assignment.reads, verify, progress, options.threads)
             with timer.step("exchange"):
                 rest = Attempt.of(functools.partial(read_together, coordinator, want))
             with coordinator.step("read"), timer.step("read"):

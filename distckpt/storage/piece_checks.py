@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from distckpt.layout.box import Box, elements_before, first_element, flat_boxes
 from distckpt.layout.exchange import InFile, PieceSpan, Range, Span
 from distckpt.storage.checksum import Checksums, Hasher, require_checksum
-from distckpt.storage.reading import ReadReport
 from distckpt.tensor_bytes import bytes_of
 
 
@@ -27,16 +26,12 @@ class PieceVerifier:
 
     Units are fed in one or more streams. Within a stream the ranges come in the order of their spans, and all of a
     piece comes in a single stream. A piece is opened with the first range that has part of it, and compared with its
-    checksum after the last.
-
-    Attributes:
-        report: Counts the bytes that were verified.
+    checksum after the last. Threads may feed different streams at the same time.
 
     Args:
         variables: The variables by index.
         pieces: The sorted pieces to verify here, by index of the variable.
         checksums: The file's checksums; None verifies nothing.
-        report: See above.
         opened: Makes the `OpenPiece` that hashes a piece.
     """
 
@@ -45,15 +40,18 @@ class PieceVerifier:
         variables: Mapping[int, InFile],
         pieces: Mapping[int, Sequence[PieceSpan]],
         checksums: Checksums | None,
-        report: ReadReport,
         opened: Callable[[PieceSpan, InFile], OpenPiece],
     ) -> None:
         self._variables = variables
         self._checksums = checksums
-        self.report = report
         self._opened = opened
         self._pieces = {} if checksums is None else {index: found for index, found in pieces.items() if found}
         self._streams: dict[tuple[int, int], _Stream] = {}  # by number and variable
+
+    @property
+    def bytes_verified(self) -> int:
+        """Bytes of all pieces that were compared."""
+        return sum(stream.bytes_verified for stream in self._streams.values())
 
     def feed(self, unit: Iterable[Range], memory: memoryview, stream: int = 0) -> None:
         """Hash a unit, or some of its ranges, and compare the checksums of the pieces that end in them.
@@ -74,7 +72,7 @@ class PieceVerifier:
     def _feed_span(self, number: int, variable: int, span: Span, data: memoryview) -> None:
         stream = self._streams.get((number, variable))
         if stream is None:
-            stream = self._streams[number, variable] = _Stream(list(reversed(self._pieces[variable])), [])
+            stream = self._streams[number, variable] = _Stream(list(reversed(self._pieces[variable])))
         for piece in stream.next_pieces(span):
             stream.opened.append(self._opened(piece, self._variables[variable]))
         ended = False
@@ -84,6 +82,7 @@ class PieceVerifier:
                 ended = True
                 if each.is_whole:
                     self._compare(each)
+                    stream.bytes_verified += each.fed
         if ended:
             stream.opened = [each for each in stream.opened if each.span.stop > span.stop]
 
@@ -91,7 +90,6 @@ class PieceVerifier:
         assert self._checksums is not None, "or nothing would be fed"
         expected = int(self._checksums[piece.checksum])
         require_checksum(piece.variable.key, piece.box, piece.fed, expected, piece.hasher.intdigest())
-        self.report.bytes_verified += piece.fed
 
 
 @dataclass(slots=True)
@@ -101,10 +99,12 @@ class _Stream:
     Attributes:
         left: Those that have not begun, in reverse order.
         opened: Those that have begun and not ended.
+        bytes_verified: Bytes of those that were compared.
     """
 
     left: list[PieceSpan]
-    opened: list[OpenPiece]
+    opened: list[OpenPiece] = field(default_factory=list)
+    bytes_verified: int = 0
 
     def next_pieces(self, span: Span) -> list[PieceSpan]:
         """Remove and return the pieces that begin in a span, or before it in elements that no rank wanted."""

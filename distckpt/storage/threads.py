@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 
@@ -20,6 +20,13 @@ MAX_THREADS = 8
 #: Jobs of at least this many bytes go to any thread. Smaller ones are mostly Python work, which several threads, taking
 #: turns, do more slowly than one.
 LARGE_NBYTES = 1 << 20
+
+#: Least bytes per thread: starting a thread takes as long as reading a few hundred KiB.
+SHARE_NBYTES = 8 << 20
+
+#: Most buffers of all threads together, 48 MiB of memory. Each thread needs one for tensors on GPUs, and one for
+#: tensors on the CPU that are not packed.
+MAX_WITH_BUFFER = 6
 
 T = TypeVar("T")
 
@@ -42,48 +49,100 @@ def share_out(alone: Iterable[T], jobs: Iterable[T], workers: Sequence[Callable[
         BaseException: The error of the first worker that failed.
     """
     shared = _Shared(jobs)
-    inference = torch.is_inference_mode_enabled()
-
-    def run(worker: Callable[[Iterator[T]], object], jobs: Iterator[T]) -> None:
-        try:
-            with torch.inference_mode(inference), torch.no_grad():  # torch's modes are per thread
-                worker(jobs)
-        except BaseException as error:
-            shared.fail(error)
-
     with ThreadPoolExecutor(max(1, len(workers) - 1), "distckpt-worker") as pool:
-        with suppress(RuntimeError):
-            for worker in workers[1:]:
-                pool.submit(run, worker, shared)
-        run(workers[0], itertools.chain(alone, shared))
-    if shared.failure is not None:
-        raise shared.failure
+        shared.run(pool, workers[1:])
+        shared.work(workers[0], itertools.chain(alone, shared))
+    shared.require()
+
+
+class Team:
+    """Threads that do the parts of one step after the other together. A context manager.
+
+    Args:
+        n_threads: Their number, with the thread that calls `do`.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._pool = ThreadPoolExecutor(n_threads - 1, "distckpt-team") if n_threads > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def do(self, part: Callable[[int], object]) -> None:
+        """Call `part(0)` to `part(n_threads - 1)`, each in any of the threads; return when all have returned.
+
+        Raises:
+            BaseException: The error of the first part that failed; those that had not begun are left out.
+        """
+        if self._pool is None:
+            part(0)
+            return
+        shared = _Shared(range(self._n_threads))
+
+        def work(numbers: Iterator[int]) -> None:
+            for number in numbers:
+                part(number)
+
+        shared.run(self._pool, [work] * (self._n_threads - 1))
+        shared.work(work, shared)
+        shared.wait()
+        shared.require()
 
 
 class _Shared(Generic[T]):
-    """An iterator that threads share; it ends when one of them fails.
-
-    Attributes:
-        failure: Error of the first thread that failed; None without one.
-    """
+    """An iterator that threads share; it ends when one of them fails."""
 
     def __init__(self, jobs: Iterable[T]) -> None:
-        self.failure: BaseException | None = None
         self._jobs = iter(jobs)
-        self._lock = threading.Lock()
+        self._failure: BaseException | None = None  # of the first worker that failed
+        self._n_working = 0
+        self._changed = threading.Condition()
+        self._inference = torch.is_inference_mode_enabled()
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        with self._lock:
-            if self.failure is not None:
+        with self._changed:
+            if self._failure is not None:
                 raise StopIteration
             return next(self._jobs)
 
-    def fail(self, failure: BaseException) -> None:
-        with self._lock:
-            self.failure = self.failure or failure
+    def run(self, pool: Executor, workers: Iterable[Callable[[Iterator[T]], object]]) -> None:
+        """Run workers in the threads of a pool, as many as the system can start."""
+        with suppress(RuntimeError):
+            for worker in workers:
+                pool.submit(self.work, worker, self)
+
+    def work(self, worker: Callable[[Iterator[T]], object], jobs: Iterator[T]) -> None:
+        """Run a worker in this thread. Raises nothing: `require` does."""
+        with self._changed:
+            self._n_working += 1
+        error: BaseException | None = None
+        try:
+            with torch.inference_mode(self._inference), torch.no_grad():  # torch's modes are per thread
+                worker(jobs)
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._failure = self._failure or error
+            self._n_working -= 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until no worker runs. One that begins later finds no job, once a worker has found none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_working == 0)
+
+    def require(self) -> None:
+        """Raise the error of the first worker that failed."""
+        if self._failure is not None:
+            raise self._failure
 
 
 def one_at_a_time(progress: Progress | None) -> Progress | None:

@@ -153,10 +153,9 @@ def write_unit(
 
 
 class UnitReader:
-    """Reads units, one after the other in the order of their spans, and verifies the pieces that it reads whole.
+    """Reads units, and verifies the pieces that it reads whole.
 
-    Attributes:
-        report: The bytes read and verified.
+    Units are read in one or more streams, as `PieceVerifier` describes them. Threads may read different streams.
 
     Args:
         fd: Descriptor of the file.
@@ -172,12 +171,17 @@ class UnitReader:
         pieces: Mapping[int, list[PieceSpan]],
         checksums: Checksums | None,
     ) -> None:
-        self.report = ReadReport()
         self._fd = fd
         self._variables = variables
-        self._verifier = PieceVerifier(variables, pieces, checksums, self.report, PieceRead)
+        self._verifier = PieceVerifier(variables, pieces, checksums, PieceRead)
+        self._bytes_read: dict[int, int] = {}  # by stream
 
-    def read(self, unit: Unit, memory: memoryview) -> None:
+    @property
+    def report(self) -> ReadReport:
+        """The bytes read and verified so far."""
+        return ReadReport(sum(self._bytes_read.values()), self._verifier.bytes_verified)
+
+    def read(self, unit: Unit, memory: memoryview, stream: int = 0) -> None:
         """Read a unit into memory.
 
         Raises:
@@ -188,8 +192,8 @@ class UnitReader:
                 rawio.read_into(self._fd, memory[place : place + nbytes], offset)
             except CorruptCheckpointError as error:
                 raise CorruptCheckpointError(f"{self._variables[unit[0].variable].key}: {error}") from error
-            self.report.bytes_read += nbytes
-        self._verifier.feed(unit, memory)
+            self._bytes_read[stream] = self._bytes_read.get(stream, 0) + nbytes
+        self._verifier.feed(unit, memory, stream)
 
 
 def taken_verifier(
@@ -216,4 +220,4 @@ def taken_verifier(
     def opened(piece: PieceSpan, variable: InFile) -> PieceTaken:
         return PieceTaken(piece, variable, tensors[piece])
 
-    return PieceVerifier(variables, own, checksums, ReadReport(), opened)
+    return PieceVerifier(variables, own, checksums, opened)

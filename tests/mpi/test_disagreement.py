@@ -655,7 +655,7 @@ def test_a_damaged_variable_is_named_on_all_ranks_though_one_rank_reads_it(three
 def test_damage_that_one_of_a_ranks_threads_finds_is_an_error_on_all_ranks(
     three: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_reading, "_SHARE_NBYTES", 1 << 20)
+    monkeypatch.setattr(parallel_reading, "SHARE_NBYTES", 1 << 20)
     n = 300_000  # more than 1 MiB: for any thread
 
     def shards(value: float) -> dict[str, ShardedVariable]:

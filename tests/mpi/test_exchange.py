@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpoint, CollectiveError, CorruptCheckpointError, SaveOptions, ShardedVariable, load_variable
+from distckpt import (
+    Checkpoint,
+    CollectiveError,
+    CorruptCheckpointError,
+    RestoreOptions,
+    SaveOptions,
+    ShardedVariable,
+    load_variable,
+)
 from distckpt.coordination import shared_memory
-from distckpt.exchange import node, taking, writing
+from distckpt.exchange import across, node, reading, taking, writing
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.source import Source
 from distckpt.storage import rawio
@@ -56,6 +67,101 @@ class Twin:
 NBYTES = 2 * FULL.nbytes + 50 * 7 * 4
 
 
+@pytest.fixture
+def many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small units, so that all threads have something to do, and few bytes are worth a thread."""
+    for module in (node, taking, writing, across):
+        monkeypatch.setattr(module, "UNIT_NBYTES", 40_000)
+    monkeypatch.setattr(reading, "SHARE_NBYTES", 1)
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "threads"])
+def threads(request: pytest.FixtureRequest) -> RestoreOptions:
+    """Options with a number of threads."""
+    request.getfixturevalue("many_rounds")
+    return RestoreOptions(threads=request.param)
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that have read units."""
+    names: list[str] = []
+    read = taking.Taking.read
+
+    def logged(*args: Any) -> None:
+        names.append(threading.current_thread().name)
+        time.sleep(0.001)  # so that the others come in
+        read(*args)
+
+    monkeypatch.setattr(taking.Taking, "read", logged)
+    return names
+
+
+def test_threads_read_each_byte_once_and_verify_it(
+    comm: Any, mpi_dir: Path, sources: list[Source], threads: RestoreOptions, readers: list[str]
+) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    assert not twin.is_restored()
+    twin.checkpoint.read(path, options=threads).assert_consumed()
+    assert twin.is_restored()
+    (source,) = sources
+    assert comm.allreduce(source.bytes_read) == comm.allreduce(source.bytes_verified) == NBYTES
+    assert (len(set(readers)) > 1) == (threads.threads == 3)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("distckpt-team")]
+
+
+@pytest.mark.usefixtures("many_rounds")
+def test_as_many_threads_as_the_rank_with_the_fewest_can_use(
+    comm: Any, mpi_dir: Path, readers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "threads_of_rank", lambda _: 1 if comm.rank == 1 else 3)
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    assert not twin.is_restored()
+    twin.checkpoint.read(path).assert_consumed()
+    assert twin.is_restored()
+    assert set(readers) == {threading.main_thread().name}
+
+
+def test_where_memory_for_several_threads_is_missing_one_reads(
+    comm: Any, mpi_dir: Path, threads: RestoreOptions, readers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    assert not twin.is_restored()
+    allocate = shared_memory._allocate
+
+    def little(mpi: Any, size: int, nbytes: int) -> Any:
+        return allocate(mpi, size, nbytes) if nbytes <= 2 * 40_000 else None
+
+    monkeypatch.setattr(shared_memory, "_allocate", little)
+    twin.checkpoint.read(path, options=threads).assert_consumed()
+    assert twin.is_restored()
+    assert set(readers) == {threading.main_thread().name}
+
+
+def test_an_error_in_a_thread_is_one_error_on_all_ranks(
+    comm: Any, mpi_dir: Path, threads: RestoreOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(comm, mpi_dir)
+    twin = Twin(comm)
+    take, calls = taking.Taking.take, itertools.count()
+
+    def failing(*args: Any) -> None:
+        if comm.rank == 1 and next(calls) == 9:
+            raise OSError("no luck")
+        take(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking.Taking, "take", failing)
+        with pytest.raises(CollectiveError, match="rank 1: OSError: no luck") as raised:
+            twin.checkpoint.read(path, options=threads)
+    assert len(set(comm.allgather(str(raised.value)))) == 1
+    twin.checkpoint.read(path, options=threads).assert_consumed()
+    assert twin.is_restored()
+
+
 def test_each_byte_is_read_once_and_verified(comm: Any, mpi_dir: Path, sources: list[Source]) -> None:
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
@@ -70,10 +176,12 @@ def test_each_byte_is_read_once_and_verified(comm: Any, mpi_dir: Path, sources: 
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2, 3])
-def test_damage_is_one_error_on_all_ranks(comm: Any, mpi_dir: Path, sources: list[Source], damaged: int) -> None:
+def test_damage_is_one_error_on_all_ranks(
+    comm: Any, mpi_dir: Path, sources: list[Source], threads: RestoreOptions, damaged: int
+) -> None:
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
-    twin.checkpoint.read(path)
+    twin.checkpoint.read(path, options=threads)
     assert twin.is_restored()
     (source,) = sources
     index = next(i for i, variable in enumerate(source.manifest.variables) if variable.key == "x")
@@ -83,12 +191,17 @@ def test_damage_is_one_error_on_all_ranks(comm: Any, mpi_dir: Path, sources: lis
             file.write(b"\xff")
     comm.Barrier()
     with pytest.raises(CorruptCheckpointError, match=r"x: the .* damaged") as raised:
-        Twin(comm).checkpoint.read(path)
+        Twin(comm).checkpoint.read(path, options=threads)
     assert len(set(comm.allgather(str(raised.value)))) == 1
 
 
 def test_without_shared_memory_everything_goes_by_messages(
-    comm: Any, mpi_dir: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    comm: Any,
+    mpi_dir: Path,
+    sources: list[Source],
+    threads: RestoreOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = saved(comm, mpi_dir)
     twin = Twin(comm)
@@ -96,7 +209,7 @@ def test_without_shared_memory_everything_goes_by_messages(
     window = None if comm.rank == 2 else object()  # one rank without is enough
     allocate = shared_memory._allocate
     monkeypatch.setattr(shared_memory, "_allocate", lambda *args: allocate(*args) if args[1] == 1 else window)
-    twin.checkpoint.read(path).assert_consumed()
+    twin.checkpoint.read(path, options=threads).assert_consumed()
     assert twin.is_restored()
     (source,) = sources
     assert comm.allreduce(source.bytes_read) == NBYTES
@@ -131,11 +244,8 @@ def test_narrow_strips_are_written_as_long_ranges(comm: Any, mpi_dir: Path, monk
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_tensors_on_gpus_go_through_pinned_memory(
-    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    comm: Any, mpi_dir: Path, threads: RestoreOptions, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    monkeypatch.setattr(node, "UNIT_NBYTES", 40_000)  # many rounds
-    monkeypatch.setattr(taking, "UNIT_NBYTES", 40_000)
-    monkeypatch.setattr(writing, "UNIT_NBYTES", 40_000)
     machine = Machine(late=late)
     machine.install(monkeypatch)
     columns = SHAPE[1] // comm.size
@@ -150,11 +260,11 @@ def test_tensors_on_gpus_go_through_pinned_memory(
     comm.Barrier()
     own.zero_()
     replica, machine.copied, machine.buffers = machine.put(torch.zeros_like(FULL), 1), 0, []
-    Checkpoint(comm=comm, x=shard, y=replica).read(path).assert_consumed()
+    Checkpoint(comm=comm, x=shard, y=replica).read(path, options=threads).assert_consumed()
     assert torch.equal(own, expected)
     assert torch.equal(replica, FULL)
     assert machine.copied == own.nbytes + replica.nbytes
-    assert len(machine.buffers) == 1  # all of it fits
+    assert 1 <= len(machine.buffers) <= threads.threads  # all of it fits
     assert len(machine.of("start")) == len(machine.of("wait"))
 
 
@@ -184,7 +294,7 @@ def reaches(operation: str, ahead: int) -> bool:
     return operation == "write" or ahead == 0
 
 
-def test_two_variables_restored_into_the_same_memory(comm: Any, mpi_dir: Path) -> None:
+def test_two_variables_restored_into_the_same_memory(comm: Any, mpi_dir: Path, threads: RestoreOptions) -> None:
     """Each is what the file says when it comes; it is no damage that the second one takes its place."""
     shape, width = (16, 1024), 1024 // comm.size
 
@@ -195,7 +305,7 @@ def test_two_variables_restored_into_the_same_memory(comm: Any, mpi_dir: Path) -
     path = Checkpoint(comm=comm, **shards(saved_values)).write(mpi_dir / "x", options=POSIX)
     memory = [torch.full((16, width), -1.0) for _ in range(comm.size)]
     live = [memory[i // 2].view(16, width) for i in range(2 * comm.size)]
-    Checkpoint(comm=comm, **shards(live)).read(path)
+    Checkpoint(comm=comm, **shards(live)).read(path, options=threads)
     assert all(torch.equal(tensor, saved_values[2 * i + 1]) for i, tensor in enumerate(memory))
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from distckpt.storage import parallel_reading, rawio, threads
 from distckpt.storage import verify as verifying
 from distckpt.storage.checksum import digest
 from distckpt.storage.parallel_reading import read_in_threads
-from distckpt.storage.threads import share_out
+from distckpt.storage.threads import Team, share_out
 from distckpt.storage.transfer import ReadJob
 from distckpt.storage.verify import verify_file
 from distckpt.tensor_bytes import share_memory
@@ -33,7 +34,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def little_is_worth_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_reading, "_SHARE_NBYTES", MIB)
+    monkeypatch.setattr(parallel_reading, "SHARE_NBYTES", MIB)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_threads_fill_gpus(late: bool, fd: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_few_bytes_are_not_worth_a_thread(fd: int, readers: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_reading, "_SHARE_NBYTES", 8 * MIB)
+    monkeypatch.setattr(parallel_reading, "SHARE_NBYTES", 8 * MIB)
     tensors = [torch.rand(MIB), torch.rand(5)]
     targets = like(tensors)
     read_in_threads(fd, stored(fd, tensors, targets), verify=True, progress=None, threads=4)
@@ -354,3 +355,76 @@ def test_memory_in_common() -> None:
     assert share_memory([memory, memory])
     assert share_memory([memory[::2], memory[1::2]])  # side by side: taken for shared
     assert not share_memory([memory[:50:2], memory[50::2]])
+
+
+# ---- teams -------------------------------------------------------------------------------------------------------
+
+
+def test_a_team_does_all_parts_of_each_step_before_the_next() -> None:
+    done: list[tuple[int, int]] = []
+    names: set[str] = set()
+
+    def part(step: int, number: int) -> None:
+        time.sleep(0.002 * number)
+        names.add(threading.current_thread().name)
+        done.append((step, number))
+
+    with Team(3) as team:
+        for step in range(5):
+            team.do(partial(part, step))
+            assert sorted(done) == [(number // 3, number % 3) for number in range(3 * (step + 1))]
+    assert len(names) > 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("distckpt-team")]
+
+
+def test_a_team_of_one_uses_this_thread() -> None:
+    names: list[str] = []
+    with Team(1) as team:
+        team.do(lambda number: names.append(f"{number} {threading.current_thread().name}"))
+    assert names == [f"0 {threading.current_thread().name}"]
+
+
+def test_the_error_of_a_part_is_raised_when_all_have_ended() -> None:
+    ended: list[int] = []
+
+    def part(number: int) -> None:
+        if number == 0:
+            raise OSError("no luck")
+        time.sleep(0.02)
+        ended.append(number)
+
+    with Team(3) as team:
+        begun = set(ended)
+        with pytest.raises(OSError, match="no luck"):
+            team.do(part)
+        after = list(ended)
+        time.sleep(0.05)
+        assert ended == after  # nothing goes on
+        assert begun == set()
+        team.do(ended.append)  # the next step finds the team in order
+    assert set(ended) >= {0, 1, 2}
+
+
+def test_a_team_whose_threads_cannot_start_does_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done: list[int] = []
+    with Team(4) as team:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            team.do(done.append)
+        assert sorted(done) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_modes_of_torch_hold_in_all_threads_of_a_team(inference: bool) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    def part(_: int) -> None:
+        time.sleep(0.005)
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    with torch.inference_mode(inference), Team(3) as team:
+        team.do(part)
+    assert modes == [(inference, False)] * 3
