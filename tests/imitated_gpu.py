@@ -13,7 +13,6 @@ import torch
 
 from distckpt import device
 from distckpt.device import Copy, Joining, start_all
-from distckpt.exchange import reading as exchange_reading
 from distckpt.exchange import taking
 from distckpt.graph import fingerprint
 from distckpt.storage import packing, parallel_reading, rawio, reading, room, snapshot, units, writing
@@ -66,8 +65,7 @@ class Machine:
             monkeypatch.setattr(module, "gpu_of", self.gpu_of)
         for module in (writing, reading, parallel_reading, units, taking, snapshot, fingerprint):
             monkeypatch.setattr(module, "is_packed", self.is_packed)
-        for module in (packing, exchange_reading):
-            monkeypatch.setattr(module, "any_on_gpu", lambda tensors: any(map(self.gpu_of, tensors)))
+        monkeypatch.setattr(packing, "any_on_gpu", lambda tensors: any(map(self.gpu_of, tensors)))
         for module in (packing, room, fingerprint):
             monkeypatch.setattr(module, "pinned_memory", self.pinned_memory)
         monkeypatch.setattr(HostBuffer, "pin", lambda _: self.log.append("pin"))

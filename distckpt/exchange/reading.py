@@ -10,7 +10,6 @@ import msgspec
 
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.nodes import Nodes
-from distckpt.device import any_on_gpu
 from distckpt.exchange.across import read_across
 from distckpt.exchange.node import FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.exchange.taking import Own, Taking, Want, boxes_of, decode_wishes, stack_hulls
@@ -19,8 +18,11 @@ from distckpt.layout.box import Box, Shape
 from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted
-from distckpt.storage.threads import MAX_THREADS, MAX_WITH_BUFFER, SHARE_NBYTES, Team, threads_of_rank
+from distckpt.storage.threads import SHARE_NBYTES, Team, threads_of_rank
 from distckpt.tensor_bytes import share_memory
+
+#: Most threads of each rank. More are no faster, as all wait for each other in every round.
+_MAX_THREADS = 4
 
 
 def read_together(coordinator: Coordinator, want: Want) -> list[TensorRead]:
@@ -76,7 +78,7 @@ def _read_within(node: Coordinator, want: Want) -> list[TensorRead] | None:
     if not meeting:
         return list(want.reads)
     told = gathered(node, "wishes", agreed(node, lambda: _tell(node, want, own, meeting)))
-    for most_threads in (MAX_THREADS, 1):  # where the memory for several threads is not to be had, one may do
+    for most_threads in (_MAX_THREADS, 1):  # where the memory for several threads is not to be had, one may do
         taking = agreed(node, partial(_plan, node, want, own, told, most_threads))
         if _run(node, taking):
             return taking.finish()
@@ -103,8 +105,6 @@ def _tell(node: Coordinator, want: Want, own: Own, variables: Iterable[int]) -> 
     tensors = [read.target.tensor for read in own.reads.values()]
     if threads > 1 and share_memory(tensors):
         threads = 1  # so that the last one that is read wins
-    if any_on_gpu(tensors):
-        threads = min(threads, MAX_WITH_BUFFER)
     return msgspec.msgpack.encode(_Told(threads, own.wishes(variables)))
 
 

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from distckpt.device import gpu_of
 from distckpt.storage.reading import Reader, ReadReport, read
 from distckpt.storage.room import Arrivals
-from distckpt.storage.threads import LARGE_NBYTES, MAX_WITH_BUFFER, SHARE_NBYTES, one_at_a_time, share_out
+from distckpt.storage.threads import LARGE_NBYTES, SHARE_NBYTES, one_at_a_time, share_out
 from distckpt.storage.transfer import Progress, ReadJob
 from distckpt.tensor_bytes import is_packed
+
+#: Most buffers of all threads together, 48 MiB of memory. Each thread needs one for tensors on GPUs, and one for
+#: tensors on the CPU that are not packed.
+_MAX_WITH_BUFFER = 6
 
 
 def read_in_threads(
@@ -54,7 +58,7 @@ def _useful_threads(large: Sequence[ReadJob]) -> int:
     on_gpu = any(gpu_of(job.tensor) is not None for job in large)
     unpacked = any(gpu_of(job.tensor) is None and not is_packed(job.tensor) for job in large)
     n_buffers = on_gpu + unpacked
-    return min(worth, MAX_WITH_BUFFER // n_buffers) if n_buffers else worth
+    return min(worth, _MAX_WITH_BUFFER // n_buffers) if n_buffers else worth
 
 
 def _is_large(job: ReadJob) -> bool:

@@ -24,10 +24,6 @@ LARGE_NBYTES = 1 << 20
 #: Least bytes per thread: starting a thread takes as long as reading a few hundred KiB.
 SHARE_NBYTES = 8 << 20
 
-#: Most buffers of all threads together, 48 MiB of memory. Each thread needs one for tensors on GPUs, and one for
-#: tensors on the CPU that are not packed.
-MAX_WITH_BUFFER = 6
-
 T = TypeVar("T")
 
 
