@@ -193,7 +193,8 @@ def _shard(
     coordinate = mesh.get_coordinate()
     if 0 in held or coordinate is None:  # torch gives ranks outside of the mesh an empty tensor of one dimension
         origin = (0,) * len(shape)
-        return _Shard(shape, (Box(origin, held if len(held) == len(shape) else origin),), sharding)
+        empty = Box(origin, held if len(held) == len(shape) else origin)
+        return _Shard(shape, (empty,) if shape else (), sharding)  # without dimensions no box is empty
     cuts: list[list[Cut]] = [[] for _ in shape]
     for placement, n_parts, part in zip(placements, mesh.shape, coordinate, strict=True):
         if not placement.is_replicate():

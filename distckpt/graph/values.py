@@ -54,7 +54,8 @@ class TensorValue(msgspec.Struct, frozen=True):
             boxes one after the other; or, where the boxes are all combinations of some intervals along each dimension,
             a tensor in which those intervals are adjacent.
         global_shape: Shape of the whole tensor.
-        boxes: This rank's shard: usually one box; several are disjoint, with empty ones last.
+        boxes: This rank's shard: usually one box; several are disjoint, with empty ones last. None where this rank has
+            no part of a tensor without dimensions.
         in_place: Restore writes into `tensor`; otherwise a new tensor is read and handed to the adapter.
         buffer: Replicas may differ.
         numpy: The live object is a NumPy array.
@@ -77,6 +78,8 @@ class TensorValue(msgspec.Struct, frozen=True):
         boxes, tensor = self.boxes, self.tensor
         if len(boxes) == 1 and tensor.shape == boxes[0].shape:
             return [Block(boxes[0], tensor)]
+        if not boxes:
+            return []
         with torch.no_grad():
             if tensor.dim() == len(self.global_shape) != 1:
                 return [Block(box, _cell(tensor, place)) for box, place in zip(boxes, joined(boxes), strict=True)]

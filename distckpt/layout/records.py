@@ -99,7 +99,8 @@ class LocalAttribute(msgspec.Struct, frozen=True, array_like=True):
         global_shape: Shape of the whole tensor; () for a python value.
         buffer: A module buffer: replicas may differ, the lowest rank's bytes are stored.
         numpy: The live value is a NumPy array.
-        n_boxes: Number of boxes that this rank's shard consists of, empty ones included.
+        n_boxes: Number of boxes that this rank's shard consists of, empty ones included. 0 where this rank has no part
+            of a tensor without dimensions, of which no box is empty.
     """
 
     name: str

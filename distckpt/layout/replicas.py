@@ -145,10 +145,12 @@ def _by_holders(tensors: Sequence[MergedValue]) -> list[list[int]]:
 class _Bucket:
     """Tensors of equally many dimensions that the same ranks hold; rows are those ranks, ascending.
 
+    Ranks that have the object but no box have no row: they are outside of the mesh of a tensor without dimensions.
+
     Attributes:
         values: The tensors.
         ranks: The ranks.
-        order: For each row: its index when the ranks are listed group by group.
+        order: For each row: its index when the ranks are listed group by group, those without a box, too.
         positions: For each group: which of its attributes the tensors are.
         boxes: Offset and extent in elements of each box: tensors x ranks x (boxes * 2 * ndim).
         fingerprints: Ranks x tensors.
@@ -176,7 +178,9 @@ def _gather(values: list[MergedValue], holdings: Sequence[Holding]) -> _Bucket:
         boxes.append(holdings[index].boxes[:, holdings[index].columns[at][:, None] + box_columns[i]])
         fingerprints.append(holdings[index].fingerprints[:, at])
     ranks = np.concatenate([holdings[index].ranks for index in groups])
+    has_box = np.repeat(np.array(values[0].n_boxes) > 0, [len(holdings[index].ranks) for index in groups])
     order = np.argsort(ranks)
+    order = order[has_box[order]]
     return _Bucket(
         values,
         ranks[order].tolist(),
@@ -184,7 +188,7 @@ def _gather(values: list[MergedValue], holdings: Sequence[Holding]) -> _Bucket:
         positions,
         np.concatenate(_padded(boxes))[order].transpose(1, 0, 2),
         np.concatenate(fingerprints)[order],
-        np.zeros((len(ranks), len(values)), np.int64),
+        np.zeros((len(order), len(values)), np.int64),
     )
 
 
@@ -195,7 +199,8 @@ def _padded(boxes: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
 
 
 def _scatter_weights(bucket: _Bucket, holdings: Sequence[Holding]) -> None:
-    weights = np.empty_like(bucket.weights)
+    n_ranks = sum(len(holdings[index].ranks) for index in bucket.values[0].groups)
+    weights = np.zeros((n_ranks, len(bucket.values)), np.int64)
     weights[bucket.order] = bucket.weights
     start = 0
     for index, positions in zip(bucket.values[0].groups, bucket.positions, strict=True):
