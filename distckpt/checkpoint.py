@@ -315,12 +315,6 @@ class Checkpoint(Trackable):
     def _walk_for_save(self, *, with_counter: bool) -> LiveGraph:
         graph = self._walk(with_counter=with_counter)
         self._session.restorer.before_save(graph)
-        self._session.saver.warn_once(*graph.omissions)
-        if graph.unowned:
-            self._session.saver.warn_once(
-                f"{graph.unowned} optimizer parameter(s) have state but belong to no tracked object: their state is "
-                "not saved. Track the module that owns them."
-            )
         return graph
 
     def _walk(self, *, with_counter: bool) -> LiveGraph:

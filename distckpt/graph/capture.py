@@ -69,6 +69,7 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
         problems=problems,
         shardings=list(number_of),
         sharding_of=np.array([number_of[words] for words in shardings], np.uint32).tobytes(),
+        warnings=graph.warnings(),
     )
     return Capture(graph, tensors, layout, list(encoded))
 
@@ -105,11 +106,12 @@ def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
     """A node as in `LocalLayout.graph`. Most nodes are leaves with one value, whose few forms are cached."""
     if len(node.values) == 1 and not node.children and not node.slots and node.parameters is None:
         (value,) = node.values.values()
-        return _leaf(_fields(value), node.adapter.per_rank)
+        return _leaf(_fields(value), node.adapter.per_rank, node.adapter.is_container)
     children = [(child, name) for name, child in node.children.items()]
     attributes = [_attribute(_fields(value)) for value in node.values.values()]
     slots = [(variable, name, slot) for variable, own in node.slots.items() for name, slot in own.items()]
-    return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank)
+    whole = node.adapter.is_container and not children
+    return LocalNode(children, attributes, slots, node.parameters, node.adapter.per_rank, whole)
 
 
 #: The fields of a `LocalAttribute`, but with a torch dtype: faster to make, and to look up in a cache.
@@ -123,8 +125,8 @@ def _fields(value: Value) -> _Fields:
 
 
 @functools.lru_cache(maxsize=4096)
-def _leaf(fields: _Fields, per_rank: bool) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.msgpack.encode(LocalNode([], [_attribute(fields)], [], None, per_rank)))
+def _leaf(fields: _Fields, per_rank: bool, whole: bool) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.msgpack.encode(LocalNode([], [_attribute(fields)], [], None, per_rank, whole)))
 
 
 def _attribute(fields: _Fields) -> LocalAttribute:

@@ -103,6 +103,16 @@ class LiveGraph:
         """Number of values."""
         return sum([len(node.values) for node in self.nodes])
 
+    def warnings(self) -> list[str]:
+        """What a save leaves out, of which the user is warned."""
+        if not self.unowned:
+            return self.omissions
+        unowned = (
+            f"{self.unowned} optimizer parameter(s) have state but belong to no tracked object: their state is not "
+            "saved. Track the module that owns them."
+        )
+        return [*self.omissions, unowned]
+
     def values(self) -> Iterator[tuple[LiveNode, Value]]:
         """All values "in order" (see `layout.records.LocalLayout`)."""
         for node in self.nodes:

@@ -116,9 +116,9 @@ def _problems(
     gap = find_gap(boxes, shape)
     if gap:
         first = f", the first ones in {describe(gap.first)}" if gap.first else ""
-        holders = f"by {rank_list(ranks)}" if ranks else "by none of the ranks that save"
+        where = f"by {rank_list(ranks)}" if ranks else "by none of the ranks that save"
         yield (
-            f"{gap.numel} of the elements of the global shape {shape} are on no rank{first}. It is held {holders}. "
+            f"{gap.numel} of the elements of the global shape {shape} are on no rank{first}. It is held {where}. "
             "Save it on all ranks that have a shard, with the right global shape and offsets."
         )
 

@@ -20,7 +20,7 @@ from distckpt.layout.records import (
     Shard,
     Variable,
 )
-from distckpt.layout.replicas import Comparison, compare_python_values, cover_tensors
+from distckpt.layout.replicas import Comparison, compare_containers, compare_python_values, cover_tensors
 from distckpt.layout.ties import check_ties
 from distckpt.layout.tiling import tilings_of
 from distckpt.layout.unify import UnifiedGraph, group_ranks, unify
@@ -78,15 +78,25 @@ def _raise_local_problems(layouts: Sequence[LocalLayout]) -> None:
         raise _layout_error([f"{rank_list(where)}: {problem}" for problem, where in ranks.items()])
 
 
+def _local_warnings(layouts: Sequence[LocalLayout]) -> list[str]:
+    """What ranks leave out, and which ranks where not all do."""
+    ranks: dict[str, list[int]] = {}
+    for rank, layout in enumerate(layouts):
+        for warning in layout.warnings:
+            ranks.setdefault(warning, []).append(rank)
+    return [text if len(on) == len(layouts) else f"{rank_list(on)}: {text}" for text, on in ranks.items()]
+
+
 def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
     problems: list[str] = []
     groups = group_ranks(layouts)
     graph = unify(groups, problems)
     check_ties(groups, problems)
     holdings = [hold(group, layouts) for group in groups]
-    values = collect_values(groups, holdings, graph, problems)
+    values = collect_values(groups, holdings, graph, problems, trust_lowest=trust_lowest)
     tensors = [value for value in values if value.attribute.dtype is not None]
     comparison = Comparison(enabled=not trust_lowest)
+    compare_containers(groups, graph, comparison)
     python_state = compare_python_values(values, holdings, layouts, comparison)
     covers = cover_tensors(tensors, holdings, comparison, problems)
     if problems or comparison.problems:
@@ -98,7 +108,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
         variables=variables,
         python_state=python_state,
         plans=_plans(holdings, items, _watched(values, holdings), _plan_id(layouts, trust_lowest)),
-        warnings=comparison.warnings(),
+        warnings=[*_local_warnings(layouts), *comparison.warnings()],
         n_checksums=items.n_checksums,
     )
 

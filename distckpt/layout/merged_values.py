@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,12 @@ def _ordinals(attributes: Sequence[LocalAttribute]) -> list[int]:
 
 
 def collect_values(
-    groups: Sequence[RankGroup], holdings: Sequence[Holding], graph: UnifiedGraph, problems: list[str]
+    groups: Sequence[RankGroup],
+    holdings: Sequence[Holding],
+    graph: UnifiedGraph,
+    problems: list[str],
+    *,
+    trust_lowest: bool,
 ) -> list[MergedValue]:
     """The values in order of the merged nodes, with keys; fills `Holding.values`.
 
@@ -112,10 +117,14 @@ def collect_values(
         holdings: What their ranks hold, parallel to `groups`.
         graph: The merged graph.
         problems: Receives what holders disagree on, what cannot be stored, and keys that clash.
+        trust_lowest: Of containers of python values the lowest holder's elements are the values.
     """
     tables: list[dict[str, MergedValue]] = [{} for _ in graph.keys]
+    complete: set[int] = set()
     for index, group in enumerate(groups):
-        holdings[index].values = _add_group(index, group, tables)
+        holdings[index].values = _add_group(index, group, tables, complete)
+        if trust_lowest:
+            complete.update(node_id for node_id, node in zip(group.node_ids, group.nodes, strict=True) if node.whole)
     _assign_keys(graph, tables)
     values = [value for table in tables for value in table.values()]
     _separate_datasets(values)
@@ -130,14 +139,18 @@ def collect_values(
     return values
 
 
-def _add_group(index: int, group: RankGroup, tables: Sequence[dict[str, MergedValue]]) -> list[MergedValue]:
+def _add_group(
+    index: int, group: RankGroup, tables: Sequence[dict[str, MergedValue]], complete: Container[int]
+) -> list[MergedValue]:
+    """The values of a group's attributes; nodes that are complete get no further ones, so that these are not stored."""
     values: list[MergedValue] = []
     for node_id, node in zip(group.node_ids, group.nodes, strict=True):
         for attribute in node.attributes:
             value = tables[node_id].get(attribute.name)
             if value is None:
                 value = MergedValue(attribute, node_id, [index], [len(values)], [attribute.n_boxes], attribute.buffer)
-                tables[node_id][attribute.name] = value
+                if node_id not in complete:
+                    tables[node_id][attribute.name] = value
             # A torn tie brings the same value twice: it is a problem already, and the first one stands for it.
             elif value.groups[-1] != index:
                 _add_holder(value, attribute, index, len(values))

@@ -120,6 +120,7 @@ class LocalNode(msgspec.Struct, frozen=True, array_like=True):
         slots: (variable's local node id, slot name, slot's local node id), when the node is an optimizer.
         parameters: Local node ids of a parameter group's members.
         per_rank: As `Node.per_rank`.
+        whole: A container that has python values only: together they are one value, the same on all ranks.
     """
 
     children: list[tuple[int, str]]
@@ -127,6 +128,7 @@ class LocalNode(msgspec.Struct, frozen=True, array_like=True):
     slots: list[tuple[int, str, int]]
     parameters: list[int] | None = None
     per_rank: bool = False
+    whole: bool = False
 
 
 class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
@@ -141,6 +143,7 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
         problems: What this rank cannot save, one sentence each; not empty means that merging fails with these.
         shardings: Placements and mesh in words, as this rank sees them; only errors show them.
         sharding_of: uint32 for each tensor in order: index in `shardings`.
+        warnings: What this rank leaves out, one sentence each; rank 0 warns of it.
     """
 
     graph: bytes
@@ -150,6 +153,7 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
     problems: list[str]
     shardings: list[str] = []
     sharding_of: bytes = b""
+    warnings: list[str] = []
 
 
 # ---- what rank 0 answers -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from distckpt.layout.box import Shape
 from distckpt.layout.cover import Cover, cover, describe
 from distckpt.layout.merged_values import Holding, MergedValue, sharding_note
 from distckpt.layout.records import LocalLayout
+from distckpt.layout.unify import RankGroup, UnifiedGraph
 from distckpt.words import listing, rank_list
 
 _WAY_OUT = (
@@ -48,6 +49,37 @@ class Comparison:
             "meant, broadcast the buffers before saving, or wrap them in PerRank."
         )
         return [warning]
+
+
+def compare_containers(groups: Sequence[RankGroup], graph: UnifiedGraph, comparison: Comparison) -> None:
+    """Find containers of python values, such as deques, that have other elements on other ranks.
+
+    Args:
+        groups: The graphs, unified.
+        graph: The merged graph.
+        comparison: Receives the containers that differ.
+    """
+    found: dict[int, dict[frozenset[str], list[int]]] = {}
+    for group in groups if comparison.enabled else ():
+        for node_id, node in zip(group.node_ids, group.nodes, strict=True):
+            if node.whole:
+                names = frozenset(attribute.name for attribute in node.attributes)
+                found.setdefault(node_id, {}).setdefault(names, []).extend(group.ranks)
+    comparison.problems += [
+        _container_difference(graph.keys[node_id], ranks)
+        for node_id, ranks in found.items()
+        if len(ranks) > 1 and not graph.children[node_id]
+    ]
+
+
+def _container_difference(key: str, ranks: dict[frozenset[str], list[int]]) -> str:
+    (expected, first), *others = ranks.items()
+    got = listing([f"{len(names)} on {rank_list(where)}" for names, where in others], 3)
+    lacked = sorted(frozenset.union(*ranks) - frozenset.intersection(*ranks))
+    return (
+        f"{key}: elements differ. Expected {len(expected)}, as on {rank_list(first)}. Got {got}. Not on all of these "
+        f"ranks: {listing(lacked, 3)}. {_WAY_OUT}"
+    )
 
 
 def compare_python_values(

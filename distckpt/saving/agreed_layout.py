@@ -75,6 +75,11 @@ class AgreedLayout:
     aggregation: Aggregation = field(default_factory=Aggregation)
     _writes: _Writes | None = None
 
+    @property
+    def warned(self) -> set[str]:
+        """What rank 0 has warned of that this rank leaves out."""
+        return set(self.layout.warnings)
+
     def has_layout(self, layout: LocalLayout, options: SaveOptions) -> bool:
         """Whether this rank holds the same kinds of values in the same places as when the ranks last agreed."""
         old = self.layout
@@ -82,7 +87,7 @@ class AgreedLayout:
 
     def holds_for(self, layout: LocalLayout, options: SaveOptions) -> bool:
         """Whether rank 0 can save what this rank holds without hearing more than a digest from it."""
-        if layout.problems or not self.has_layout(layout, options):
+        if layout.problems or not self.has_layout(layout, options) or not set(layout.warnings) <= self.warned:
             return False
         watched = self.plan.watched
         if not watched:

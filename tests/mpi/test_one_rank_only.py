@@ -1,0 +1,108 @@
+"""What only one rank has, or has more of: warnings about it are heard, and containers of python values are replicas."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distckpt import Checkpoint, CheckpointWarning, LayoutError, PerRank, SaveOptions, Trackable, load_checkpoint
+
+MPI = pytest.importorskip("mpi4py.MPI")
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
+
+FAST = SaveOptions(durable=False)
+FIRST = SaveOptions(durable=False, replicas="first")
+
+
+def warned(call: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
+        call()
+    return [str(warning.message) for warning in caught if warning.category is CheckpointWarning]
+
+
+# ---- what is left out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_a_container_that_only_one_rank_leaves_out_is_warned_of_once(comm: Any, mpi_dir: Path, owner: int) -> None:
+    checkpoint = Checkpoint(comm=comm, step=1, part=Trackable())
+    assert warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
+    if comm.rank == owner:
+        checkpoint.part.config = {"seen": {1, 2}, "name": "a"}
+    first = warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST))
+    assert warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
+    if comm.rank:
+        assert first == []
+    else:
+        (text,) = first
+        assert text.startswith(f"rank {owner}: part/config: left out: a builtins.dict cannot be checkpointed")
+
+
+def test_optimizer_state_that_only_one_rank_leaves_out(comm: Any, mpi_dir: Path) -> None:
+    owned, stray = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([owned, stray] if comm.rank else [owned])
+    owned.grad = stray.grad = torch.ones(2)
+    optimizer.step()
+    checkpoint = Checkpoint(comm=comm, w=owned, optimizer=optimizer)
+    first = warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST))
+    if comm.rank == 0:
+        (text,) = first
+        assert text.startswith("rank 1: 1 optimizer parameter(s) have state but belong to no tracked object")
+
+
+# ---- containers of python values ---------------------------------------------------------------------------------
+
+
+def a_deque(n: int) -> Any:
+    return collections.deque(range(n), maxlen=5)
+
+
+def a_defaultdict(n: int) -> Any:
+    return collections.defaultdict(int, {f"k{i}": i for i in range(n)})
+
+
+@pytest.mark.parametrize("make", [a_deque, a_defaultdict])
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2), (0, 1), (1, 0)], ids=str)
+def test_other_elements_on_other_ranks_are_refused(
+    comm: Any, mpi_dir: Path, make: Callable[[int], Any], lengths: tuple[int, int]
+) -> None:
+    checkpoint = Checkpoint(comm=comm, history=make(2))
+    checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    checkpoint.history = make(lengths[comm.rank == 1])
+    with pytest.raises(LayoutError, match=r"history: elements differ\. Expected \d, as on rank.* PerRank") as error:
+        checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    assert len(set(comm.allgather(str(error.value)))) == 1
+
+
+@pytest.mark.parametrize("make", [a_deque, a_defaultdict])
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2), (0, 1), (1, 0)], ids=str)
+def test_the_lowest_ranks_elements_on_request(
+    comm: Any, mpi_dir: Path, make: Callable[[int], Any], lengths: tuple[int, int]
+) -> None:
+    checkpoint = Checkpoint(comm=comm, history=make(lengths[comm.rank == 1]))
+    for _ in range(2):  # the second save goes by the first one's layout
+        path = checkpoint.save(mpi_dir / "ckpt", options=FIRST)
+    with load_checkpoint(path) as reader:
+        assert sum(key.startswith("history/") for key in reader) == lengths[0]
+
+
+def test_each_rank_has_a_deque_of_its_own(comm: Any, mpi_dir: Path) -> None:
+    checkpoint = Checkpoint(comm=comm, history=PerRank(a_deque(2 + comm.rank)))
+    path = checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    twin = Checkpoint(comm=comm, history=PerRank(a_deque(0)))
+    twin.restore(path).assert_consumed()
+    assert twin.history.value == a_deque(2 + comm.rank)
+
+
+def test_lists_of_tensors_are_joined(comm: Any, mpi_dir: Path) -> None:
+    checkpoint = Checkpoint(comm=comm, stages=[torch.ones(2) for _ in range(1 + comm.rank)])
+    path = checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    with load_checkpoint(path) as reader:
+        assert {f"stages/{i}" for i in range(comm.size)} <= set(reader)
