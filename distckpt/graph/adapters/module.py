@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.adapters.stateful import flatten, unflatten
 from distckpt.graph.values import Edge, UnsaveableError, Value
 
 _EXTRA_STATE = ".extra_state"
+#: Classes of tensors that can be asked for their address.
+_WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
 
 
 class ModuleAdapter(Adapter):
@@ -28,7 +30,7 @@ class ModuleAdapter(Adapter):
         """Children, then parameters, then persistent buffers, then extra state.
 
         Raises:
-            UnsaveableError: It is a FullyShardedDataParallel that shards.
+            UnsaveableError: It is a FullyShardedDataParallel that shards, or its own `state_dict()` has more.
         """
         assert isinstance(obj, torch.nn.Module)
         _reshard(obj)
@@ -47,8 +49,7 @@ class ModuleAdapter(Adapter):
         for name, buffer in obj._buffers.items():
             if buffer is not None and name not in transient:
                 yield Edge(name, buffer, buffer=True)
-        if type(obj)._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
-            yield from _beyond(obj)
+        _require_parts(obj)
         if type(obj).get_extra_state is not torch.nn.Module.get_extra_state:
             yield from flatten(obj.get_extra_state(), _EXTRA_STATE, _EXTRA_STATE)
 
@@ -62,21 +63,70 @@ class ModuleAdapter(Adapter):
         obj.set_extra_state(unflatten(saved, _EXTRA_STATE))
 
 
-def _beyond(module: torch.nn.Module) -> Iterable[Problem]:
-    """What a module with a `state_dict()` of its own making has in it beside the parts above, as quantized ones do."""
+def _require_parts(module: torch.nn.Module) -> None:
+    """Refuse a module of whose `state_dict()` the parts would lose something."""
+    cls = type(module)
+    if cls._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
+        lost = _beyond_parts(module)
+    elif module._state_dict_hooks or cls.state_dict is not torch.nn.Module.state_dict:
+        lost = _beyond_tree(module)
+    else:
+        return
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UnsaveableError(
+            f"the state_dict() of this {cls.__qualname__} also has {lost[0]!r}{more}, which is neither a "
+            "parameter nor a persistent buffer and would be lost. Give the class get_extra_state() and "
+            "set_extra_state(), or leave the module out and track those beside it one by one."
+        )
+
+
+def _beyond_parts(module: torch.nn.Module) -> list[str]:
+    """What a module's own `_save_to_state_dict` adds to the parts, as that of quantized ones does."""
     own: Any = OrderedDict()
     own._metadata = OrderedDict()
     module._save_to_state_dict(own, "", True)
     known = {*module._parameters, *module._buffers, "_extra_state"} - module._non_persistent_buffers_set
-    lost = [name for name in own if name not in known and name.partition(".")[0] not in module._modules]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        yield Problem(
-            "",
-            f"the state_dict() of this {type(module).__qualname__} also has {lost[0]!r}{more}, which is neither a "
-            "parameter nor a persistent buffer and would be lost. Give the class get_extra_state() and "
-            "set_extra_state(), or leave the module out and track those beside it one by one.",
-        )
+    return [name for name in own if name not in known and name.partition(".")[0] not in module._modules]
+
+
+def _beyond_tree(module: torch.nn.Module) -> list[str]:
+    """What hooks of `state_dict()`, or a `state_dict()` of the module's own, add to the parts of it and its children.
+
+    They may also rename, convert and leave out: what is known by its name or its memory is no addition, nor are
+    tensors that stand for as many that are gone.
+    """
+    state: object = module.state_dict()
+    if not isinstance(state, Mapping):  # one of the module's own making
+        return []
+    known = dict(_persistent(module))
+    places = {_place(tensor) for tensor in known.values()}
+    new = [
+        name
+        for name, value in state.items()
+        if name not in known and _place(value) not in places and str(name).rpartition(".")[2] != "_extra_state"
+    ]
+    tensors = [name for name in new if isinstance(state[name], torch.Tensor)]
+    left = {_place(value) for value in state.values()}
+    gone = [name for name, tensor in known.items() if name not in state and _place(tensor) not in left]
+    return new if len(tensors) > len(gone) else [name for name in new if name not in tensors]
+
+
+def _persistent(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """The parameters and persistent buffers of a module and its children, by their names in `state_dict()`."""
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for own in (child._parameters, child._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and name not in child._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _place(value: object) -> object:
+    """Identifies the memory of a tensor, of which `state_dict()` gives another object; other values by identity."""
+    local: Any = getattr(value, "_local_tensor", value)
+    if type(local) not in _WITH_MEMORY or local.is_meta:
+        return id(value)
+    return local.device, local.data_ptr(), local.shape
 
 
 def _reshard(module: torch.nn.Module) -> None:
