@@ -11,7 +11,7 @@ import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import STATE, unflatten
-from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, describe, parameter_of
+from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode
 from distckpt.graph.sharding import new_like, new_plain
@@ -46,10 +46,12 @@ class NodeRestore:
     Attributes:
         node: The live node.
         values: Attribute name to python value or new tensor.
+        surplus: Names of elements to drop from a container.
     """
 
     node: LiveNode
     values: dict[str, Any] = field(default_factory=dict)
+    surplus: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Assignment:
         for restore in self.nodes:
             try:
                 restore.node.adapter.restore(restore.node.obj, restore.values)
+                if restore.surplus:
+                    restore.node.adapter.drop(restore.node.obj, restore.surplus)
             except Exception as error:  # of the user's own methods
                 error.add_note(f"while {restore.node.key or 'the root'} was given its saved state")
                 raise
@@ -120,6 +124,8 @@ def assign(
     builder.result.mismatches += binding.mismatches
     for match in binding.matches:
         builder.add(match)
+    for surplus in binding.surplus:
+        builder.add_surplus(surplus)
     for new in binding.new_slots:
         builder.add_slots(new)
     return builder.result
@@ -161,6 +167,12 @@ class _Builder:
             self._add_lazy(match, index, dtype_name(node.obj.dtype))
         else:
             self._values_to_hand(match)[match.name] = self._new_tensor(key, index, value)
+
+    def add_surplus(self, surplus: Surplus) -> None:
+        """Elements of a container to drop, where all the stored ones are restored now."""
+        restore = self._restores.get(id(surplus.node))
+        if restore is not None and len(restore.values) == surplus.n_saved:
+            restore.surplus = surplus.names
 
     def _add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
         """A stored tensor that initialises a parameter, of whatever shape."""

@@ -86,6 +86,21 @@ class Mismatch:
     live: str
 
 
+@dataclass(frozen=True, slots=True)
+class Surplus:
+    """Elements of a live container of python values that the stored one does not have.
+
+    Attributes:
+        node: The container's live node.
+        names: Attribute names of the elements.
+        n_saved: Number of elements of the stored one, which is not empty.
+    """
+
+    node: LiveNode
+    names: list[str]
+    n_saved: int
+
+
 @dataclass(slots=True)
 class Binding:
     """The result of matching.
@@ -100,7 +115,8 @@ class Binding:
         combined: (first saved key, other saved key, live key): two saved values, one live one.
         warnings: What the user should know.
         matched: Node id and name of each live value that found a stored one, to the key of the first that it found.
-        excused: Node id and name of each value of live slots that the file need not have.
+        excused: Node id and name of each live value that the file need not have: of slots, and surplus elements.
+        surplus: Elements that go when all stored ones of their container are restored.
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -113,6 +129,7 @@ class Binding:
     warnings: list[str] = field(default_factory=list)
     matched: dict[tuple[int, str], str] = field(default_factory=dict)
     excused: set[tuple[int, str]] = field(default_factory=set)
+    surplus: list[Surplus] = field(default_factory=list)
 
 
 def parameter_of(node: LiveNode) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import MutableMapping, MutableSequence
 
 from distckpt.graph.adapters.optimizer import Groups
-from distckpt.graph.match import WHOLE, Binding, Mismatch, describe, is_hollow, refused
+from distckpt.graph.match import WHOLE, Binding, Mismatch, Surplus, describe, is_hollow, refused
 from distckpt.graph.selection import Selection
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import escape, unescape
@@ -53,7 +53,7 @@ class NodeMatcher:
             if saved.children and not self._may_have_children(node):
                 continue
             if node.adapter.is_container and saved_id not in self.partial:
-                self._compare_lengths(saved, node)
+                self._compare_elements(saved, live_id)
             for child in saved.children:
                 target = node.children.get(child.local_name)
                 if target is None:
@@ -85,11 +85,18 @@ class NodeMatcher:
         self.saved_of.setdefault(live_id, saved_id)
         self._queue.append((saved_id, live_id))
 
-    def _compare_lengths(self, saved: Node, node: LiveNode) -> None:
-        """Warn of a list, tuple or dict that has another number of elements than saved."""
+    def _compare_elements(self, saved: Node, live_id: int) -> None:
+        """Warn of a list, tuple or dict that has another number of elements than saved, and cannot get as many."""
+        node = self.live[live_id]
+        names = {attribute.name for attribute in saved.attributes}
+        if names and is_one_value(saved, node):
+            surplus = [name for name in node.values if name not in names]
+            if surplus:
+                self.result.surplus.append(Surplus(node, surplus, len(names)))
+                self.result.excused.update((live_id, name) for name in surplus)
+            return
         before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
-        of_a_container = WHOLE.keys().isdisjoint(attribute.name for attribute in saved.attributes)
-        if before != now and of_a_container and not (before > now and can_grow(saved, node)):
+        if before != now and WHOLE.keys().isdisjoint(names):
             kind = type(node.obj).__qualname__
             self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 
@@ -124,8 +131,8 @@ class NodeMatcher:
         return next(iter(self.keys_below(node_id)), f"node {node_id}")
 
 
-def can_grow(saved: Node, node: LiveNode) -> bool:
-    """Whether a live container gets the stored elements that it lacks, as a list or dict of python values does.
+def is_one_value(saved: Node, node: LiveNode) -> bool:
+    """Whether a live container gets exactly the stored elements, as a list or dict of python values does.
 
     It does where it and the stored one have python values only. It is a node because of its class: a deque, or a
     subclass of dict such as defaultdict.

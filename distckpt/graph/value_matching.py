@@ -11,7 +11,7 @@ from collections.abc import Container
 import torch
 
 from distckpt.graph.match import WHOLE, Match, Mismatch, refused
-from distckpt.graph.node_matching import NodeMatcher, can_grow
+from distckpt.graph.node_matching import NodeMatcher, is_one_value
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import PER_RANK, escape
@@ -75,7 +75,7 @@ class ValueMatcher:
     def _takes(self, saved: Node, live_id: int, name: str) -> bool:
         """Whether a live node takes a stored value for which it has none of that name."""
         node = self._live[live_id]
-        return live_id in self.ready or node.adapter.takes(name, node.values) or can_grow(saved, node)
+        return live_id in self.ready or node.adapter.takes(name, node.values) or is_one_value(saved, node)
 
     def _defer(self, key: str, name: str, node: LiveNode) -> None:
         """The live node has no value of that name: an object has the name, or it may come later."""

@@ -335,10 +335,22 @@ def test_what_a_container_holds_beside_the_saved(path: str) -> None:
             collections.defaultdict(list, a=[7]),
             collections.defaultdict(list, {"a": [1.5], 3: [2], ".x/": []}),
         ),
+        (collections.deque([1]), collections.deque([7, 8, 9]), collections.deque([1])),
+        (collections.deque([1, 2]), collections.deque([7, 8, 9], maxlen=3), collections.deque([1, 2], maxlen=3)),
+        (
+            collections.defaultdict(int, {"a": 1}),
+            collections.defaultdict(int, {"a": 5, "b": 6, 3: 7, ".x/": 8}),
+            collections.defaultdict(int, {"a": 1}),
+        ),
+        (
+            collections.defaultdict(int, {"a": 1, "b": 2}),
+            collections.defaultdict(int, {"c": 3, "d": 4}),
+            collections.defaultdict(int, {"a": 1, "b": 2}),
+        ),
     ],
-    ids=["deque", "maxlen", "defaultdict"],
+    ids=["deque", "maxlen", "defaultdict", "shorter", "shorter, maxlen", "fewer keys", "other keys"],
 )
-def test_a_container_of_a_class_of_its_own_gets_the_elements_that_it_lacks(
+def test_a_container_of_a_class_of_its_own_gets_the_saved_elements_and_no_others(
     saved: Any, live: Any, expected: Any, late: bool, path: str
 ) -> None:
     live = copy.copy(live)
@@ -353,6 +365,24 @@ def test_a_container_of_a_class_of_its_own_gets_the_elements_that_it_lacks(
     live.clear()  # training goes on: what was restored does not come back
     checkpoint.retry_pending()
     assert len(live) == 0
+
+
+def test_a_part_of_a_container_of_a_class_of_its_own_leaves_the_rest(path: str) -> None:
+    live = Checkpoint(h=collections.defaultdict(int, a=5, b=6))
+    file = Checkpoint(h=collections.defaultdict(int, a=1, c=2)).write(path)
+    live.read(file, options=RestoreOptions(only=["h/a"]))
+    assert live.h == {"a": 1, "b": 6}
+
+
+def test_elements_that_training_adds_after_a_restore_stay(path: str) -> None:
+    live = Checkpoint(h=collections.deque([1, 2, 3]), x=0)
+    status = live.read(Checkpoint(h=collections.deque([7]), x=0, late=1).write(path))
+    live.h.append(8)
+    live.late = 0
+    assert live.late == 1
+    assert list(live.h) == [7, 8]
+    status.assert_consumed()
+    assert list(live.h) == [7, 8]
 
 
 def test_what_a_container_of_a_class_of_its_own_does_not_get(path: str) -> None:

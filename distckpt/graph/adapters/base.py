@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from distckpt.graph.claims import Claim
@@ -120,3 +120,12 @@ class Adapter:
                 in place.
         """
         raise NotImplementedError(f"{type(self).__name__} has no values to restore into a {type(obj).__qualname__}")
+
+    def drop(self, obj: object, names: Collection[str]) -> None:
+        """Remove from a container of python values the elements that the stored one does not have.
+
+        Args:
+            obj: The live object.
+            names: Their attribute names; of a sequence the last ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no elements to drop from a {type(obj).__qualname__}")

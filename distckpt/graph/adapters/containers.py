@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
 import torch
@@ -91,6 +91,11 @@ class SequenceAdapter(Adapter):
             elif not assign_python_value(_element(obj, name), value) and isinstance(obj, MutableSequence):
                 obj[int(name)] = value
 
+    def drop(self, obj: Any, names: Collection[str]) -> None:
+        """See `Adapter.drop`."""
+        for _ in names:
+            obj.pop()
+
 
 def _element(obj: Any, name: str) -> object:
     return getattr(obj, name) if hasattr(obj, "_fields") else obj[int(name)]
@@ -131,6 +136,11 @@ class MappingAdapter(Adapter):
             key = dict_key(unescape(escaped))
             if not assign_python_value(obj.get(key), value):
                 obj[key] = value
+
+    def drop(self, obj: Any, names: Collection[str]) -> None:
+        """See `Adapter.drop`."""
+        for escaped in names:
+            del obj[dict_key(unescape(escaped))]
 
 
 def _is_utf8(text: str) -> bool:
