@@ -600,6 +600,28 @@ def test_a_group_that_matches_is_restored_whatever_the_others_do(path: str) -> N
     assert _groups(twin_optimizer) == [9.0, 9.0, 1.0]
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_group_entries_that_are_tuples_of_tensors(fresh: bool, path: str, keys_of: Keys) -> None:
+    def make(seed: int) -> tuple[_Model, torch.optim.Adam, Checkpoint]:
+        model = _Model(seed)
+        betas = (0.5, 0.6) if fresh and seed == 2 else (torch.tensor(0.1 * seed), torch.tensor(0.2 * seed))
+        optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1 * seed), betas=betas, foreach=False)
+        train(model, optimizer, range(2))
+        return model, optimizer, Checkpoint(m=model, o=optimizer)
+
+    model, optimizer, checkpoint = make(1)
+    twin, other, live = make(2)
+    file = checkpoint.write(path)
+    assert keys_of(file) >= {"o/param_groups/0/betas", "o/param_groups/0/betas/0", "o/param_groups/0/betas/1"}
+    live.read(file).assert_consumed()
+    (group,), (restored,) = optimizer.param_groups, other.param_groups
+    assert type(restored["betas"]) is tuple
+    assert equal(restored["betas"], group["betas"])
+    train(model, optimizer, range(2, 4))
+    train(twin, other, range(2, 4))
+    assert equal(twin.values(), model.values())
+
+
 def test_a_group_entry_that_cannot_be_stored_is_refused(path: str) -> None:
     model = _Model(1)
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "hook": print}], lr=0.1)
@@ -757,3 +779,47 @@ def test_an_optimizer_inside_another(
         assert equal(slots(twin, restored), slots(model, saved))
     assert other.base.param_groups[0]["lr"] == 0.1
     assert sum(key.endswith("/exp_avg") for key in keys_of(file)) == len([*model.parameters()])
+
+
+class _Counting(Optimizer):
+    """Has a state of its own beside that of the optimizer that it steps, as PostLocalSGDOptimizer."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self.base, self.state, self.param_groups = base, base.state, base.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.base.state_dict(), "step": 3, "scale": torch.ones(1)}
+
+
+class _Nested(_Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base.state_dict(), "groups": []}
+
+
+class _Silent(_Counting):
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError("ask otherwise")
+
+
+def _with_hook(optimizer: Optimizer) -> Optimizer:
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "step": 3})
+    return optimizer
+
+
+@pytest.mark.parametrize("wrap", [_Counting, _with_hook])
+def test_what_only_the_state_dict_of_an_optimizer_has_is_refused(wrap: Any, path: str) -> None:
+    model = _Model(1)
+    file = Checkpoint(m=model, o=torch.optim.SGD(model.parameters(), lr=0.1)).write(path)
+    live = Checkpoint(m=model, o=wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
+    with pytest.raises(LayoutError, match=r"o: the state_dict\(\) of this \w+ also has 'step'"):
+        live.write(path)
+    with pytest.raises(RestoreMismatchError, match=r"the state_dict\(\) of this \w+ also has 'step'"):
+        live.read(file)
+
+
+@pytest.mark.parametrize("wrap", [_Nested, _Silent])
+def test_a_state_dict_of_an_optimizers_own_that_has_no_more_is_in_no_ones_way(wrap: Any, path: str) -> None:
+    model = _Model(1)
+    live = Checkpoint(m=model, o=wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
+    live.read(live.write(path)).assert_consumed()

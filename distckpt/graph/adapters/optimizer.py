@@ -1,6 +1,7 @@
 """`torch.optim.Optimizer`: parameter groups by their members, state by the identity of its parameter.
 
-Nothing here calls `step()`, `zero_grad()` or `state_dict()`: saving and restoring leave training as it was.
+Nothing here calls `step()` or `zero_grad()`, and `state_dict()` only where it is not that of every optimizer, to find
+what it adds: saving and restoring leave training as it was.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
 from distckpt.graph.adapters.stateful import STATE, flatten, unflatten
 from distckpt.graph.claims import Claim
-from distckpt.graph.python_value import is_python_value
+from distckpt.graph.python_value import is_python_value, resolve
 from distckpt.graph.sharding import tensor_value
-from distckpt.graph.values import Edge, PythonValue, TensorValue, Value
+from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
 from distckpt.layout.keys import escape, unescape
 from distckpt.layout.records import OWN_VALUE
+from distckpt.words import listing
 
 
 class Groups:
@@ -54,10 +56,16 @@ class OptimizerAdapter(Adapter):
         return issubclass(cls, torch.optim.Optimizer)
 
     def parts(self, obj: object, rank: int) -> Iterable[Part]:
-        """The parameter groups, optimizers inside, and state that belongs to no parameter."""
+        """The parameter groups, optimizers inside, and state that belongs to no parameter.
+
+        Raises:
+            UnsaveableError: Its `state_dict()` has numbers or tensors beside those.
+        """
         assert isinstance(obj, torch.optim.Optimizer)
-        yield Edge("param_groups", Groups(obj))
         stepped = stepped_by(obj)
+        if stepped is obj:
+            _require_parts(obj)
+        yield Edge("param_groups", Groups(obj))
         for name, value in vars(obj).items():  # those like SAM step another one, which has state of its own
             if isinstance(value, torch.optim.Optimizer) and value is not stepped and value.state is not obj.state:
                 yield Edge(name, value)
@@ -74,6 +82,28 @@ class OptimizerAdapter(Adapter):
                     f"optimizer state under {key!r} belongs to no parameter and cannot be stored. Keep it as an entry "
                     "of a param group, such as optimizer.param_groups[0]['name'], or track it as an object of its own.",
                 )
+
+
+def _require_parts(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose hooks, or `state_dict()` of its own, add what groups and slots do not have."""
+    cls = type(optimizer)
+    hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)  # those that wrap another one may have none
+    if cls.state_dict is torch.optim.Optimizer.state_dict and not hooks:
+        return
+    try:
+        state: object = optimizer.state_dict()
+    except Exception:  # of those that keep their state for other ways to ask for it
+        return
+    if not isinstance(state, dict):
+        return
+    # Dicts and lists are the states of optimizers inside, or of parameters in a form of its own.
+    lost = [repr(name) for name, value in state.items() if not isinstance(value, dict | list)]
+    if lost:
+        raise UnsaveableError(
+            f"the state_dict() of this {cls.__qualname__} also has {listing(lost, 3)}, which is in no param group and "
+            "would be lost. Keep it as an entry of a param group, or track the optimizer inside and what is beside it "
+            "one by one."
+        )
 
 
 class GroupsAdapter(Adapter):
@@ -112,6 +142,8 @@ class GroupAdapter(Adapter):
                 yield tensor_value(value, escape(name))
             elif is_python_value(value):
                 yield PythonValue(escape(name), value)
+            elif type(value) in (tuple, list):  # as betas are that Adam takes as tensors
+                yield from flatten(value, escape(name), escape(name))
             else:
                 kind = type(value).__qualname__
                 yield Problem(
@@ -126,8 +158,10 @@ class GroupAdapter(Adapter):
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the stored options, new ones too; what else the live group has keeps its value."""
         assert isinstance(obj, Group)
-        for escaped, value in saved.items():
-            name = unescape(escaped)
+        for escaped, stored in saved.items():
+            if "/" in escaped:  # a tensor in a tuple or list, which refers to it
+                continue
+            name, value = unescape(escaped), resolve(stored, dict(saved))
             if not assign_python_value(obj.group.get(name), value):
                 obj.group[name] = value
 
