@@ -37,6 +37,19 @@ def rank_list(ranks: Collection[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(texts)}"
 
 
+def texts_of_ranks(texts: Sequence[Sequence[str]]) -> list[str]:
+    """The texts of all ranks, each once; one that not all ranks have begins with those that have it.
+
+    Args:
+        texts: The texts of each rank, by rank.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, own in enumerate(texts):
+        for text in dict.fromkeys(own):
+            ranks.setdefault(text, []).append(rank)
+    return [text if len(on) == len(texts) else f"{rank_list(on)}: {text}" for text, on in ranks.items()]
+
+
 def listing(items: Sequence[str], limit: int) -> str:
     """The first `limit` items, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""

@@ -25,7 +25,7 @@ from distckpt.layout.ties import check_ties
 from distckpt.layout.tiling import tilings_of
 from distckpt.layout.unify import UnifiedGraph, group_ranks, unify
 from distckpt.layout.writers import assign_shards
-from distckpt.words import rank_list
+from distckpt.words import rank_list, texts_of_ranks
 
 #: Most problems that an error lists.
 _MAX_PROBLEMS = 20
@@ -78,15 +78,6 @@ def _raise_local_problems(layouts: Sequence[LocalLayout]) -> None:
         raise _layout_error([f"{rank_list(where)}: {problem}" for problem, where in ranks.items()])
 
 
-def _local_warnings(layouts: Sequence[LocalLayout]) -> list[str]:
-    """What ranks leave out, and which ranks where not all do."""
-    ranks: dict[str, list[int]] = {}
-    for rank, layout in enumerate(layouts):
-        for warning in layout.warnings:
-            ranks.setdefault(warning, []).append(rank)
-    return [text if len(on) == len(layouts) else f"{rank_list(on)}: {text}" for text, on in ranks.items()]
-
-
 def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
     problems: list[str] = []
     groups = group_ranks(layouts)
@@ -108,7 +99,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
         variables=variables,
         python_state=python_state,
         plans=_plans(holdings, items, _watched(values, holdings), _plan_id(layouts, trust_lowest)),
-        warnings=[*_local_warnings(layouts), *comparison.warnings()],
+        warnings=[*texts_of_ranks([layout.warnings for layout in layouts]), *comparison.warnings()],
         n_checksums=items.n_checksums,
     )
 

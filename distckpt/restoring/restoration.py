@@ -27,7 +27,7 @@ from distckpt.layout.meshes import Sharding, Shardings, disagreements
 from distckpt.options import RestoreOptions
 from distckpt.restoring.status import Report, ValueMismatch
 from distckpt.source import Source
-from distckpt.words import rank_list
+from distckpt.words import rank_list, texts_of_ranks
 
 
 class LocalReport(msgspec.Struct, frozen=True, array_like=True):
@@ -40,6 +40,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
         mismatched: (key, saved, live) of each value that does not fit, the last two in words.
         ambiguous: Ambiguous matches, one sentence each.
         shardings: How this rank shards the tensors that it is about to read.
+        warnings: See `Binding.warnings`.
     """
 
     taken: bytes
@@ -48,6 +49,7 @@ class LocalReport(msgspec.Struct, frozen=True, array_like=True):
     mismatched: list[tuple[str, str, str]]
     ambiguous: list[str]
     shardings: Shardings
+    warnings: list[str]
 
 
 #: Restores of this process with pending values, of any Checkpoint.
@@ -216,6 +218,7 @@ class Restoration:
             mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             shardings=Shardings.of(process_number(), self.keys, _shardings(assignment)),
+            warnings=binding.warnings,
         )
 
     def _conflicts(self, binding: Binding) -> Iterator[str]:
@@ -280,6 +283,7 @@ def combine(restoration: Restoration, reports: list[LocalReport]) -> Report:
         mismatched=tuple(sorted(_mismatches(reports))),
         ambiguous=tuple(sorted({text for report in reports for text in report.ambiguous})),
         disputed=tuple(disagreements(keys, [report.shardings for report in reports])),
+        warnings=tuple(texts_of_ranks([report.warnings for report in reports])),
     )
 
 

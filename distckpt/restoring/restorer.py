@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -132,7 +131,7 @@ class Restorer:
             self._wait_for_the_rest(restoration, live)
             self._remember(restoration, report)
         timer.collect(coordinator.gather_rows, RESTORE_STEPS)
-        tell = functools.partial(self._tell, restoration, report, binding.warnings, timer)
+        tell = functools.partial(self._tell, restoration, report, timer)
         timing = timer.on_this_rank(coordinator.on_root("report", tell, Timing))
         return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
 
@@ -194,11 +193,11 @@ class Restorer:
         finally:
             self._applying = False
 
-    def _tell(self, restoration: Restoration, report: Report, found: Sequence[str], timer: Timer) -> Timing:
+    def _tell(self, restoration: Restoration, report: Report, timer: Timer) -> Timing:
         """Log one line and issue the warnings of a restore. Rank 0 only."""
         timing, path = timer.timing(), restoration.source.path
         log.info("%s from %s in %.3f s: %s", report.summary(), path, timing.seconds, timing.in_words())
-        warn([*found, *report.immediate_warnings(path)])
+        warn(report.immediate_warnings(path))
         return timing
 
     def _remember(self, restoration: Restoration, report: Report) -> None:

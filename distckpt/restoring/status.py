@@ -54,6 +54,7 @@ class Report:
         ambiguous: Saved nodes that match two live objects, or the reverse, and objects replaced after they were
             restored; one sentence each.
         disputed: Tensors that ranks of one mesh shard differently; one sentence each.
+        warnings: What else the user should know, with the ranks where not all say so.
     """
 
     restored: int
@@ -64,6 +65,7 @@ class Report:
     mismatched: tuple[ValueMismatch, ...] = ()
     ambiguous: tuple[str, ...] = ()
     disputed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The counts in one line, for the log."""
@@ -75,7 +77,7 @@ class Report:
 
     def immediate_warnings(self, path: str) -> list[str]:
         """Warnings to issue at once, not at the first save."""
-        messages = [f"{path}: {text}" for text in self.ambiguous]
+        messages = [*self.warnings, *(f"{path}: {text}" for text in self.ambiguous)]
         messages += [f"{path}: {key} skipped: saved {saved}, live {live}" for key, saved, live in self.mismatched]
         if self.unexpected and not self.restored:
             messages.append(f"{path}: nothing but the save counter matched. Saved: {_some(self.unexpected)}.")

@@ -106,3 +106,24 @@ def test_lists_of_tensors_are_joined(comm: Any, mpi_dir: Path) -> None:
     path = checkpoint.save(mpi_dir / "ckpt", options=FAST)
     with load_checkpoint(path) as reader:
         assert {f"stages/{i}" for i in range(comm.size)} <= set(reader)
+
+
+# ---- restores ----------------------------------------------------------------------------------------------------
+
+
+def test_a_restore_warns_of_what_only_another_rank_finds(comm: Any, mpi_dir: Path) -> None:
+    """Pipeline stages: the one on rank 1 has param groups of its own."""
+
+    def make(n_groups: int) -> Checkpoint:
+        stage = torch.nn.ModuleDict({f"{comm.rank}{i}": torch.nn.Linear(2, 2) for i in range(2)})
+        groups = [list(module.parameters()) for module in stage.values()]
+        if comm.rank == 0 or n_groups == 1:
+            groups = [[parameter for group in groups for parameter in group]]
+        optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+        return Checkpoint(comm=comm, stage=stage, optimizer=optimizer)
+
+    path = make(1).save(mpi_dir / "ckpt", options=FAST)
+    heard = warned(lambda: make(2).restore(path))
+    assert len(heard) == (comm.rank == 0)
+    for text in heard:
+        assert text.startswith("rank 1: optimizer/param_groups: 1 saved parameter group(s) have no live group")
