@@ -20,8 +20,9 @@ _WAY_OUT = (
     '(SaveOptions(replicas="first") takes the lowest rank\'s).'
 )
 
-#: Most characters of a python value that an error shows.
+#: Most characters of a python value that an error shows, and how many of these come before the first that differs.
 _MAX_CHARS = 60
+_LEAD_CHARS = 25
 
 
 @dataclass(slots=True)
@@ -126,15 +127,19 @@ def _set_weights(value: MergedValue, holdings: Sequence[Holding]) -> None:
 
 
 def _python_difference(key: str, ranks: dict[bytes, list[int]]) -> str:
-    (expected, first), *others = ranks.items()
-    got = listing([f"{_shortened(encoded)} on {rank_list(where)}" for encoded, where in others], 3)
-    return f"{key}: value differs. Expected {_shortened(expected)}, as on {rank_list(first)}. Got {got}. {_WAY_OUT}"
+    pairs = zip(*(encoded.decode(errors="replace") for encoded in (min(ranks), max(ranks))), strict=False)
+    differs_at = next((place for place, (one, other) in enumerate(pairs) if one != other), 0)
+    (expected, first), *others = ((_excerpt(encoded, differs_at), rank_list(on)) for encoded, on in ranks.items())
+    got = listing([f"{text} on {on}" for text, on in others], 3)
+    return f"{key}: value differs. Expected {expected}, as on {first}. Got {got}. {_WAY_OUT}"
 
 
-def _shortened(encoded: bytes) -> str:
-    """An encoded python value as text of bounded length."""
-    text = encoded.decode(errors="backslashreplace")
-    return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
+def _excerpt(encoded: bytes, differs_at: int) -> str:
+    """An encoded python value as text of bounded length, with the part that differs."""
+    text = encoded.decode(errors="replace")
+    start = max(0, min(differs_at - _LEAD_CHARS, len(text) - _MAX_CHARS))
+    stop = start + _MAX_CHARS
+    return f"{'...' if start else ''}{text[start:stop]}{'...' if stop < len(text) else ''}"
 
 
 def cover_tensors(

@@ -630,6 +630,16 @@ def test_python_values_must_be_equal() -> None:
     assert str(long) not in text
 
 
+@pytest.mark.parametrize("place", [0, 20, 120, 198])
+def test_an_error_shows_where_long_python_values_differ(place: int) -> None:
+    """Of the states of two schedulers the first characters are the same."""
+    states = [b"[" + b"".join(b"%d," % (r + 1 if i == place else 0) for i in range(199)) + b"0]" for r in range(3)]
+    text = refused(*(Rank().python("state", state) for state in states))
+    for r in range(3):
+        assert f",{r + 1},0" in text.replace("[", ",")
+    assert len(text) < 600
+
+
 def test_trusting_the_lowest_rank_takes_its_python_value() -> None:
     result = merged(Rank(), Rank().python("a", b"1"), Rank().python("a", b"2"), trust_lowest=True)
     assert result.python_state == {"a": b"1"}
