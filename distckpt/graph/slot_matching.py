@@ -10,13 +10,14 @@ from collections.abc import Iterable
 
 import torch
 
-from distckpt.graph.adapters.optimizer import stepped_elsewhere
+from distckpt.graph.adapters.optimizer import Group, stepped_elsewhere
 from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import slots_key
 from distckpt.layout.records import OWN_VALUE, Node
+from distckpt.words import listing
 
 
 class SlotMatcher:
@@ -51,7 +52,7 @@ class SlotMatcher:
                 left.append(saved_id)
             else:
                 free.remove(twin)
-                self._nodes.bind_pair(saved_id, twin)
+                self._bind_group(saved_id, twin, key)
         if not left:
             return
         if len(saved_groups) != len(live_groups):
@@ -65,7 +66,27 @@ class SlotMatcher:
         for saved_id in left:
             index = saved_groups.index(saved_id)
             if live_groups[index] in free:
-                self._nodes.bind_pair(saved_id, live_groups[index])
+                self._bind_group(saved_id, live_groups[index], key)
+
+    def _bind_group(self, saved_id: int, live_id: int, key: str) -> None:
+        """Bind a group, and warn where the optimizer that saved it seems to be of another kind.
+
+        It is if it lacks an option of the live one and has another: a later version may just add options, and programs
+        and schedulers add their own, which are no defaults.
+        """
+        self._nodes.bind_pair(saved_id, live_id)
+        node = self._live[live_id]
+        if not self._with_slots or saved_id in self._nodes.partial or not isinstance(node.obj, Group):
+            return
+        saved = {attribute.name for attribute in self._saved[saved_id].attributes}
+        defaults = getattr(node.obj.optimizer, "defaults", {})  # those that wrap another one may have none
+        added, absent = saved - node.values.keys(), (defaults.keys() & node.values.keys()) - saved
+        if added and absent:
+            text = (
+                f"{key}: saved with the options {listing(sorted(added), 3)}, and without {listing(sorted(absent), 3)}, "
+                "as by another kind of optimizer; the live one gets them"
+            )
+            self._result.warnings += [text] if text not in self._result.warnings else []
 
     # ---- slots ----
 

@@ -600,6 +600,26 @@ def test_a_group_that_matches_is_restored_whatever_the_others_do(path: str) -> N
     assert _groups(twin_optimizer) == [9.0, 9.0, 1.0]
 
 
+def test_another_kind_of_optimizer_is_warned_of(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    groups = [{"params": [model.a]}, {"params": [model.b, model.c]}]
+    saved = torch.optim.Adam(groups)
+    train(model, saved, range(1))
+    file = Checkpoint(m=model, o=saved).write(path)
+    live = Checkpoint(m=twin, o=torch.optim.SGD([{"params": [twin.a]}, {"params": [twin.b, twin.c]}], lr=0.1))
+    text = r"o/param_groups: saved with the options amsgrad, .*, and without dampening, momentum, nesterov, as by an"
+    with pytest.warns(CheckpointWarning, match=text) as caught:
+        live.read(file)
+    assert len(caught) == 1
+
+
+def test_options_that_a_scheduler_adds_are_no_other_kind_of_optimizer(path: str) -> None:
+    model, twin = _Model(1), _Model(2)
+    saved, live = torch.optim.Adam(model.parameters()), torch.optim.AdamW(twin.parameters())
+    torch.optim.lr_scheduler.OneCycleLR(saved, max_lr=0.1, total_steps=10)
+    Checkpoint(m=twin, o=live).read(Checkpoint(m=model, o=saved).write(path)).assert_consumed()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_group_entries_that_are_tuples_of_tensors(fresh: bool, path: str, keys_of: Keys) -> None:
     def make(seed: int) -> tuple[_Model, torch.optim.Adam, Checkpoint]:
