@@ -341,7 +341,7 @@ class Checkpoint(Trackable):
         """Methods, the children of a positional root and the attached ones share one name space."""
         if name in _RESERVED_NAMES:
             raise ValueError(f"{name}: the name belongs to a method or parameter of Checkpoint. Choose another.")
-        if self._session.root is None:
+        if self._session.root is None or name in vars(self):  # it was free; a walk tells if the root gets one, too
             return
         root = unwrap(self._root())
         adapter: Adapter | None = adapter_for(root)

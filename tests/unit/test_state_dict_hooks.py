@@ -185,3 +185,12 @@ def test_values_that_wait_for_memory_are_no_loss(path: str) -> None:
     assert set(status.pending) == {"m/weight", "m/bias"}
     model.to_empty(device="cpu")
     status.assert_consumed()
+
+
+def test_a_root_is_not_asked_for_its_state_at_each_step() -> None:
+    asked = []
+    checkpoint = Checkpoint(hooked(lambda state, _prefix: asked.append(len(state))), step=0)
+    asked.clear()
+    for _ in range(3):
+        checkpoint.step += 1
+    assert asked == []
