@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distckpt.graph.fingerprint import fingerprint_bytes, fingerprints
-from distckpt.graph.python_value import UnsupportedValueError, encode
+from distckpt.graph.python_value import UnsupportedValueError, encode, holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
 from distckpt.graph.view import LiveGraph, LiveNode
 from distckpt.layout.box import Box, Shape
@@ -40,8 +40,9 @@ class Capture:
         return [key for key, value in zip(keys, values, strict=True) if type(value) is TensorValue]
 
     def python_values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The encoded python values by key, from one key for each attribute in order."""
-        return {keys[place]: data for place, data in zip(self.python_places, self.layout.python_values, strict=True)}
+        """The encoded python values by key, from one key for each attribute in order; "" is one that is not stored."""
+        values = zip(self.python_places, self.layout.python_values, strict=True)
+        return {keys[place]: data for place, data in values if keys[place]}
 
 
 @torch.no_grad()
@@ -115,13 +116,13 @@ def _record(node: LiveNode) -> LocalNode | msgspec.Raw:
 
 
 #: The fields of a `LocalAttribute`, but with a torch dtype: faster to make, and to look up in a cache.
-_Fields = tuple[str, torch.dtype | None, Shape, bool, bool, int]
+_Fields = tuple[str, torch.dtype | None, Shape, bool, bool, int, bool]
 
 
 def _fields(value: Value) -> _Fields:
-    if type(value) is TensorValue:
-        return value.name, value.tensor.dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes)
-    return value.name, None, (), False, False, 1
+    if isinstance(value, PythonValue):
+        return value.name, None, (), False, False, 1, holds_nothing(value.value)
+    return value.name, value.tensor.dtype, value.global_shape, value.buffer, value.numpy, len(value.boxes), False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,5 +131,5 @@ def _leaf(fields: _Fields, per_rank: bool, whole: bool) -> msgspec.Raw:
 
 
 def _attribute(fields: _Fields) -> LocalAttribute:
-    name, dtype, shape, buffer, numpy, n_boxes = fields
-    return LocalAttribute(name, dtype_name(dtype) if dtype else None, shape, buffer, numpy, n_boxes)
+    name, dtype, shape, buffer, numpy, n_boxes, hollow = fields
+    return LocalAttribute(name, dtype_name(dtype) if dtype else None, shape, buffer, numpy, n_boxes, hollow)

@@ -34,7 +34,7 @@ class MergedValue:
         n_boxes: For each of these groups: number of boxes of a rank's shard.
         buffer: A rank says that it is a module buffer.
         agreed: All holders describe it alike, and it can be stored.
-        key: Its checkpoint key.
+        key: Its checkpoint key; "" for one that is not stored.
         variable: Index in the manifest's variables, for a tensor.
     """
 
@@ -125,6 +125,7 @@ def collect_values(
         holdings[index].values = _add_group(index, group, tables, complete)
         if trust_lowest:
             complete.update(node_id for node_id, node in zip(group.node_ids, group.nodes, strict=True) if node.whole)
+    _drop_hollow(graph, tables, holdings)
     _assign_keys(graph, tables)
     values = [value for table in tables for value in table.values()]
     _separate_datasets(values)
@@ -169,6 +170,20 @@ def _add_holder(value: MergedValue, attribute: LocalAttribute, index: int, posit
 
 def _same_but_buffer(a: LocalAttribute, b: LocalAttribute) -> bool:
     return (a.dtype, a.global_shape, a.numpy) == (b.dtype, b.global_shape, b.numpy)
+
+
+def _drop_hollow(graph: UnifiedGraph, tables: Sequence[dict[str, MergedValue]], holdings: Sequence[Holding]) -> None:
+    """Containers that have nothing inside on some ranks, and objects on others, are those of the others."""
+    for children, table in zip(graph.children, tables, strict=True):
+        if table and children:
+            edges = {escape(child.local_name) for child in children}
+            for name in [name for name in table if name in edges and _is_hollow(table[name], holdings)]:
+                del table[name]
+
+
+def _is_hollow(value: MergedValue, holdings: Sequence[Holding]) -> bool:
+    places = zip(value.groups, value.positions, strict=True)
+    return all(holdings[index].attributes[position].hollow for index, position in places)
 
 
 def _assign_keys(graph: UnifiedGraph, tables: Sequence[dict[str, MergedValue]]) -> None:

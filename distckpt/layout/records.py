@@ -101,6 +101,7 @@ class LocalAttribute(msgspec.Struct, frozen=True, array_like=True):
         numpy: The live value is a NumPy array.
         n_boxes: Number of boxes that this rank's shard consists of, empty ones included. 0 where this rank has no part
             of a tensor without dimensions, of which no box is empty.
+        hollow: A container without any value inside: no value, where another rank has objects in it.
     """
 
     name: str
@@ -109,6 +110,7 @@ class LocalAttribute(msgspec.Struct, frozen=True, array_like=True):
     buffer: bool = False
     numpy: bool = False
     n_boxes: int = 1
+    hollow: bool = False
 
 
 class LocalNode(msgspec.Struct, frozen=True, array_like=True):

@@ -127,3 +127,34 @@ def test_a_restore_warns_of_what_only_another_rank_finds(comm: Any, mpi_dir: Pat
     assert len(heard) == (comm.rank == 0)
     for text in heard:
         assert text.startswith("rank 1: optimizer/param_groups: 1 saved parameter group(s) have no live group")
+
+
+# ---- containers that are empty on a rank -------------------------------------------------------------------------
+
+
+class Experts:
+    """A container of tensors on one rank, and an empty one on the others."""
+
+    def __init__(self, comm: Any, owner: int, kind: type, value: float) -> None:
+        self.tensors = [torch.full((2,), value)] if comm.rank == owner else []
+        self.container: Any = self.tensors if kind is list else {str(i): t for i, t in enumerate(self.tensors)}
+        self.checkpoint = Checkpoint(comm=comm, x=self.container, step=value)
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_a_container_that_is_empty_on_a_rank_is_that_of_the_other(
+    comm: Any, mpi_dir: Path, owner: int, kind: type
+) -> None:
+    saved, live = Experts(comm, owner, kind, 3.0), Experts(comm, owner, kind, 5.0)
+    for _ in range(2):  # the second save goes by the first one's layout
+        path = saved.checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    with load_checkpoint(path) as reader:
+        assert set(reader) == {"x/0", "step", "save_counter"}
+    live.checkpoint.restore(path).assert_consumed()
+    assert live.checkpoint.step == 3.0
+    assert [tensor.tolist() for tensor in live.tensors] == [[3.0, 3.0]] * (comm.rank == owner)
+    if comm.rank != owner:
+        saved.checkpoint.x = [1] if kind is list else {"0": 1}
+    with pytest.raises(LayoutError, match=r"x: a python value on rank \d and another kind of object elsewhere"):
+        saved.checkpoint.save(mpi_dir / "ckpt", options=FAST)
