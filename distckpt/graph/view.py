@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import torch
@@ -18,6 +20,9 @@ from distckpt.layout.keys import child_key, join, slot_key
 from distckpt.layout.records import OWN_VALUE
 
 _slot_adapter = SlotAdapter()
+
+#: The children and the slots of nodes that have none, which are most: a dict of its own for each takes longer to make.
+_NONE: Mapping[Any, Any] = MappingProxyType({})
 
 
 class LiveNode(msgspec.Struct):
@@ -44,9 +49,9 @@ class LiveNode(msgspec.Struct):
     name: str
     variable: LiveNode | None = None
     buffer: bool = False
-    children: dict[str, int] = {}  # each struct gets a copy
-    values: dict[str, Value] = {}
-    slots: dict[int, dict[str, int]] = {}
+    children: Mapping[str, int] = _NONE
+    values: dict[str, Value] = {}  # each struct gets a copy
+    slots: Mapping[int, Mapping[str, int]] = _NONE
     parameters: list[int] | None = None
     problem: str = ""
     known_key: str | None = None
@@ -74,6 +79,12 @@ class LiveNode(msgspec.Struct):
         if self.variable is not None:
             return slot_key(self.parent.key, self.variable.key, self.name)
         return child_key(self.parent.key, self.name, per_rank=self.parent.adapter.per_rank)
+
+    def add_child(self, name: str, child: int) -> None:
+        """Add an edge, by node id."""
+        if not isinstance(self.children, dict):  # the first one
+            self.children = {}
+        self.children[name] = child
 
     def attribute_key(self, name: str) -> str:
         """Key of one of its values."""
@@ -180,7 +191,7 @@ def _add_edge(graph: LiveGraph, parent: LiveNode, edge: Edge) -> None:
             graph.problems.append(f"{key}: a {type(target).__qualname__} cannot be checkpointed")
             return
         child_id = graph.add(LiveNode(target, adapter, parent, edge.name, None, edge.buffer))
-    parent.children[edge.name] = child_id
+    parent.add_child(edge.name, child_id)
 
 
 def _add_optimizers(graph: LiveGraph, rank: int) -> None:
@@ -195,6 +206,7 @@ def _add_optimizers(graph: LiveGraph, rank: int) -> None:
 
 def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimizer, rank: int) -> None:
     state: Mapping[torch.Tensor, Mapping[object, object]] = stepped_by(optimizer).state
+    node.slots = slots_of = {}
     for parameter in parameters_of(optimizer):
         slots = state.get(parameter)
         if not slots:
@@ -205,7 +217,7 @@ def _add_slots(graph: LiveGraph, node: LiveNode, optimizer: torch.optim.Optimize
             continue
         variable = graph.nodes[variable_id]
         ids: dict[str, int] = {}
-        node.slots[variable_id] = ids
+        slots_of[variable_id] = ids
         for name, value in slots.items():
             if not isinstance(name, str):
                 graph.problems.append(f"{node.key}: {variable.key} has a slot named {name!r}. Name slots by a str.")
