@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Protocol, SupportsInt
 
@@ -109,12 +110,13 @@ class ChecksumLog:
     """The checksums of the pieces that this rank wrote.
 
     Attributes:
-        indices: Index of each in the checksum dataset.
-        values: xxh3-64 of each.
+        indices: int64, index of each in the checksum dataset.
+        values: uint64, xxh3-64 of each.
     """
 
-    indices: list[int] = field(default_factory=list)
-    values: list[int] = field(default_factory=list)
+    # Arrays of Python, which grow, and of which NumPy makes its own without a look at each number.
+    indices: array[int] = field(default_factory=lambda: array("q"))
+    values: array[int] = field(default_factory=lambda: array("Q"))
 
     def add(self, index: int, value: int) -> None:
         """Add one checksum."""
@@ -135,10 +137,10 @@ class ChecksumLog:
         """
         if not self.indices:
             return
-        indices = np.fromiter(self.indices, np.int64, len(self.indices))
+        indices = np.frombuffer(self.indices, np.int64)
         order = np.argsort(indices, kind="stable")
         indices = indices[order]
-        values = np.fromiter(self.values, "<u8", len(self.values))[order].data.cast("B")
+        values = np.frombuffer(self.values, np.uint64)[order].astype("<u8", copy=False).data.cast("B")
         starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1).tolist()
         for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
             run = values[start * CHECKSUM_NBYTES : stop * CHECKSUM_NBYTES]

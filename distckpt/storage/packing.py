@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -117,14 +118,30 @@ class Bundle(NamedTuple):
     Attributes:
         rows: The parts.
         extents: Their places in the file.
-        checksums: Indices of their checksums.
+        pieces: Their places in the bundle.
+        checksums: int64, indices of their checksums.
         start: Position of the first byte in a memory that holds all that this rank writes.
     """
 
     rows: list[Row]
     extents: Extents
-    checksums: list[int]
+    pieces: list[slice]
+    checksums: array[int]
     start: int
+
+    @classmethod
+    def of(cls, places: Sequence[Place], jobs: Sequence[int], extents: Extents, start: int) -> Bundle:
+        """Of some jobs, those of one dtype one after the other.
+
+        Args:
+            places: Where the box of each job goes.
+            jobs: The jobs.
+            extents: The places of their bytes in the file.
+            start: See the class.
+        """
+        stops = extents.sizes.cumsum()
+        pieces = list(map(slice, (stops - extents.sizes).tolist(), stops.tolist()))
+        return cls(_rows(places, jobs), extents, pieces, array("q", [places[job].checksum for job in jobs]), start)
 
     @property
     def nbytes(self) -> int:
@@ -141,10 +158,8 @@ class Bundle(NamedTuple):
 
     def log(self, packed: memoryview, log: ChecksumLog) -> None:
         """Log the checksums of the parts, which are in `packed`."""
-        stops = self.extents.sizes.cumsum()
-        starts = (stops - self.extents.sizes).tolist()
-        values = [digest(packed[start:stop]) for start, stop in zip(starts, stops.tolist(), strict=True)]
-        log.extend(ChecksumLog(self.checksums, values))
+        log.indices.extend(self.checksums)
+        log.values.extend(map(digest, map(packed.__getitem__, self.pieces)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +192,7 @@ class Packing:
             which = parts.within(number)
             extents = parts.extents.slice(which)
             jobs = order[which]
-            bundles[number] = Bundle(_rows(places, jobs), extents, [places[job].checksum for job in jobs], stop)
+            bundles[number] = Bundle.of(places, jobs, extents, stop)
             ends = stop + extents.sizes.cumsum()
             starts[jobs] = ends - extents.sizes
             stop = _aligned(int(ends[-1]))
@@ -189,7 +204,7 @@ class Packing:
     def bundle(self, number: int) -> Bundle:
         """This rank's small parts of a bin; there may be none."""
         none = np.zeros(0, np.int64)
-        return self.bundles.get(number) or Bundle([], Extents(none, none), [], 0)
+        return self.bundles.get(number) or Bundle.of((), (), Extents(none, none), 0)
 
 
 def _small_parts(places: Sequence[Place]) -> tuple[list[int], SmallParts]:

@@ -131,7 +131,7 @@ def test_boxes_round_trip(
             patch.setattr(module, "STEP_NBYTES", 40)
         log = write_posix(fd, [write_job(layouts(values)[strides], box, shape, 5)], checksums=True)
         assert path.read_bytes() == bytes(BASE) + bits(expected)
-        assert (log.indices, log.values) == ([5], [xxhash.xxh3_64_intdigest(bits(values))])
+        assert (list(log.indices), list(log.values)) == ([5], [xxhash.xxh3_64_intdigest(bits(values))])
         target = layouts(torch.full(other.shape, -1, dtype=torch.int32))[strides]
         digest = xxhash.xxh3_64_intdigest(bits(part(expected, other)))
         report = read(fd, [read_job(target, other, shape, digest)], verify=True)
@@ -160,9 +160,9 @@ def test_large_boxes_are_moved_in_pieces(fd: int, shape: tuple[int, ...], box: B
     source = layouts(part(values, box).contiguous())[strides]
     log = write_posix(fd, [write_job(source, box, shape, 3)], checksums=True)
     found = pieces(box, 4)
-    assert log.indices == list(range(3, 3 + len(found)))
+    assert list(log.indices) == list(range(3, 3 + len(found)))
     assert all(piece.numel * 4 <= MAX_PIECE_NBYTES for piece in found)
-    assert log.values == [xxhash.xxh3_64_intdigest(bits(part(values, piece))) for piece in found]
+    assert list(log.values) == [xxhash.xxh3_64_intdigest(bits(part(values, piece))) for piece in found]
     targets = [layouts(torch.zeros(piece.shape))[strides] for piece in found]
     jobs = [
         read_job(target, piece, shape, value) for target, piece, value in zip(targets, found, log.values, strict=True)
@@ -267,7 +267,7 @@ def test_more_strided_bytes_than_the_staging_buffer_holds(fd: int) -> None:
     tensors = [torch.rand(3 << 18, 2)[:, 0] for _ in range(9)]
     jobs = [WriteJob(f"{i}", i * (3 << 20), (3 << 18,), whole(tensor), tensor, i) for i, tensor in enumerate(tensors)]
     log = write_posix(fd, jobs, checksums=True)
-    assert log.values == [xxhash.xxh3_64_intdigest(bits(tensor)) for tensor in tensors]
+    assert list(log.values) == [xxhash.xxh3_64_intdigest(bits(tensor)) for tensor in tensors]
     assert os.pread(fd, 30 << 20, 0) == b"".join(bits(tensor) for tensor in tensors)
 
 
