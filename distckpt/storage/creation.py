@@ -17,6 +17,9 @@ from distckpt.storage.skeleton import DatasetSpec, Skeleton, make_skeleton, max_
 #: Errors that another directory or name may avoid.
 _NO_PLACE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
 
+#: Parts from this size on are worth a system call of their own. HDF5's metadata come in runs of 1 MiB. In bytes.
+_LONG_NBYTES = 512 << 10
+
 
 def create_file(path: str, datasets: Sequence[DatasetSpec], n_checksums: int, manifest_nbytes: int) -> Skeleton:
     """Make the first checkpoint file of a layout, without data, its space reserved. Rank 0 only.
@@ -84,6 +87,13 @@ def rebuild(fd: int, skeleton: Skeleton) -> None:
     rawio.reserve(fd, skeleton.file_nbytes)
     for offset, data in skeleton.runs:
         rawio.write_all(fd, memoryview(data), offset)
+        _start_writeback(fd, offset, len(data))
+
+
+def _start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin with a long part: with many variables, what is no data is a third of the file."""
+    if nbytes >= _LONG_NBYTES:
+        rawio.start_writeback(fd, offset, nbytes)
 
 
 def write_manifest(fd: int, skeleton: Skeleton, *parts: bytes) -> None:
@@ -103,3 +113,4 @@ def write_manifest(fd: int, skeleton: Skeleton, *parts: bytes) -> None:
     rawio.write_vector(
         fd, [memoryview(part) for part in (*parts, b" " * (capacity - nbytes))], skeleton.manifest_offset
     )
+    _start_writeback(fd, skeleton.manifest_offset, capacity)

@@ -20,7 +20,7 @@ from distckpt import Checkpoint, RestoreOptions, load_checkpoint
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
 from distckpt.layout.dtypes import dtype_info, is_known
 from distckpt.layout.records import Shard
-from distckpt.storage import creation, hdf5
+from distckpt.storage import creation, hdf5, rawio
 from distckpt.storage import manifest as manifests
 from distckpt.storage import skeleton as skeletons
 from distckpt.storage.checksum import StoredChecksums
@@ -243,6 +243,20 @@ def test_a_manifest_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the manifest has"):
         creation.write_manifest(fd, skeleton, b"x" * (skeleton.manifest_capacity + 1))
     os.close(fd)
+
+
+def test_the_disk_writes_what_is_long_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, int]] = []
+    monkeypatch.setattr(rawio, "start_writeback", lambda _, offset, nbytes: started.append((offset, nbytes)))
+    specs = [DatasetSpec(f"v{i}", "float32", (1,)) for i in range(4000)]
+    skeleton = creation.create_file(str(tmp_path / "a.h5"), specs, len(specs), 2 << 20)
+    (offset, first), _short = skeleton.runs
+    assert started == [(offset, len(first))]
+    started.clear()
+    fd = os.open(tmp_path / "a.h5", os.O_RDWR)
+    creation.write_manifest(fd, skeleton, b"{}")
+    os.close(fd)
+    assert started == [(skeleton.manifest_offset, skeleton.manifest_capacity)]
 
 
 def test_creating_never_replaces(tmp_path: Path) -> None:
