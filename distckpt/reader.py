@@ -94,7 +94,8 @@ class VariableHandle:
         tensor = target if direct else torch.empty(part.box.shape, dtype=self.dtype, device="cpu")
         value = TensorValue(OWN_VALUE, tensor, self.shape, (part.box,))
         reads = [TensorRead(self.key, self._index, value)]
-        self._source.read(reads, verify=True, threads=threads_of_rank(1))
+        with self._source.named_in_errors():
+            self._source.read(reads, verify=True, threads=threads_of_rank(1))
         if not direct:
             copy_bits(target, tensor[tuple(slice(None, None, step) for step in part.steps)])
 
@@ -211,9 +212,10 @@ class CheckpointReader:
 
     def _python_value(self, key: str) -> Any:
         """Decode a python value. The tensors it refers to are values of the same node."""
-        names = {attribute.name: attribute.checkpoint_key for attribute in self._node_of[key].attributes}
+        attributes = self._node_of.get(key, Node()).attributes
+        names = {of.name: of.checkpoint_key for of in attributes if of.checkpoint_key in self._variables}
         value = self._decode(key, bytes(self._manifest.python_state[key]))
-        return resolve(value, _Tensors(names, lambda other: self[other].read()))
+        return resolve(value, _Tensors(f"{self.path}: {key}", names, lambda other: self[other].read()))
 
     @functools.cached_property
     def _node_of(self) -> dict[str, Node]:
@@ -271,15 +273,22 @@ class CheckpointReader:
 
 
 class _Tensors(dict[str, Any]):
-    """The tensors that a python value refers to, by name; each is read on access."""
+    """The tensors that a python value refers to, by name; each is read on access.
 
-    def __init__(self, keys: Mapping[str, str], read: Callable[[str], Any]) -> None:
+    Args:
+        owner: The python value, for messages.
+        keys: Key of each tensor.
+        read: Reads the tensor of a key.
+    """
+
+    def __init__(self, owner: str, keys: Mapping[str, str], read: Callable[[str], Any]) -> None:
+        self._owner = owner
         self._keys = keys
         self._read = read
 
     def __missing__(self, name: str) -> Any:
         if name not in self._keys:
-            raise CorruptCheckpointError(f"a python value refers to {name!r}, which is not in the file.")
+            raise CorruptCheckpointError(f"{self._owner}: it refers to {name!r}, which is no tensor of the file.")
         return self._read(self._keys[name])
 
 

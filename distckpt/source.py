@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distckpt.coordination.coordinator import Coordinator
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.graph.assignment import TensorRead
 from distckpt.layout.box import Box
 from distckpt.layout.checksum_index import index_checksums
@@ -215,6 +215,14 @@ class Source:
                 f"{self.path}: the file was deleted or replaced after it had been opened. Its datasets are chunked or "
                 "compressed, so they can be read under its name only. Open it again."
             )
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """A context in which errors about damaged values, which name the value, name the file too."""
+        try:
+            yield
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{self.path}: {error}") from error
 
     def close(self) -> None:
         """Close the file. May be called again."""

@@ -19,8 +19,11 @@ def nbytes_in_words(nbytes: int) -> str:
 
 
 def time_in_words(seconds: float) -> str:
-    """Local date and time of seconds since the epoch."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    """Local date and time of seconds since the epoch; "?" if no calendar has it, since a file may say anything."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "?"
 
 
 def rank_list(ranks: Collection[int]) -> str:

@@ -62,7 +62,7 @@ def _are_bands(shards: Sequence[Shard], shape: Shape) -> bool:
     for shard in shards:
         if shard.shape[1:] != width or shard.offset[1:] != origin or shard.offset[:1] != (position,):
             return False
-        if shard.shape[0] <= 0:
+        if not shard.shape or shard.shape[0] <= 0:
             return False
         position += shard.shape[0]
     return position == shape[0]

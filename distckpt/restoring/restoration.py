@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
-from distckpt.errors import RestoreMismatchError
+from distckpt.errors import CorruptCheckpointError, RestoreMismatchError
 from distckpt.graph.adapters.optimizer import Group, Slot
 from distckpt.graph.adapters.root import COUNTER_KEY
 from distckpt.graph.assignment import Assignment, assign
@@ -77,11 +77,21 @@ class Restoration:
     """
 
     def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
+        """Local; reads nothing but the manifest, so that it ends alike on all ranks.
+
+        Args:
+            source: The open file.
+            options: Options of the restore.
+            with_counter: Whether the save counter is restored too.
+
+        Raises:
+            CorruptCheckpointError: A python value is damaged.
+        """
         manifest = source.manifest
         self.source = source
         self.options = options
         self.with_counter = with_counter
-        self.hollow = frozenset(key for key, value in manifest.python_state.items() if _is_hollow(bytes(value)))
+        self.hollow = frozenset(key for key in manifest.python_state if _is_hollow(source, key))
         self.pending: dict[str, tuple[str, str]] = {}
         self.unmatched: list[str] = []
         graph, renames = manifest.object_graph, options.rename or {}
@@ -185,7 +195,8 @@ class Restoration:
             self.pending, self._awaited = before  # go on waiting, for an object that fits
             raise RestoreMismatchError(describe_mismatches(self.source.path, assignment.mismatches))
         if assignment.consumed:
-            self.source.read(assignment.reads, verify=self.options.verify)
+            with self.source.named_in_errors():
+                self.source.read(assignment.reads, verify=self.options.verify)
             assignment.apply()
         self.settle(binding, assignment)
         return len(assignment.consumed)
@@ -244,8 +255,12 @@ def _still_waits(restoration: Restoration | None, key: str) -> bool:
     return restoration is not None and key in restoration.pending
 
 
-def _is_hollow(encoded: bytes) -> bool:
-    return encoded.startswith(b"{") and holds_nothing(decode(encoded))
+def _is_hollow(source: Source, key: str) -> bool:
+    """Whether a saved python value is a container without any value inside."""
+    try:
+        return holds_nothing(decode(bytes(source.manifest.python_state[key])))
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{source.path}: {key}: {error}") from error
 
 
 def describe_mismatches(path: str, mismatches: Sequence[Mismatch] | Sequence[ValueMismatch]) -> str:

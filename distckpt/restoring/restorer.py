@@ -138,7 +138,7 @@ class Restorer:
     def _read(self, source: Source, assignment: Assignment, timer: Timer, options: RestoreOptions) -> None:
         """Read all tensors, those that other ranks want too together with them. Collective over the communicator."""
         coordinator, verify = self._coordinator, options.verify
-        with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress:
+        with progress_bar(coordinator.rank, "restore", assignment.nbytes) as progress, source.named_in_errors():
             want = Want(source, assignment.reads, verify, progress, options.threads)
             with timer.step("exchange"):
                 rest = Attempt.of(functools.partial(read_together, coordinator, want))

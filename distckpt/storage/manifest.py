@@ -225,6 +225,8 @@ def problems(manifest: Manifest) -> list[str]:
         found.append("two variables have the same key")
     if manifest.world_size < 1:
         found.append(f"world size {manifest.world_size}")
+    if not 0 <= manifest.file_nbytes <= _MAX_OFFSET:
+        found.append("impossible length of the file")
     return found + _graph_problems(manifest.object_graph.nodes, keys | manifest.python_state.keys())
 
 

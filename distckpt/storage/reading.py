@@ -265,7 +265,7 @@ def read_through_hdf5(
                     if progress is not None:
                         progress(job.tensor.numel() * job.tensor.element_size())
             except (OSError, KeyError) as error:
-                raise CorruptCheckpointError(f"{path}: HDF5 cannot read {key}: {error}") from error
+                raise CorruptCheckpointError(f"{key}: HDF5 cannot read it: {error}") from error
     return report
 
 

@@ -645,7 +645,7 @@ def test_a_damaged_variable_is_named_on_all_ranks_though_one_rank_reads_it(three
     three.Barrier()
     twin = Checkpoint(comm=three, good=torch.zeros(3), bad=ShardedVariable(torch.zeros(4), (12,), (4 * three.rank,)))
     text = same_error(three, CorruptCheckpointError, lambda: twin.restore(newer))
-    assert text.startswith("bad: ")
+    assert text.startswith(f"{newer}: bad: ")
     assert twin.save_counter == 0
     twin.restore(path).assert_consumed()
     assert torch.equal(twin.bad.tensor, torch.ones(4))
@@ -675,7 +675,7 @@ def test_damage_that_one_of_a_ranks_threads_finds_is_an_error_on_all_ranks(
     twin = Checkpoint(comm=three, state=live)
     threads = RestoreOptions(threads=3)
     text = same_error(three, CorruptCheckpointError, lambda: twin.restore(newer, options=threads))
-    assert text.startswith("state/v4: ")
+    assert text.startswith(f"{newer}: state/v4: ")
     assert twin.save_counter == 0
     twin.restore(path, options=threads).assert_consumed()
     assert all(torch.equal(live[f"v{i}"].tensor, torch.full((n,), 1.0 + i)) for i in range(6))

@@ -21,6 +21,7 @@ from distckpt import Checkpoint
 from distckpt.cli.ls import ls
 from distckpt.cli.terminal import table_lines
 from distckpt.graph import python_value
+from tests.checkpoint_files import save
 from tests.unit.unprivileged import unprivileged
 
 
@@ -119,5 +120,12 @@ def test_a_step_that_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if isinstance(step, bytes):
         monkeypatch.setattr(python_value, "_to_json", lambda _: {"type": "no such"})
     Checkpoint(x=torch.ones(2), step=step).save(tmp_path / "ckpt")
+    _, row = listed(tmp_path)
+    assert row.split()[:3] == ["ckpt-1.h5", "1", "?"]
+
+
+@pytest.mark.parametrize("time", [1e308, -1e308, 1e18, -1e18])
+def test_a_time_that_no_calendar_has(tmp_path: Path, time: float) -> None:
+    save(tmp_path / "ckpt-1.h5", {"x": torch.ones(2)}, time=time)
     _, row = listed(tmp_path)
     assert row.split()[:3] == ["ckpt-1.h5", "1", "?"]

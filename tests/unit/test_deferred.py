@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,7 @@ def test_damage_is_found_late_too(path: str) -> None:
     with Path(file).open("r+b") as f:
         f.seek(position)
         f.write(b"\x01")
-    with pytest.raises(CorruptCheckpointError, match=r"^big: "):
+    with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(file)}: big: "):
         live.big = full(0, 100_000)
 
 

@@ -222,6 +222,7 @@ def test_tilings_are_valid(case: tuple[Variable, Box]) -> None:
         ((4,), [Box((-1,), (5,))], "is empty or outside"),
         ((4,), [Box((0,), (4,)), Box((4,), (0,))], "is empty or outside"),
         ((4,), [Box((0, 0), (4, 1))], "is empty or outside"),
+        ((4,), [Box((0,), ())], "is empty or outside"),
         ((4,), [Box((0,), (10**30,))], "is empty or outside"),
         ((4,), [Box((5,), (1,)), Box((6,), (1,))], "and 1 more like it"),
         ((-4,), [], "impossible shape (-4,)"),

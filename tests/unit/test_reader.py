@@ -227,7 +227,7 @@ def test_whole_pieces_are_verified(tmp_path: Path) -> None:
         file.write(b"\xff")
     with load_checkpoint(tmp_path / "x") as reader:
         for index in (..., slice(0, 2), slice(0, 3)):
-            with pytest.raises(CorruptCheckpointError, match=r"x: the 48 bytes .* are damaged"):
+            with pytest.raises(CorruptCheckpointError, match=r"x\.h5: x: the 48 bytes .* are damaged"):
                 reader["x"][index]
         assert torch.equal(reader["x"][2:], numbers(4, 6)[2:])
         assert torch.equal(reader["x"][0], numbers(4, 6)[0])
@@ -630,6 +630,21 @@ def test_a_value_that_nobody_encoded_is_damage(tmp_path: Path) -> None:
     state = msgspec.Raw(b'{"type":"pickle","value":"gASVJAA"}')
     file_with_state(tmp_path / "f.h5", {"o/.state": state}, {"o/.state": "o/.state"})
     with load_checkpoint(tmp_path / "f") as reader, pytest.raises(CorruptCheckpointError, match=r"f\.h5: o/\.state"):
+        reader["o/.state"]
+
+
+def test_a_value_of_no_node_is_read(tmp_path: Path) -> None:
+    file_with_state(tmp_path / "f.h5", {"o/number": msgspec.Raw(b"7")}, {})
+    with load_checkpoint(tmp_path / "f") as reader:
+        assert reader["o/number"] == 7
+
+
+@pytest.mark.parametrize("name", ["number", ".state"])
+def test_a_state_that_refers_to_what_is_no_tensor_is_damage(tmp_path: Path, name: str) -> None:
+    state = msgspec.Raw(encode({"a": TensorRef(name)}))
+    values = {"o/.state": state, "o/number": msgspec.Raw(b"1")}
+    file_with_state(tmp_path / "f.h5", values, {".state": "o/.state", "number": "o/number"})
+    with load_checkpoint(tmp_path / "f") as reader, pytest.raises(CorruptCheckpointError, match=r"f\.h5: o/\.state: "):
         reader["o/.state"]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,9 @@ from distckpt import (
     SaveOptions,
     Trackable,
 )
+from distckpt.layout.records import Attribute, Node, ObjectGraph
 from distckpt.storage.checksum import ChecksumReader
+from tests.checkpoint_files import save as save_file
 
 OpenFiles = Callable[[], list[str]]
 CAST = RestoreOptions(cast=True)
@@ -215,7 +219,7 @@ def test_a_cast_of_a_large_strided_tensor_is_verified(path: str) -> None:
     Checkpoint(t=live).read(file, options=CAST)
     assert torch.equal(live, saved.float())
     _damage(file, "t")
-    with pytest.raises(CorruptCheckpointError, match=r"^t: "):
+    with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(file)}: t: "):
         Checkpoint(t=live).read(file, options=CAST)
 
 
@@ -310,7 +314,7 @@ def test_damaged_data_are_found_and_named(path: str, tmp_path: Path, open_files:
     file = saved.save(path)
     _damage(file, "m/weight")
     before = open_files()
-    with pytest.raises(CorruptCheckpointError, match=r"^m/weight: .*damaged.*checksum") as caught:
+    with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(file)}: m/weight: .*damaged.*checksum") as caught:
         live.restore(file)
     assert not isinstance(caught.value, CollectiveError)
     assert live.save_counter == 0
@@ -325,7 +329,7 @@ def test_damaged_data_are_found_and_named(path: str, tmp_path: Path, open_files:
 def test_a_flipped_checksum_is_damage_of_its_variable(path: str) -> None:
     file = Checkpoint(a=full(1), b=full(2)).write(path)
     _damage(file, ".checksums")
-    with pytest.raises(CorruptCheckpointError, match=r"^(a|b): .*checksum"):
+    with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(file)}: (a|b): .*checksum"):
         Checkpoint(a=full(0), b=full(0)).read(file)
 
 
@@ -379,6 +383,18 @@ def test_a_damaged_manifest_is_found(path: str) -> None:
         f.write(b"#")
     with pytest.raises(CorruptCheckpointError, match="manifest is damaged"):
         Checkpoint(a=full(0), n=0).read(file)
+
+
+@pytest.mark.parametrize("value", [b"[1]", b'{"type":"pickle","value":""}', b'{"type":"float","value":"0"}'])
+def test_a_python_value_that_nobody_encoded_is_damage(value: bytes, tmp_path: Path, open_files: OpenFiles) -> None:
+    file = tmp_path / "f.h5"
+    graph = ObjectGraph([Node(attributes=[Attribute("a", "a"), Attribute("n", "n")])])
+    save_file(file, {"a": full(1)}, object_graph=graph, python_state={"n": msgspec.Raw(value)})
+    live, before = Checkpoint(a=full(0), n=0), open_files()
+    with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(str(file))}: n: "):
+        live.restore(file)
+    assert (live.a.tolist(), live.n) == ([0, 0], 0)
+    assert open_files() == before
 
 
 def test_a_failure_of_the_users_code_leaves_the_counter(path: str, open_files: OpenFiles) -> None:

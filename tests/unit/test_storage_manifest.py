@@ -191,3 +191,4 @@ def test_a_graph_without_a_root() -> None:
 def test_impossible_worlds() -> None:
     assert manifests.problems(manifest(world_size=0)) == ["world size 0"]
     assert manifests.problems(manifest(variables=[VARIABLES[0]] * 2)) == ["two variables have the same key"]
+    assert manifests.problems(manifest(file_nbytes=10**400)) == ["impossible length of the file"]
