@@ -61,13 +61,17 @@ def as_text(name: str, path: object) -> str:
         raise TypeError(
             f"{name}: expected a str or os.PathLike[str]. Got {path!r:.100} (type: {type(path).__qualname__})."
         )
+    if not _is_utf8(text):
+        raise ValueError(f"{name}: expected a path that is UTF-8. Got {text!r}. Rename the file or directory.")
+    return str.__str__(text)  # a plain str, also of a subclass such as NumPy's: it is sent to other ranks
+
+
+def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: expected a path that is UTF-8. Got {text!r}. Rename the file or directory."
-        ) from error
-    return str.__str__(text)  # a plain str, also of a subclass such as NumPy's: it is sent to other ranks
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_prefix(prefix: str | os.PathLike[str], parameter: str = "file_prefix") -> Prefix:
@@ -104,9 +108,12 @@ def single_path(path: str | os.PathLike[str]) -> str:
 
 
 def parse_numbered(name: str) -> NumberedFile | None:
-    """The parts of a file name of the form `<prefix>-<number>.h5`, below `NUMBER_LIMIT`; None for any other name."""
+    """The parts of a file name of the form `<prefix>-<number>.h5`, below `NUMBER_LIMIT`; None for any other name.
+
+    A name that is no UTF-8 is another name: `save` makes none, and `as_text` refuses it.
+    """
     match = _NUMBERED.fullmatch(name)
-    if match is None or int(match["number"]) >= NUMBER_LIMIT:
+    if match is None or int(match["number"]) >= NUMBER_LIMIT or not _is_utf8(name):
         return None
     return NumberedFile(match["name"], int(match["number"]), name)
 

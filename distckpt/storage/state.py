@@ -6,12 +6,16 @@ it has an entry for each manager of the directory. Managers of one directory dif
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from distckpt.storage import rawio
 from distckpt.storage.commit import temp_path
@@ -19,6 +23,9 @@ from distckpt.storage.paths import STATE_FILE, numbered_files, parse_numbered
 
 #: Name of the field with the managers' entries, by prefix.
 _MANAGERS = "managers"
+
+#: Longest state file, in bytes: a manager writes about 150 for each checkpoint.
+_MAX_NBYTES = 1 << 28
 
 #: Held from reading the state file to replacing it, since a background save may be committed at any moment.
 _CHANGING = threading.RLock()
@@ -36,14 +43,34 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = Path(directory, STATE_FILE)
     try:
-        state = json.loads(path.read_bytes())
+        state = msgspec.json.decode(_contents(path))  # unlike json, it accepts no lone surrogates
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedStateError(f"{path}: the state file is damaged: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in _prefixes(state)):
         raise DamagedStateError(f"{path}: the state file is damaged: expected an object with the list 'prefixes'")
     return state
+
+
+def _contents(path: Path) -> bytes:
+    """The bytes of a regular file of sensible length.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+        ValueError: It is something else, such as a pipe, whose reading would not end.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("it is a link that leads to itself") from error
+        raise
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > _MAX_NBYTES:
+        raise ValueError(f"it has {status.st_size} bytes, more than {_MAX_NBYTES}")
+    return path.read_bytes()
 
 
 def known_prefixes(state: Mapping[str, Any]) -> frozenset[str]:

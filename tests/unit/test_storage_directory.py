@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_the_name_of_the_state_file_is_refused_without_a_number() -> None:
 def test_numbered_files(tmp_path: Path) -> None:
     for name in ("b-2.h5", "b-10.h5", "a-1.h5", "a-b-3.h5", "b.h5", "b-2.h5.tmp", ".b-3.h5.0.tmp", "b-x.h5", "b-٣.h5"):
         (tmp_path / name).touch()
+    (tmp_path / os.fsdecode(b"latin\xff-3.h5")).touch()  # no call would take this path
     assert [(file.prefix, file.number) for file in numbered_files(tmp_path)] == [
         ("a", 1),
         ("a-b", 3),
@@ -152,13 +154,39 @@ def test_only_numbered_files_are_recorded(tmp_path: Path) -> None:
         record_save(tmp_path / "model.h5", durable=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff", b"{}", b'{"prefixes": [1]}', b"[" * 100000])
+SURROGATE = b'{"prefixes": ["\\udc80"]}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'"x"', b"\xff", b"{}", b'{"prefixes": [1]}', b"[" * 100000, SURROGATE]
+)
 def test_a_damaged_state_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "checkpoint").write_bytes(content)
     with pytest.raises(DamagedStateError, match="the state file is damaged"):
         read_state(tmp_path)
     record_save(tmp_path / "ckpt-1.h5", durable=False)
     assert read_state(tmp_path) == {"latest": "ckpt-1.h5", "prefixes": ["ckpt"]}
+
+
+_NO_STATE_FILES: dict[str, Callable[[Path], Any]] = {
+    "a directory": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 33)),
+}
+
+
+@pytest.mark.parametrize("kind", _NO_STATE_FILES)
+def test_what_is_no_state_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    """The reading of some of these would not end, or take all memory."""
+    save(tmp_path / "ckpt-1.h5", TENSORS, save_counter=1)
+    _NO_STATE_FILES[kind](tmp_path / "checkpoint")
+    with pytest.warns(CheckpointWarning, match="the state file is damaged: it "):
+        assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-1.h5")
+    if kind != "a directory":
+        record_save(tmp_path / "ckpt-1.h5", durable=False)
+        assert read_state(tmp_path) == {"latest": "ckpt-1.h5", "prefixes": ["ckpt"]}
 
 
 def test_the_state_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
