@@ -212,7 +212,7 @@ def _read_vector(dataset: Any, dtype: str) -> np.ndarray:
     """Read all of a one-dimensional dataset."""
     from h5py import h5s
 
-    data = np.empty(dataset.shape, dtype)
+    data = np.zeros(dataset.shape, dtype)  # HDF5 leaves the memory as it is for chunks that it does not find
     if data.size:
         dataset.read(h5s.ALL, h5s.ALL, data, hdf5_type(dtype))
     return data

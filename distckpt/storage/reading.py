@@ -280,7 +280,9 @@ def _read_job_through_hdf5(dataset: Any, job: ReadJob, arrivals: Arrivals, verif
         room = arrivals.take(part)
         if block.box.shape:
             in_file.select_hyperslab(block.box.offset, block.box.shape)
-        dataset.read(h5s.create_simple((block.box.numel,)), in_file, np.frombuffer(room.data, np.uint8), datatype)
+        memory = np.frombuffer(room.data, np.uint8)
+        memory.fill(0)  # HDF5 leaves it as it is for chunks that it does not find: the last tensor's bytes may be there
+        dataset.read(h5s.create_simple((block.box.numel,)), in_file, memory, datatype)
         if hasher is not None:
             hasher.update(room.data)
         arrivals.put(part, room)

@@ -634,6 +634,20 @@ def test_a_damaged_compressed_file(tmp_path: Path) -> None:
     assert len(verify_file(tmp_path / "again.h5")) == 1
 
 
+def test_a_chunk_that_is_missing_is_damage(tmp_path: Path) -> None:
+    """Not the bytes that were read before it."""
+    saved = dict.fromkeys("ab", torch.rand(2000))
+    save(tmp_path / "file.h5", saved)
+    repack(tmp_path / "file.h5", tmp_path / "again.h5", "-f", "GZIP=1")
+    with h5py.File(tmp_path / "again.h5", "r+") as file:
+        del file["b"]
+        half = file.create_dataset("b", 2000, "f4", chunks=(1000,), compression="gzip", fill_time="never")
+        half[:1000] = saved["b"][:1000]
+    with pytest.raises(CorruptCheckpointError, match=r"^b: "):
+        load(tmp_path / "again.h5", twins(saved))
+    assert len(verify_file(tmp_path / "again.h5")) == 1
+
+
 def test_a_dataset_added_by_the_user_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "file.h5"
     save(path, tensors())
