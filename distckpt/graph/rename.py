@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distckpt.layout.keys import child_key, join, unescape
+from distckpt.layout.keys import child_key, escape, join, unescape
 from distckpt.layout.records import Attribute, Child, Node, ObjectGraph
 
 #: Most keys with which an unknown one is compared, which takes about a second.
@@ -89,7 +89,7 @@ class _Editor:
         raise names_nothing("rename", key, self.nodes)
 
     def put(self, key: str, taken: _Taken) -> None:
-        """Attach a part under a new key; makes the nodes on the way that are missing."""
+        """Attach a part under a new key, in the place of what has it; makes the nodes on the way that are missing."""
         *parents, last = key.split("/")
         node_id = 0
         for component in parents:
@@ -100,8 +100,11 @@ class _Editor:
                 self.children[node_id][name] = len(self.children) - 1
             node_id = self.children[node_id][name]
         if taken.child is not None:
+            self.attributes[node_id].pop(last, None)
             self.children[node_id][unescape(last)] = taken.child
         elif taken.checkpoint_key is not None:
+            for name in [name for name in self.children[node_id] if escape(name) == last]:
+                del self.children[node_id][name]
             self.attributes[node_id][last] = taken.checkpoint_key
 
     def node(self, node_id: int) -> Node:

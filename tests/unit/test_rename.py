@@ -75,6 +75,15 @@ def test_a_rotation_of_three(path: str) -> None:
     assert [int(t[0]) for t in (live.a, live.b, live.c)] == [3, 1, 2]
 
 
+@pytest.mark.parametrize(("old", "new"), [(full(1), 2), (1, full(2))], ids=["tensor", "number"])
+def test_a_part_takes_the_place_of_another_kind(old: Any, new: Any, path: str) -> None:
+    file = Checkpoint(old=old, new=new).write(path)
+    live = Checkpoint(new=0 if isinstance(old, int) else full(0))
+    status = live.read(file, options=move({"old": "new"}, expect_partial=True))
+    assert int(torch.as_tensor(live.new).max()) == 1
+    assert status.unexpected == ("new",)
+
+
 def test_the_longest_prefix_wins(path: str) -> None:
     file = Checkpoint(m={"head": {"w": full(1), "b": full(2)}, "body": {"w": full(3)}}).write(path)
     live = Checkpoint(net={"body": {"w": full(0)}, "top": {"b": full(0)}}, w=full(0))
