@@ -351,7 +351,9 @@ class Checkpoint(Trackable):
                 raise ValueError(f"{name}: the root already has a child of that name. Choose another.")
 
 
+#: Private methods, too: an attribute of the same name would be called in their place.
 _RESERVED_NAMES = frozenset(
-    {name for name in vars(Checkpoint) if not name.startswith("_")}
-    | {"track", "root", "comm", "file_prefix", "path", "save_path", "options"}
+    {name for cls in (Checkpoint, Trackable) for name in vars(cls) if not name.startswith("__")}
+    | {"root", "comm", "file_prefix", "path", "save_path", "options"}
+    | Checkpoint._untracked_names
 )

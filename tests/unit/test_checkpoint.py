@@ -44,13 +44,13 @@ def files(directory: Path) -> list[str]:
 
 # ---- names -------------------------------------------------------------------------------------------------------
 
-_METHODS = {name for name in vars(Checkpoint) if not name.startswith("_")} | {"track"}
+_METHODS = {name for cls in (Checkpoint, Trackable) for name in vars(cls) if not name.startswith("__")}
 _PARAMETERS = {"root", "comm", "file_prefix", "path", "save_path", "options"}
 
 
 @pytest.mark.parametrize("name", sorted(_METHODS | _PARAMETERS))
 def test_names_of_methods_and_parameters_are_refused(name: str) -> None:
-    assert {"save", "write", "restore", "read", "save_counter", "retry_pending"} <= _METHODS
+    assert {"save", "write", "restore", "read", "save_counter", "retry_pending", "track", "_root"} <= _METHODS
     checkpoint = Checkpoint(a=1)
     with pytest.raises(ValueError, match=rf"^{name}: the name belongs to a method or parameter"):
         setattr(checkpoint, name, 5)
