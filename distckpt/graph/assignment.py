@@ -165,6 +165,8 @@ class _Builder:
             self._add_mismatch(match, describe(value))
         elif is_uninitialised(node.obj):
             self._add_lazy(match, index, dtype_name(node.obj.dtype))
+        elif type(value) is TensorValue and node.adapter.exact(match.name) and not self._is_alike(index, value):
+            self._add_mismatch(match, f"{describe(value)} of a {type(node.obj).__qualname__}")
         else:
             self._values_to_hand(match)[match.name] = self._new_tensor(key, index, value)
 
@@ -173,6 +175,11 @@ class _Builder:
         restore = self._restores.get(id(surplus.node))
         if restore is not None and len(restore.values) == surplus.n_saved:
             restore.surplus = surplus.names
+
+    def _is_alike(self, index: int, value: TensorValue) -> bool:
+        """Whether a stored tensor has the shape and dtype of a live one."""
+        saved = self._manifest.variables[index]
+        return (saved.shape, saved.dtype, saved.numpy) == (value.global_shape, dtype_name(value.tensor.dtype), False)
 
     def _add_lazy(self, match: Match, index: int, live_dtype: str) -> None:
         """A stored tensor that initialises a parameter, of whatever shape."""

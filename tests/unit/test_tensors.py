@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distckpt import Checkpoint, CheckpointWarning, CollectiveError, LayoutError, RestoreMismatchError, RestoreOptions
+from distckpt import (
+    Checkpoint,
+    CheckpointWarning,
+    CollectiveError,
+    LayoutError,
+    RestoreMismatchError,
+    RestoreOptions,
+    RNGState,
+)
+from distckpt.graph.adapters import rng
 from distckpt.graph.memory import overlaps_itself
 from distckpt.layout.dtypes import _DTYPES
 from distckpt.layout.records import Manifest
@@ -424,6 +433,52 @@ def test_a_generator_goes_on_where_it_was(path: str) -> None:
     assert not torch.equal(torch.rand(5, generator=live), expected)
     Checkpoint(g=live).read(file).assert_consumed()
     assert torch.equal(torch.rand(5, generator=live), expected)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [torch.ones(3), torch.ones(16, dtype=torch.uint8), np.ones(5056, np.uint8)],
+    ids=["tensor", "cuda", "array"],
+)
+def test_what_is_no_state_of_a_generator_is_a_mismatch(saved: Any, path: str) -> None:
+    """Found before anything is changed: torch would refuse it when the other tensors have been read."""
+    file = Checkpoint(g=saved, other=torch.ones(2)).write(path)
+    generator, other = torch.Generator().manual_seed(1), torch.zeros(2)
+    before = generator.get_state()
+    with pytest.raises(RestoreMismatchError, match=r"g: saved a tensor of shape .* live a tensor .* of a Generator"):
+        Checkpoint(g=generator, other=other).read(file)
+    assert other.tolist() == [0, 0]
+    with pytest.warns(CheckpointWarning, match="g skipped"):
+        Checkpoint(g=generator, other=other).read(file, options=RestoreOptions(on_mismatch="skip"))
+    assert other.tolist() == [1, 1]
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_random_state_of_another_length_is_a_mismatch(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(rng, "_states", lambda: {"torch": torch.ones(16, dtype=torch.uint8)})
+        file = Checkpoint(rng=RNGState(), other=torch.ones(2)).write(path)
+    live = Checkpoint(rng=RNGState(), other=torch.zeros(2))
+    with pytest.raises(RestoreMismatchError, match=r"rng/\.rank/0/torch: saved .* live .* of a RNGState"):
+        live.read(file)
+    assert live.other.tolist() == [0, 0]
+
+
+class _OfATensor:
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"save_counter": torch.ones(2)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        raise AssertionError(state)
+
+
+def test_a_counter_that_is_no_integer_is_a_mismatch(path: str) -> None:
+    file = Checkpoint(_OfATensor(), other=torch.ones(2)).write(path)
+    live = Checkpoint(other=torch.zeros(2))
+    with pytest.raises(RestoreMismatchError, match="save_counter: saved a tensor of shape"):
+        live.restore(file)
+    assert live.save_counter == 0
+    assert live.other.tolist() == [0, 0]
 
 
 def test_saving_takes_no_number_from_any_generator(path: str) -> None:

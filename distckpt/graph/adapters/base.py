@@ -102,6 +102,14 @@ class Adapter:
         """
         return None
 
+    def exact(self, name: str) -> bool:
+        """Whether `restore` takes only a tensor of the shape and dtype of the live one, which it replaces.
+
+        Args:
+            name: Attribute name.
+        """
+        return False
+
     def claim(self, obj: object, name: str) -> Claim:
         """Identifies a live value, among the values that restores set: the newest restore wins.
 

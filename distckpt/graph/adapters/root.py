@@ -69,6 +69,10 @@ class RootAdapter(Adapter):
         """See `Adapter.takes`: the root's own adapter knows."""
         return self.inner.takes(name, live)
 
+    def exact(self, name: str) -> bool:
+        """See `Adapter.exact`: the counter is one integer, for all else the root's own adapter knows."""
+        return name == COUNTER_KEY or (not self._is_attached(name) and self.inner.exact(name))
+
     def refusal(self, obj: object, name: str, encoded: bytes | None) -> str | None:
         """See `Adapter.refusal`: nothing attached, else the root's own adapter knows."""
         return None if self._is_attached(name) else self.inner.refusal(obj, name, encoded)
