@@ -13,12 +13,13 @@ from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_s
 from distckpt.graph.adapters.stateful import STATE, unflatten
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
-from distckpt.graph.python_value import decode
+from distckpt.graph.python_value import decode, references
 from distckpt.graph.sharding import new_like, new_plain
 from distckpt.graph.trackable import ShardedVariable
 from distckpt.graph.values import PythonValue, TensorValue, dtype_name, is_uninitialised, replicated
 from distckpt.graph.view import LiveNode
 from distckpt.layout.dtypes import is_castable
+from distckpt.layout.keys import join
 from distckpt.layout.records import OWN_VALUE, Manifest
 from distckpt.tensor_bytes import torch_dtype
 
@@ -122,8 +123,10 @@ def assign(
     """
     builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped))
     builder.result.mismatches += binding.mismatches
+    torn = builder.torn(binding.matches)
     for match in binding.matches:
-        builder.add(match)
+        if not torn or (id(match.node), match.name) not in torn:
+            builder.add(match)
     for surplus in binding.surplus:
         builder.add_surplus(surplus)
     for new in binding.new_slots:
@@ -144,6 +147,33 @@ class _Builder:
         self._on_device: dict[int, frozenset[int]] = {}
         self.result = Assignment()
         self._restores: dict[int, NodeRestore] = {}
+
+    def torn(self, matches: Iterable[Match]) -> set[tuple[int, str]]:
+        """The matches, by node and name, of structures of which something is not restored; each is a mismatch."""
+        structures: dict[int, list[Match]] = {}
+        for match in matches:
+            adapter = match.node.adapter
+            if adapter.structure is not None and adapter.in_structure(match.name):
+                structures.setdefault(id(match.node), []).append(match)
+        torn: set[tuple[int, str]] = set()
+        for parts in structures.values():
+            missing = [] if self._done.issuperset([match.key for match in parts]) else self._missing_from(parts)
+            if missing:
+                node, saved = parts[0].node, f"a part of a state, without {', '.join(missing[:3])}"
+                name = node.adapter.structure or ""
+                live = f"a {type(node.obj).__qualname__}, which takes it as a whole: name the object in only or rename"
+                self.result.mismatches.append(Mismatch(join(node.key, name), saved, live))
+                torn.update((id(match.node), match.name) for match in parts)
+        return torn
+
+    def _missing_from(self, parts: list[Match]) -> list[str]:
+        """Names of the values that a structure has in the file beside these."""
+        keys = {match.name: match.key for match in parts}
+        structure = parts[0].node.adapter.structure or ""
+        encoded = self._manifest.python_state.get(keys.get(structure, ""))
+        if encoded is None:
+            return [structure]
+        return sorted({*references(decode(bytes(encoded)))} - keys.keys())
 
     def add(self, match: Match) -> None:
         """One stored value with a live counterpart."""

@@ -11,6 +11,7 @@ import collections
 import math
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,19 @@ def resolve(value: Any, tensors: dict[str, Any]) -> Any:
     if kind in _MAPPING_TYPES:
         return kind({key: resolve(item, tensors) for key, item in value.items()})
     return value
+
+
+def references(value: Any) -> Iterator[str]:
+    """The names of the tensors to which a decoded structure refers."""
+    kind = type(value)
+    if kind is TensorRef:
+        yield value.name
+    elif kind in _SEQUENCE_TYPES:
+        for item in value:
+            yield from references(item)
+    elif kind in _MAPPING_TYPES:
+        for item in value.values():
+            yield from references(item)
 
 
 def holds_nothing(value: Any) -> bool:

@@ -46,6 +46,42 @@ def test_two_roots_that_wait_for_one_object(restored: str, attached: str, path: 
     assert values_of(shared) == {1 if restored == "ba" else 2}
 
 
+class _Stateful:
+    def __init__(self, **state: torch.Tensor) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class _WithExtraState(nn.Module):
+    def __init__(self, **state: torch.Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("kind", [_Stateful, _WithExtraState])
+def test_a_state_is_won_as_a_whole(kind: Any, path: str) -> None:
+    """What the older file has beside it is no state of its own."""
+    older = Checkpoint(x=kind(a=full(1), b=full(1))).write(f"{path}-older")
+    newer = Checkpoint(x=kind(a=full(2))).write(f"{path}-newer")
+    live = Checkpoint()
+    live.read(older, options=PARTIAL)
+    status = live.read(newer, options=PARTIAL)
+    live.x = kind(c=full(0))
+    assert {name: tensor.tolist() for name, tensor in live.x.state.items()} == {"a": [2, 2]}
+    status.assert_consumed()
+
+
 def test_the_winner_stays_the_winner_when_other_parts_come_later(path: str) -> None:
     older = Checkpoint(dep=dependency(1), more=full(1)).write(f"{path}-older")
     newer = Checkpoint(dep=dependency(2)).write(f"{path}-newer")

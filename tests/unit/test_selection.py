@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, RestoreMismatchError, RestoreOptions, RestoreStatus, Trackable, load_checkpoint
+from distckpt import (
+    Checkpoint,
+    CheckpointWarning,
+    RestoreMismatchError,
+    RestoreOptions,
+    RestoreStatus,
+    Trackable,
+    load_checkpoint,
+)
 
 
 def program(seed: int, *, steps: int = 2) -> Checkpoint:
@@ -212,6 +220,64 @@ def test_one_slot_of_several_is_refused(fresh: bool, path: str) -> None:
         live.read(file, options=RestoreOptions(only=[slot]))
     assert changed(before, live) == set()
     read(file, live, only=[slot, slot.replace("avg", "avg_sq"), slot.replace("exp_avg", "step")])
+
+
+class _Stateful:
+    def __init__(self, value: float) -> None:
+        self.state: dict[str, Any] = {"a": torch.full((1,), value), "b": torch.full((1,), value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class _WithExtraState(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.extra: dict[str, Any] = {"a": torch.full((1,), value), "b": torch.full((1,), value)}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return dict(self.extra)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"only": ["other", "x/a"]},
+        {"only": ["other", "x/.state", "x/a"]},
+        {"only": ["other", "x/.state"]},
+        {"only": ["other", "y/.extra_state/a"]},
+        {"only": ["other", "y/.extra_state"], "rename": {"y/.extra_state/a": "z"}},
+        {"rename": {"x/a": "x/c"}},
+        {"rename": {"x/.state": "z"}},
+    ],
+)
+def test_a_part_of_a_state_is_a_mismatch(options: dict[str, Any], path: str) -> None:
+    file = Checkpoint(x=_Stateful(1), y=_WithExtraState(1), other=torch.ones(1)).write(path)
+    live = Checkpoint(x=_Stateful(0), y=_WithExtraState(0), other=torch.zeros(1))
+    with pytest.raises(RestoreMismatchError, match=r"(?m)^  [xy]\S*: saved a"):
+        live.read(file, options=RestoreOptions(**options))
+    assert live.other.tolist() == [0]
+    with pytest.warns(CheckpointWarning, match="skipped"):
+        live.read(file, options=RestoreOptions(on_mismatch="skip", expect_partial=True, **options))
+    assert live.other.tolist() == [1]
+
+
+@pytest.mark.parametrize("only", ["a", ".state", "b"])
+def test_a_part_of_the_state_of_the_root_is_a_mismatch(only: str, path: str) -> None:
+    file = Checkpoint(_Stateful(1), step=1).write(path)
+    root = _Stateful(0)
+    live = Checkpoint(root, step=0)
+    with pytest.raises(RestoreMismatchError, match=r"\.state: saved a part of a state, without .*name the object"):
+        live.read(file, options=RestoreOptions(only=["step", only]))
+    assert (live.step, root.state["a"].tolist()) == (0, [0])
+    live.read(file, options=RestoreOptions(only=["step"])).assert_consumed()
+    assert (live.step, root.state["a"].tolist()) == (1, [0])
 
 
 def test_the_error_of_a_prefix_says_what_is_there(path: str) -> None:

@@ -53,6 +53,8 @@ class Adapter:
     takes_all = False
     #: Name of the value without which the others cannot be restored.
     needs: str | None = None
+    #: Name of the python value that refers to tensors of the object by name: all are restored together, or none.
+    structure: str | None = None
     #: The objects are lists, tuples or dicts; see `elements`.
     is_container = False
 
@@ -64,6 +66,14 @@ class Adapter:
             live: The live object's values by name.
         """
         return self.takes_all and name != OWN_VALUE
+
+    def in_structure(self, name: str) -> bool:
+        """Whether a value belongs to the `structure`.
+
+        Args:
+            name: Attribute name.
+        """
+        return self.structure is not None
 
     def handles(self, cls: type) -> bool:
         """Whether objects of this class are of this kind."""

@@ -12,6 +12,7 @@ import torch
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.adapters.stateful import flatten, unflatten
+from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, UnsaveableError, Value
 
 _EXTRA_STATE = ".extra_state"
@@ -21,6 +22,12 @@ _WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
 
 class ModuleAdapter(Adapter):
     """The parts that `state_dict()` would list, by the same names."""
+
+    structure = _EXTRA_STATE
+
+    def in_structure(self, name: str) -> bool:
+        """The extra state."""
+        return name == _EXTRA_STATE or name.startswith(f"{_EXTRA_STATE}/")
 
     def handles(self, cls: type) -> bool:
         """Modules of every class."""
@@ -56,6 +63,10 @@ class ModuleAdapter(Adapter):
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """Extra state is restored as a whole: the file decides which tensors it has."""
         return _EXTRA_STATE in live and name.startswith(f"{_EXTRA_STATE}/")
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """The whole extra state: a module has no other values of its own."""
+        return obj, _EXTRA_STATE
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Hand the extra state back."""

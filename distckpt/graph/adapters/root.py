@@ -38,6 +38,7 @@ class RootAdapter(Adapter):
         self.counter = counter
         self.per_rank = inner.per_rank
         self.takes_all = inner.takes_all
+        self.structure = inner.structure
         self.on_attached: Callable[[str, object], None] | None = None
         self.on_counter: Callable[[int], None] | None = None
 
@@ -64,6 +65,10 @@ class RootAdapter(Adapter):
         if taken is None or (isinstance(part, Edge) and isinstance(taken, Edge) and part.target is taken.target):
             return part
         return Problem(part.name, "the root and the Checkpoint both have something of this name. Rename one of them.")
+
+    def in_structure(self, name: str) -> bool:
+        """See `Adapter.in_structure`: nothing attached, else the root's own adapter knows."""
+        return not self._is_attached(name) and self.inner.in_structure(name)
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """See `Adapter.takes`: the root's own adapter knows."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
+from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import TensorRef, is_python_value, resolve
 from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import PythonState
@@ -98,6 +99,7 @@ class StatefulAdapter(Adapter):
 
     takes_all = True
     needs = STATE
+    structure = STATE
 
     def handles(self, cls: type) -> bool:
         """Classes with both methods."""
@@ -107,6 +109,10 @@ class StatefulAdapter(Adapter):
         """The flattened `state_dict()`; nothing when it is empty, as that of a disabled gradient scaler."""
         state = obj.state_dict()
         return flatten(state, "", STATE) if isinstance(state, torch.Tensor | np.ndarray) or state else ()
+
+    def claim(self, obj: object, name: str) -> Claim:
+        """The whole state, whatever tensors the file has of it."""
+        return obj, STATE
 
     def restore(self, obj: Any, saved: Mapping[str, object]) -> None:
         """Rebuild the state and load it."""
