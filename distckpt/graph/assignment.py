@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
-from distckpt.graph.adapters.stateful import STATE, unflatten
+from distckpt.graph.adapters.stateful import unflatten
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode, references
@@ -20,7 +20,7 @@ from distckpt.graph.values import PythonValue, TensorValue, dtype_name, is_unini
 from distckpt.graph.view import LiveNode
 from distckpt.layout.dtypes import is_castable
 from distckpt.layout.keys import join
-from distckpt.layout.records import OWN_VALUE, Manifest
+from distckpt.layout.records import OWN_VALUE, STATE, Manifest
 from distckpt.tensor_bytes import torch_dtype
 
 

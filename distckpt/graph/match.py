@@ -8,13 +8,12 @@ import msgspec
 import torch
 
 from distckpt.graph.adapters.optimizer import claim_of_pair
-from distckpt.graph.adapters.stateful import STATE
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import slots_key
-from distckpt.layout.records import OWN_VALUE
+from distckpt.layout.records import OWN_VALUE, STATE
 
 #: Names of values that are the whole of their object.
 WHOLE = {OWN_VALUE: "a tensor", STATE: "the state of an object with state_dict() or serialize()"}

@@ -12,9 +12,12 @@ import numpy.typing as npt
 from distckpt.layout.box import MAX_NDIM
 from distckpt.layout.dtypes import is_known
 from distckpt.layout.keys import escape, join
-from distckpt.layout.records import OWN_VALUE, LocalAttribute, LocalLayout
+from distckpt.layout.records import OWN_VALUE, STATE, LocalAttribute, LocalLayout
 from distckpt.layout.unify import RankGroup, UnifiedGraph
 from distckpt.words import listing, rank_list
+
+#: Names of values that are the whole of their object.
+_WHOLE = (OWN_VALUE, STATE)
 
 _PLAIN_REMEDY = (
     "If these are shards of one tensor, wrap them in ShardedVariable(tensor, global_shape, offset); if each rank has a "
@@ -130,7 +133,7 @@ def collect_values(
     values = [value for table in tables for value in table.values()]
     _separate_datasets(values)
     _check_unique(values, holdings, problems)
-    _check_edges(graph, tables, holdings, problems)
+    _check_edges(graph, tables, groups, holdings, problems)
     for value in values:
         if not value.agreed:
             problems += _disagreements(value, holdings)
@@ -215,20 +218,32 @@ def _check_unique(values: Sequence[MergedValue], holdings: Sequence[Holding], pr
 
 
 def _check_edges(
-    graph: UnifiedGraph, tables: Sequence[dict[str, MergedValue]], holdings: Sequence[Holding], problems: list[str]
+    graph: UnifiedGraph,
+    tables: Sequence[dict[str, MergedValue]],
+    groups: Sequence[RankGroup],
+    holdings: Sequence[Holding],
+    problems: list[str],
 ) -> None:
-    """A name of one node is a value or an edge, on all ranks."""
-    for children, table in zip(graph.children, tables, strict=True):
-        if not table or not children:
-            continue
-        edges = {escape(child.local_name) for child in children}
+    """A name of one node is a value or an edge, and an object is one value or has parts, on all ranks."""
+    for node_id, (children, table) in enumerate(zip(graph.children, tables, strict=True)):
+        edges = {escape(child.local_name) for child in children} if table else ()
+        whole = [name for name in _WHOLE if name in table and (children or len(table) > 1)]
         problems += [
             f"{value.key}: a {_kind(value.attribute)} on {rank_list(_ranks(value, holdings))} and another kind of "
             "object elsewhere. Save the same kind everywhere; to hold different values, wrap them in PerRank on all "
             "ranks."
             for name, value in table.items()
-            if name in edges
+            if name in edges or (name in whole and _has_parts_elsewhere(node_id, name, groups))
         ]
+
+
+def _has_parts_elsewhere(node_id: int, whole: str, groups: Sequence[RankGroup]) -> bool:
+    """Whether a node has something on ranks that do not have the value which is the whole of its object on others."""
+    nodes = [
+        node for group in groups for found, node in zip(group.node_ids, group.nodes, strict=True) if found == node_id
+    ]
+    names = [{attribute.name for attribute in node.attributes} for node in nodes]
+    return any((node.children or own) and whole not in own for node, own in zip(nodes, names, strict=True))
 
 
 def _ranks(value: MergedValue, holdings: Sequence[Holding]) -> list[int]:

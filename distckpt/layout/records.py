@@ -21,6 +21,9 @@ CHECKSUM_ALGORITHM = "xxh3-64"
 #: Name of the attribute that is a node's own value; every other attribute name is the key suffix below the node.
 OWN_VALUE = ".value"
 
+#: Name of the value that holds a structure without its tensors, which are values of the same node.
+STATE = ".state"
+
 
 # ---- the stored object graph -----------------------------------------------------------------------------------
 

@@ -305,6 +305,14 @@ LAYOUT_PROBLEMS: dict[str, tuple[Callable[[int], object], list[str]]] = {
         ["x: ", "(9,)", "(12,)"],
     ),
     "kind": (lambda rank: torch.ones(3) if rank else 4, ["x"]),
+    "a module on one rank": (
+        lambda rank: torch.nn.Linear(2, 2) if rank == 1 else torch.ones(3),
+        ["x/.value: a tensor on ranks 0, 2", "another kind of object elsewhere"],
+    ),
+    "a state on one rank": (
+        lambda rank: Odd(None) if rank == 1 else torch.nn.Linear(2, 2),
+        ["x/.state: a python value on rank 1", "another kind of object elsewhere"],
+    ),
     "per rank": (
         lambda rank: PerRank(torch.ones(2)) if rank else torch.ones(2),
         ["x: PerRank on some ranks, but not on rank 0"],

@@ -21,6 +21,7 @@ from distckpt.layout.dtypes import dtype_info
 from distckpt.layout.merge import Merged, merge
 from distckpt.layout.records import (
     OWN_VALUE,
+    STATE,
     Attribute,
     Child,
     LocalAttribute,
@@ -400,6 +401,24 @@ def test_plain_tensors_of_different_shape_are_explained() -> None:
 def test_a_tensor_here_and_a_python_value_there() -> None:
     text = refused(Rank().tensor("a", ()), Rank().python("a", b"1"))
     assert "a: kind differs. Expected tensor, as on rank 0. Got python value on rank 1." in text
+
+
+def test_a_tensor_here_and_an_object_with_parts_there() -> None:
+    """The file would have both, and neither rank could restore what it saved."""
+    elsewhere = "another kind of object elsewhere. Save the same kind everywhere"
+    for other in (Rank().tensor("a/w", ()), Rank().python("a", b"1", name="n")):
+        text = refused(other, Rank().tensor("a", ()), Rank().tensor("a", ()))
+        assert "a tensor on ranks 1-2 and " + elsewhere in text
+        text = refused(other, Rank().python("a", b"1", name=STATE).tensor("a", (), name="t"))
+        assert "a/.state: a python value on rank 1 and " + elsewhere in text
+
+
+def test_an_object_that_has_a_value_and_parts_on_all_ranks() -> None:
+    """As a root that is a tensor, with what is attached to it; the value may be missing where nothing else is."""
+    whole = Rank().tensor("a", ()).tensor("a/w", ())
+    lazy = Rank()
+    lazy.node("a")
+    assert keys(merged(whole, whole, lazy)) == ["a/.value", "a/w"]
 
 
 def test_what_no_file_can_hold() -> None:

@@ -15,13 +15,13 @@ import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
-from distckpt.graph.adapters.stateful import STATE, flatten, unflatten
+from distckpt.graph.adapters.stateful import flatten, unflatten
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import is_python_value, resolve
 from distckpt.graph.sharding import tensor_value
 from distckpt.graph.values import Edge, PythonValue, TensorValue, UnsaveableError, Value
 from distckpt.layout.keys import escape, unescape
-from distckpt.layout.records import OWN_VALUE
+from distckpt.layout.records import OWN_VALUE, STATE
 from distckpt.words import listing
 
 

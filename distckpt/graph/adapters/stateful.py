@@ -21,9 +21,7 @@ from distckpt.graph.sharding import array_value, tensor_value
 from distckpt.graph.trackable import PythonState
 from distckpt.graph.values import PythonValue, TensorValue, UnsaveableError
 from distckpt.layout.keys import edge_name, escape
-
-#: Name of the value that holds a structure without its tensors.
-STATE = ".state"
+from distckpt.layout.records import STATE
 
 #: Name of the value of a structure that is nothing but a tensor or an array.
 _BARE = ".bare"
