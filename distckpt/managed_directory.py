@@ -20,7 +20,7 @@ from distckpt.schedule import AutoSchedule, LastSave, Schedule
 from distckpt.storage.commit import remove_checkpoints
 from distckpt.storage.commit import sweep as sweep_temporary_files
 from distckpt.storage.latest import complete_checkpoints, is_complete, saved_files
-from distckpt.storage.paths import SUFFIX, numbered_files, parse_numbered, resolve
+from distckpt.storage.paths import SUFFIX, from_here, numbered_files, parse_numbered, resolve
 from distckpt.storage.state import DamagedStateError, read_entry, write_entry
 
 #: Whether a save in the background has ended.
@@ -49,12 +49,14 @@ class Decision(msgspec.Struct, frozen=True):
         time: Time of the decision, in seconds on rank 0's clock.
         step: Value of the step counter; None without one.
         metrics: Name to value, for metrics that are finite.
+        directory: Where the directory of the checkpoints is, wherever the program changes to meanwhile.
     """
 
     due: bool
     time: float
     step: int | None
     metrics: dict[str, float]
+    directory: str
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -118,7 +120,7 @@ class ManagedDirectory:
     def open(self) -> DirectoryView:
         """Read the directory for the first time, and remove the temporary files of interrupted saves."""
         sweep_temporary_files(self._directory)
-        self._history = retention.present(self._recorded(), self._own_files())
+        self._history = retention.present(self._recorded(), self._own_files(self._directory))
         now = self._clock()
         if now < self._history.last_preserved_time:
             warn([f"{self._directory}: the clock was set back. All checkpoints made so far are kept for good."])
@@ -137,7 +139,7 @@ class ManagedDirectory:
         with self._lock:
             step, now = self._read_step(), self._clock()
             due = self._schedule.is_due(step, now, self._newest(), check_interval=check_interval)
-            return Decision(due, now, step, retention.finite_metrics(metrics))
+            return Decision(due, now, step, retention.finite_metrics(metrics), from_here(self._directory))
 
     def begin(self, decision: Decision, ended: Ended) -> None:
         """Count intervals from a save that has begun in the background, until it ends.
@@ -178,14 +180,18 @@ class ManagedDirectory:
         step = number.number if decision.step is None else decision.step
         record = CheckpointRecord(name=number.name, time=now, step=step, metrics=decision.metrics, durable=durable)
         self._latest, self._last = path, LastSave(decision.step, now)
-        self._history = retention.after_save(retention.present(self._history, self._own_files()), record)
+        self._history = retention.after_save(
+            retention.present(self._history, self._own_files(decision.directory)), record
+        )
         try:
             swept = retention.sweep(self._history, self._policy)
         except BaseException:  # from the user's predicate
-            self._write(self._history, durable=durable)  # else the next process would not know that the file is its own
+            self._write(
+                self._history, decision.directory, durable=durable
+            )  # else the next process would not know that the file is its own
             raise
-        self._write(swept.history, durable=durable)
-        left = remove_checkpoints(self._directory, swept.delete)
+        self._write(swept.history, decision.directory, durable=durable)
+        left = remove_checkpoints(decision.directory, swept.delete)
         self._history = retention.forget(swept.history, {*swept.delete} - {*left})
         return self._view()
 
@@ -213,7 +219,7 @@ class ManagedDirectory:
             return Choice(path)
         self._require_nothing_lost()
         with self._lock:  # the checkpoints known so far may have been removed meanwhile
-            self._latest, self._history = None, retention.present(self._history, self._own_files())
+            self._latest, self._history = None, retention.present(self._history, self._own_files(self._directory))
             return Choice(None, self._view())
 
     def restored(self, path: str) -> DirectoryView:
@@ -241,17 +247,21 @@ class ManagedDirectory:
     def pin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.pin`."""
         found = Path(resolve(path))
-        if found.name not in self._own_files() or not found.parent.samefile(self._directory):
+        if found.name not in self._own_files(self._directory) or not found.parent.samefile(self._directory):
             pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
             raise ValueError(f"pin: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
         with self._lock:
-            self._write(retention.pin(self._history, found.name), durable=True)
+            self._write(retention.pin(self._history, found.name), self._directory, durable=True)
             return self._view()
 
     def unpin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.unpin`."""
         with self._lock:
-            self._write(retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX), durable=True)
+            self._write(
+                retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX),
+                self._directory,
+                durable=True,
+            )
             return self._view()
 
     # ---- parts of the above ----
@@ -265,12 +275,12 @@ class ManagedDirectory:
             warn([f"{self._directory}: the manager's records are damaged ({error}). Checkpoints made so far are kept."])
             return self._history
 
-    def _own_files(self) -> set[str]:
+    def _own_files(self, directory: str) -> set[str]:
         """Names of the existing files of the prefix. A name in the state file counts only if it is one of them."""
-        return {file.name for file in numbered_files(self._directory) if file.prefix == self._prefix}
+        return {file.name for file in numbered_files(directory) if file.prefix == self._prefix}
 
-    def _write(self, history: History, *, durable: bool) -> None:
-        write_entry(self._directory, self._prefix, retention.encode(history), durable=durable)
+    def _write(self, history: History, directory: str, *, durable: bool) -> None:
+        write_entry(directory, self._prefix, retention.encode(history), durable=durable)
         self._history = history
 
     def _view(self) -> DirectoryView:

@@ -16,7 +16,7 @@ from distckpt.log import log
 from distckpt.storage.commit import commit, discard
 from distckpt.storage.creation import create_like, write_manifest
 from distckpt.storage.manifest import Unsealed, sealed
-from distckpt.storage.paths import Prefix, parse_numbered
+from distckpt.storage.paths import Prefix, from_here, parse_numbered
 from distckpt.storage.rawio import fsync
 from distckpt.storage.skeleton import Skeleton
 from distckpt.storage.state import record_save
@@ -57,13 +57,14 @@ class Draft:
     """A checkpoint file while it has its temporary name. Rank 0 only.
 
     Attributes:
-        temp_path: Where it is until it is committed.
+        temp_path: Where it is until it is committed; absolute, as the program may change directory meanwhile.
         file: What all ranks know of it; None until it is described.
         ended: It was committed or abandoned.
     """
 
     def __init__(self, temp_path: str, *, numbered: bool) -> None:
-        self.temp_path = temp_path
+        self.temp_path = from_here(temp_path)
+        self._final = Path()
         self.file: NewFile | None = None
         self.ended = False
         self._manifest: tuple[Skeleton, Unsealed] | None = None  # where it goes, and what; None once sealed
@@ -79,6 +80,7 @@ class Draft:
             manifest: The manifest, which fits.
         """
         self.file = file
+        self._final = Path(from_here(file.path))
         self._manifest = skeleton, manifest
 
     def make(self) -> None:
@@ -116,11 +118,10 @@ class Draft:
         """
         assert self.file is not None, "described first"
         assert self._manifest is None, "sealed first"
-        final = Path(self.file.path)
         self._finished = Path(self.temp_path).stat()
-        commit(self.temp_path, str(final), replace=not self._numbered, durable=durable)
+        commit(self.temp_path, str(self._final), replace=not self._numbered, durable=durable)
         if self._numbered:
-            record_save(final, durable=durable)
+            record_save(self._final, durable=durable)
 
     def finish(self) -> None:
         """All ranks know that the checkpoint is committed."""
@@ -134,7 +135,7 @@ class Draft:
         self._manifest = None
         try:
             if self.file is not None and self._finished is not None and self._numbered:
-                _remove(Path(self.file.path), self._finished)
+                _remove(self._final, self._finished)
             discard(self.temp_path)
         except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
             log.warning("%s: what a failed save has left could not be removed: %s", self.temp_path, error)
@@ -143,9 +144,8 @@ class Draft:
         """The number of the checkpoint that this will be; 0 when it is of another prefix, or has ended."""
         if self.ended or self.file is None:
             return 0
-        path = Path(self.file.path)
-        numbered = parse_numbered(path.name)
-        if numbered is None or numbered.prefix != prefix.name or path.parent.resolve() != prefix.directory.resolve():
+        numbered, directory = parse_numbered(self._final.name), self._final.parent
+        if numbered is None or numbered.prefix != prefix.name or directory.resolve() != prefix.directory.resolve():
             return 0
         return numbered.number
 

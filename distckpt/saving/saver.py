@@ -26,6 +26,7 @@ from distckpt.saving.output import Output, Target
 from distckpt.saving.overlap import deferral_of, protect
 from distckpt.saving.save_call import SaveCall, SaveResult
 from distckpt.saving.writer import Destination, write_shards
+from distckpt.storage.paths import from_here
 from distckpt.storage.snapshot import Snapshot
 from distckpt.storage.staging import HostBuffers
 from distckpt.timing import AGREE, Timing
@@ -60,7 +61,7 @@ class Saver:
             try:
                 file = self._create(call, output, agreed, captured)
                 plan_jobs = functools.partial(agreed.jobs, file, captured)
-                destination = Destination(file, agreed.aggregation, call.options, timer)
+                destination = Destination(file, agreed.aggregation, call.options, timer, file.temp_path)
                 write_shards(coordinator, destination, plan_jobs, lambda: output.seal(timer.timing()))
                 timer.collect(coordinator.gather_rows, ["fsync"])
                 timing = coordinator.on_root("commit", lambda: self._commit(call, output), Timing)
@@ -95,11 +96,11 @@ class Saver:
                 background = background_of(coordinator)
                 posix = replace(call, options=replace(options, transport="posix"))
                 file = self._create(posix, output, agreed, captured, later=background.speaks)
-                snapshot = self._stage(call, background, file, agreed, captured)
+                snapshot, temp_path = self._stage(call, background, file, agreed, captured)
             except BaseException:
                 output.abandon()
                 raise
-            destination = Destination(file, agreed.aggregation, options, call.timer)
+            destination = Destination(file, agreed.aggregation, options, call.timer, temp_path)
             save = BackgroundSave(
                 coordinator, background, destination, output.hand_over(), snapshot, on_commit, epilogue
             )
@@ -110,13 +111,14 @@ class Saver:
 
     def _stage(
         self, call: SaveCall, background: Background, file: NewFile, agreed: AgreedLayout, captured: Capture
-    ) -> Snapshot:
-        """Copy what this rank writes. Collective."""
+    ) -> tuple[Snapshot, str]:
+        """Copy what this rank writes; and where its thread finds the file, whose path may be relative. Collective."""
         options = call.options
         made: list[Snapshot] = []  # here, even where the step fails on another rank
         try:
             with self._coordinator.step("stage"), call.timer.step("stage"):
                 background.require_running()
+                temp_path = from_here(file.temp_path)
                 jobs = agreed.jobs(file, captured)
                 deferral = deferral_of(captured.graph, agreed.keys, overlap=options.overlap)
                 later = [deferral.later[item.tensor] for item in agreed.plan.items]
@@ -125,7 +127,7 @@ class Saver:
             for snapshot in made:
                 snapshot.release()
             raise
-        return made[0]
+        return made[0], temp_path
 
     # ---- capture and agree ----
 

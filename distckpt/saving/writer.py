@@ -39,16 +39,18 @@ class Destination(NamedTuple):
         aggregation: The small variables that aggregators write for all ranks.
         options: How to save.
         timer: Measures the save on this rank.
+        temp_path: Where this rank finds the file until it is committed.
     """
 
     file: NewFile
     aggregation: Aggregation
     options: SaveOptions
     timer: Timer
+    temp_path: str
 
     def open(self) -> int:
         """A descriptor of the file. Local."""
-        return open_shared(self.file.temp_path, self.file.nbytes, writable=True)
+        return open_shared(self.temp_path, self.file.nbytes, writable=True)
 
 
 def write_shards(

@@ -74,6 +74,15 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+def from_here(path: str) -> str:
+    """A path that leads to the same file wherever the program changes to. Not normalised: ".." may follow a link.
+
+    Raises:
+        OSError: The working directory was removed.
+    """
+    return path if path.startswith("/") else str(Path.cwd() / path)
+
+
 def split_prefix(prefix: str | os.PathLike[str], parameter: str = "file_prefix") -> Prefix:
     """Split a file prefix; "a/ckpt" and "a/ckpt.h5" are the same.
 

@@ -53,6 +53,24 @@ def test_old_checkpoints_are_deleted_when_the_new_one_is_committed(tmp_path: Pat
     assert again.checkpoints == manager.checkpoints
 
 
+def test_the_program_may_change_directory(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative directory is that of the call."""
+    monkeypatch.chdir(tmp_path)
+    manager = CheckpointManager(make(), "runs", max_to_keep=1)
+    manager.save()
+    handle = manager.save_async()
+    assert handle is not None
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    gate.set()
+    assert handle.result(PATIENCE) == manager.latest_checkpoint == "runs/ckpt-2.h5"
+    assert numbers(tmp_path / "runs") == [2]
+    assert CheckpointManager(make(), tmp_path / "runs", max_to_keep=1).checkpoints == [str(tmp_path / "runs/ckpt-2.h5")]
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_the_only_checkpoint_stays_until_the_next_is_committed(tmp_path: Path, gate: threading.Event) -> None:
     manager = CheckpointManager(make(), tmp_path, max_to_keep=1)
     first = manager.save()

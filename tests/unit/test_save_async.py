@@ -134,6 +134,25 @@ def test_the_program_may_change_everything_at_once(tmp_path: Path, gate: Gate) -
     assert (checkpoint.a == 2).all()
 
 
+def test_the_program_may_change_directory(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is that of the call, also where the other directory has one of that name."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    checkpoint = checkpoint_of(1)
+    for number in (1, 2):  # the second file is made by the thread
+        handle = checkpoint.save_async("runs/ckpt")
+        assert gate.reached.wait(PATIENCE)
+        monkeypatch.chdir(tmp_path / "there")
+        gate.opened.set()
+        assert handle.result(PATIENCE) == f"runs/ckpt-{number}.h5"
+        assert names(tmp_path / "there" / "runs") == []
+        monkeypatch.chdir(tmp_path / "here")
+        assert latest_checkpoint("runs") == f"runs/ckpt-{number}.h5"
+        gate.opened.clear()
+        gate.reached.clear()
+
+
 def test_nothing_is_seen_before_the_commit(tmp_path: Path, gate: Gate) -> None:
     checkpoint = checkpoint_of(1)
     first = checkpoint.save(tmp_path / "ckpt")
