@@ -19,7 +19,16 @@ from distckpt.request import Attempt, Request, meet
 from distckpt.restoring.status import RestoreStatus
 from distckpt.retention import CheckpointRecord, Mode, Policy, as_best
 from distckpt.saving.draft import NewFile
-from distckpt.schedule import AutoSchedule, BackgroundTiming, SaveTimes, Schedule, StepCounter, as_integer, read_step
+from distckpt.schedule import (
+    AutoSchedule,
+    BackgroundTiming,
+    SaveTimes,
+    Schedule,
+    StepCounter,
+    as_integer,
+    read_step,
+    require_step_counter,
+)
 from distckpt.storage.paths import NUMBER_LIMIT, SUFFIX, as_text
 
 _SAVED = "The new checkpoint is complete; only the removal of old ones was not finished."
@@ -100,6 +109,9 @@ class CheckpointManager:
             raise TypeError(f"checkpoint: expected a distckpt.Checkpoint. Got a {type(checkpoint).__qualname__}.")
         if checkpoint_interval is not None and not isinstance(checkpoint_interval, str) and step_counter is None:
             raise ValueError("checkpoint_interval: expected a step_counter with it. Got none.")
+        require_step_counter(step_counter)
+        if init_fn is not None and not callable(init_fn):
+            raise ValueError(f"init_fn: expected a function, or None. Got {init_fn!r:.100}.")
         policy = Policy(
             max_to_keep=max_to_keep,
             keep_every_n_hours=keep_every_n_hours,
@@ -117,7 +129,7 @@ class CheckpointManager:
             self._name,
             policy,
             _schedule(checkpoint_interval, checkpoint_interval_seconds, mtbf, self._times),
-            last_step=last_checkpoint_step,
+            last_step=_as_step(last_checkpoint_step),
             read_step=functools.partial(read_step, step_counter, checkpoint),
             clock=clock,
         )
@@ -408,6 +420,10 @@ def _checked_name(name: object) -> str:
     if isinstance(name, str) and "/" not in name and name.removesuffix(SUFFIX) == name and name not in {"", ".", ".."}:
         return name
     raise ValueError(f"checkpoint_name: expected what file names begin with, such as 'ckpt'. Got {name!r}.")
+
+
+def _as_step(last_checkpoint_step: int | None) -> int | None:
+    return None if last_checkpoint_step is None else as_integer("last_checkpoint_step", last_checkpoint_step)
 
 
 def _as_number(checkpoint_number: int | None) -> int | None:

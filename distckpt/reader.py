@@ -177,7 +177,7 @@ class CheckpointReader:
         return len(self._variables) + len(self._manifest.python_state)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._find(key) is not None
+        return self._find(key) is not None
 
     def __getitem__(self, key: str) -> Any:
         """Look up one value.
@@ -194,11 +194,13 @@ class CheckpointReader:
         """
         found = self._find(key)
         if found is None:
-            raise KeyError(f"{self.path} has no value {key!r}. {self._suggest(key.strip('/'))}")
+            raise KeyError(f"{self.path} has no value {key!r}. {self._suggest(str(key).strip('/'))}")
         index = self._variables.get(found)
         return self._python_value(found) if index is None else VariableHandle(self._source, index)
 
-    def _find(self, path: str) -> str | None:
+    def _find(self, path: object) -> str | None:
+        if not isinstance(path, str):
+            return None
         key = path.removeprefix("/")
         if key in self._variables or key in self._manifest.python_state:
             return key

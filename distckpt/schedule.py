@@ -195,6 +195,20 @@ class AutoSchedule:
         self._last_call = now
 
 
+def require_step_counter(counter: object) -> None:
+    """Check that a step counter is one. A number is none: it would never change, and no save after the first be due.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if counter is None or isinstance(counter, str | torch.Tensor) or callable(counter):
+        return
+    raise ValueError(
+        f"step_counter: expected a function, a tensor, or the name of an attribute of the checkpoint such as 'step'. "
+        f"Got {counter!r:.100}."
+    )
+
+
 def read_step(counter: StepCounter | None, owner: object) -> int | None:
     """The present step; None without a counter. Local.
 

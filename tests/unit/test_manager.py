@@ -785,6 +785,10 @@ def test_the_constructor_touches_nothing_and_the_first_look_sweeps(tmp_path: Pat
         ("checkpoint_name", 3),
         ("checkpoint_interval", 5),
         ("checkpoint_interval_seconds", 0),
+        ("step_counter", 5),
+        ("step_counter", 2.5),
+        ("init_fn", 5),
+        ("last_checkpoint_step", "x"),
     ],
 )
 def test_bad_options(tmp_path: Path, option: str, value: Any) -> None:

@@ -376,6 +376,13 @@ def test_an_unknown_key_names_similar_ones(key: str, near: str, reader: Checkpoi
         reader[key]
 
 
+@pytest.mark.parametrize("key", [5, None, b"step", ("step",)])
+def test_what_is_no_text_is_no_key(key: Any, reader: CheckpointReader) -> None:
+    assert key not in reader
+    with pytest.raises(KeyError, match="has no value"):
+        reader[key]
+
+
 @pytest.mark.parametrize("key", ["", "/", "zzzzzz", "mine/.rank", "optimizer/.slots", "model/inputs/weight/0"])
 def test_an_unlike_key_has_no_similar_ones_but_an_error(key: str, reader: CheckpointReader) -> None:
     assert key not in reader
