@@ -246,6 +246,8 @@ class Checkpoint(Trackable):
     def retry_pending(self) -> int:
         """Apply values that waited for names which exist now. Local.
 
+        The statuses of earlier restores show on this rank what has been restored since.
+
         Returns:
             Number of values applied.
 

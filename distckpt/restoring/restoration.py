@@ -217,16 +217,26 @@ class Restoration:
 
     # ---- reporting ----
 
+    @property
+    def taken(self) -> set[str]:
+        """The saved keys whose values this rank has restored so far, or has left to newer restores. Local."""
+        taken = self._settled.difference(self._skipped, self._dropped)
+        return taken.difference(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
+
+    @property
+    def skipped(self) -> list[Mismatch]:
+        """The values that did not fit on this rank so far. Local."""
+        return list(self._skipped.values())
+
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """This rank's part of the report, from the results of `plan`. Local."""
-        taken = (assignment.consumed | self._settled).difference(self._skipped, self._dropped)
-        taken.difference_update(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
+        taken = assignment.consumed | self.taken
         taken.update(other for first, other, _ in binding.combined if self.source.same_value(first, other))
         return LocalReport(
             taken=bytes([key in taken for key in self.keys]),
             missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
             pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
-            mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
+            mismatched=[(m.key, m.saved, m.live) for m in (*self.skipped, *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             shardings=Shardings.of(process_number(), self.keys, _shardings(assignment)),
             warnings=binding.warnings,

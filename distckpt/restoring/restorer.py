@@ -79,6 +79,7 @@ class Restorer:
         self._active: list[Restoration] = []  # those with pending values, newest first
         self._unreported: dict[str, list[str]] = {}  # `Restoration.unmatched` by path
         self._applying = False
+        self._statuses = weakref.WeakSet[RestoreStatus]()
 
     # ---- the steps ----
 
@@ -133,7 +134,9 @@ class Restorer:
         timer.collect(coordinator.gather_rows, RESTORE_STEPS)
         tell = functools.partial(self._tell, restoration, report, timer)
         timing = timer.on_this_rank(coordinator.on_root("report", tell, Timing))
-        return RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
+        status = RestoreStatus(self, self._require_checkpoint(), restoration, report, timing)
+        self._statuses.add(status)
+        return status
 
     def _read(self, source: Source, assignment: Assignment, timer: Timer, options: RestoreOptions) -> None:
         """Read all tensors, those that other ranks want too together with them. Collective over the communicator."""
@@ -223,6 +226,16 @@ class Restorer:
         self._listen(live)
 
     def retry_pending(self) -> int:
+        """Restore the pending values that have a live counterpart now; returns their number. Local.
+
+        The statuses of all restores then show what this rank has restored since.
+        """
+        applied = self._retry()
+        for status in self._statuses:
+            status.update_locally()
+        return applied
+
+    def _retry(self) -> int:
         """Restore the pending values that have a live counterpart now; returns their number. Local."""
         if not self._active or self._applying:
             return 0
@@ -239,7 +252,7 @@ class Restorer:
     def on_attribute(self, name: str) -> None:
         """Called when a trackable object of the graph gets an attribute of this name. Local."""
         if any(restoration.waits_for(name) for restoration in self._active):
-            self.retry_pending()
+            self._retry()
 
     def refresh(self, operation: str, restoration: Restoration) -> Report:
         """Retry pending values and report anew, for a method of the status. Collective over the communicator."""
@@ -250,7 +263,7 @@ class Restorer:
             return self._agree(restoration, attempt.value)
 
     def _catch_up_and_report(self, restoration: Restoration) -> bytes:
-        self.retry_pending()
+        self._retry()
         live = self._walk(with_counter=restoration.with_counter)
         binding, assignment = restoration.plan(live)
         assignment.consumed.clear()  # nothing is being restored now

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from distckpt.timing import Timing
@@ -13,6 +13,7 @@ from distckpt.words import listing
 
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
+    from distckpt.graph.match import Mismatch
     from distckpt.restoring.restoration import Restoration
     from distckpt.restoring.restorer import Restorer
 
@@ -67,6 +68,25 @@ class Report:
     disputed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def after(self, taken: Collection[str], skipped: Iterable[Mismatch]) -> Report:
+        """The report when one rank has restored more since, and has skipped what does not fit.
+
+        Args:
+            taken: Keys of all values that it has taken so far.
+            skipped: The values that it has skipped so far.
+        """
+        known = {mismatch.key for mismatch in self.mismatched}
+        more = [ValueMismatch(m.key, m.saved, m.live) for m in skipped if m.key not in known]
+        unexpected = tuple(key for key in self.unexpected if key not in taken)
+        settled = {*taken, *(mismatch.key for mismatch in more)}
+        return replace(
+            self,
+            restored=self.restored + len(self.unexpected) - len(unexpected),
+            unexpected=unexpected,
+            pending={key: waits for key, waits in self.pending.items() if key not in settled},
+            mismatched=tuple(sorted([*self.mismatched, *more])),
+        )
+
     def summary(self) -> str:
         """The counts in one line, for the log."""
         total = self.restored + len(self.unexpected)
@@ -109,8 +129,9 @@ def _some(keys: Iterable[str]) -> str:
 class RestoreStatus:
     """The result of `restore` or `read`.
 
-    The properties are local; they show the state after the restore, or after the last collective method. The assertions
-    are collective: each first retries the pending values, then checks. They return the status, so that calls chain.
+    The properties are local; they show the state after the restore, or after the last collective method, less what
+    `Checkpoint.retry_pending` has found restored on this rank since. The assertions are collective: each first retries
+    the pending values, then checks. They return the status, so that calls chain.
     """
 
     def __init__(
@@ -224,6 +245,11 @@ class RestoreStatus:
         """Give up the pending values and close the file. Local."""
         if self._restoration is not None:
             self._restorer.close(self._restoration)
+
+    def update_locally(self) -> None:
+        """Take into account what this rank has restored since. Local; called after `Checkpoint.retry_pending`."""
+        if self._restoration is not None:
+            self._report = self._report.after(self._restoration.taken, self._restoration.skipped)
 
     def _update(self, assertion: str) -> None:
         if self._restoration is None:

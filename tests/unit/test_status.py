@@ -308,6 +308,28 @@ def test_one_descriptor_while_something_waits_and_none_afterwards(path: str, ope
     assert open_files().count(file) == 0
 
 
+def test_retry_pending_refreshes_the_status(path: str) -> None:
+    file = Checkpoint(a=full(1), b=full(2), c=full(3), m=nn.Linear(2, 2)).write(path)
+    live = Checkpoint(a=full(0), m=nn.Module())
+    status = live.read(file, options=RestoreOptions(expect_partial=True, on_mismatch="skip"))
+    waiting = ("b", "c", "m/bias", "m/weight")
+    assert status.pending == status.unexpected == waiting
+    live.b = full(0)
+    assert live.b.tolist() == [2, 2]
+    assert status.pending == status.unexpected == waiting
+    live.m.bias = nn.Parameter(full(0))  # a module tells nobody
+    live.m.weight = nn.Parameter(full(0))
+    assert live.retry_pending() == 1
+    assert status.pending == ("c",)
+    assert status.unexpected == ("c", "m/weight")
+    assert [mismatch.key for mismatch in status.mismatched] == ["m/weight"]
+    live.c = full(0)
+    assert live.retry_pending() == 0
+    assert (status.pending, status.unexpected) == ((), ("m/weight",))
+    status.assert_nontrivial_match()
+    assert (status.pending, status.unexpected) == ((), ("m/weight",))
+
+
 @pytest.mark.parametrize("how", ["close", "root", "superseded"])
 def test_other_ways_to_close_the_file(how: str, path: str, open_files: OpenFiles) -> None:
     def module(value: float) -> nn.Module:
