@@ -30,7 +30,7 @@ def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
         prefixes: For each saved key prefix: the live one, in whole components. Of nested prefixes the longer wins.
 
     Raises:
-        ValueError: A prefix names nothing in the file.
+        ValueError: A prefix names nothing in the file, or the new one cannot be a key.
     """
     if not prefixes:
         return graph
@@ -39,7 +39,12 @@ def rename(graph: ObjectGraph, prefixes: Mapping[str, str]) -> ObjectGraph:
     order = sorted(prefixes, key=lambda prefix: -prefix.count("/"))
     taken = {prefix: editor.take(prefix.strip("/")) for prefix in order}
     for prefix in reversed(order):
-        editor.put(prefixes[prefix].strip("/"), taken[prefix])
+        try:
+            editor.put(prefixes[prefix].strip("/"), taken[prefix])
+        except ValueError as error:
+            raise ValueError(
+                f"rename: expected a live key for {prefix!r}. Got {prefixes[prefix]!r}: {error}"
+            ) from error
     return ObjectGraph([editor.node(node_id) for node_id in range(len(editor.children))])
 
 

@@ -84,6 +84,13 @@ def test_a_part_takes_the_place_of_another_kind(old: Any, new: Any, path: str) -
     assert status.unexpected == ("new",)
 
 
+@pytest.mark.parametrize("new", ["", "/", "a.b", "x/.foo", ".foo/x"])
+def test_a_new_name_that_can_be_no_key(new: str, path: str) -> None:
+    file = Checkpoint(old=full(1)).write(path)
+    with pytest.raises(ValueError, match=rf"^rename: expected a live key for 'old'\. Got '{new}': .* no escaped name"):
+        Checkpoint(new=full(0)).read(file, options=move({"old": new}))
+
+
 def test_the_longest_prefix_wins(path: str) -> None:
     file = Checkpoint(m={"head": {"w": full(1), "b": full(2)}, "body": {"w": full(3)}}).write(path)
     live = Checkpoint(net={"body": {"w": full(0)}, "top": {"b": full(0)}}, w=full(0))
