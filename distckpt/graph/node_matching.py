@@ -12,7 +12,7 @@ from distckpt.graph.adapters.optimizer import Groups
 from distckpt.graph.match import WHOLE, Binding, Mismatch, Surplus, describe, is_hollow, refused
 from distckpt.graph.selection import Selection
 from distckpt.graph.view import LiveNode
-from distckpt.layout.keys import escape, unescape
+from distckpt.layout.keys import PER_RANK, escape, join, unescape
 from distckpt.layout.records import OWN_VALUE, Node
 
 
@@ -103,7 +103,7 @@ class NodeMatcher:
     def _defer(self, saved_id: int, live_id: int, name: str) -> None:
         """The live parent has no child of that name: another kind of value has the name, or it may come later."""
         node = self.live[live_id]
-        value = node.values.get(escape(name))
+        value = node.values.get(join(PER_RANK, name) if node.adapter.per_rank else escape(name))
         if value is not None and not is_hollow(value):
             self.result.mismatches.append(
                 Mismatch(node.attribute_key(value.name), "an object or tensor", describe(value))

@@ -14,7 +14,7 @@ from distckpt.graph.match import WHOLE, Match, Mismatch, refused
 from distckpt.graph.node_matching import NodeMatcher, is_one_value
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
-from distckpt.layout.keys import PER_RANK, escape
+from distckpt.layout.keys import PER_RANK, escape, join
 from distckpt.layout.records import OWN_VALUE, Node
 
 
@@ -87,7 +87,7 @@ class ValueMatcher:
             self._result.mismatches.append(Mismatch(key, WHOLE[name], refused(node)))
             return
         for local_name in node.children:
-            if escape(local_name) == name:
+            if name == (join(PER_RANK, local_name) if node.adapter.per_rank else escape(local_name)):
                 if key in self._hollow:  # the live container has got elements since
                     return
                 live = self._live[node.children[local_name]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, CheckpointWarning, RestoreMismatchError, RestoreOptions, Trackable
+from distckpt import Checkpoint, CheckpointWarning, PerRank, RestoreMismatchError, RestoreOptions, Trackable
 from distckpt.graph.adapters.registry import adapter_for
 from distckpt.graph.binding import bind
 from distckpt.graph.selection import select
@@ -267,6 +267,19 @@ def test_a_value_whose_kind_changed_is_a_mismatch(saved: str, live: str, path: s
     for assertion in (status.assert_consumed, status.assert_existing_objects_matched):
         with pytest.raises(AssertionError, match=r"x.*: saved .*, live "):
             assertion()
+
+
+@pytest.mark.parametrize(("saved", "live"), [("number", "tensor"), ("tensor", "number"), ("stateful", "number")])
+def test_a_per_rank_value_whose_kind_changed_is_a_mismatch(saved: str, live: str, path: str) -> None:
+    file = Checkpoint(x=PerRank(_KINDS[saved]()), other=full(1)).write(path)
+    checkpoint = Checkpoint(x=PerRank(_KINDS[live]()), other=full(0))
+    with pytest.raises(RestoreMismatchError, match=r"(?m)^  x/\.rank/0: saved .*, live "):
+        checkpoint.read(file)
+    assert checkpoint.other.tolist() == [0, 0]
+    with pytest.warns(CheckpointWarning, match=r"x/\.rank/0 skipped: saved"):
+        checkpoint.read(file, options=SKIP)
+    assert checkpoint.other.tolist() == [1, 1]
+    assert repr(checkpoint.x.value) == repr(_KINDS[live]())
 
 
 def test_the_type_of_a_number_is_not_its_kind(path: str) -> None:
