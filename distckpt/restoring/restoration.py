@@ -74,6 +74,7 @@ class Restoration:
         hollow: The saved keys of containers without any value inside.
         pending: Saved key to (key of the live parent, what the value waits for there, in words).
         unmatched: Warnings about unmatched values, for the first save; cleared by an assertion or `expect_partial`.
+        agreed: What all ranks reported at the restore; None before.
     """
 
     def __init__(self, source: Source, options: RestoreOptions, *, with_counter: bool) -> None:
@@ -94,6 +95,7 @@ class Restoration:
         self.hollow = frozenset(key for key in manifest.python_state if _is_hollow(source, key))
         self.pending: dict[str, tuple[str, str]] = {}
         self.unmatched: list[str] = []
+        self.agreed: Report | None = None
         graph, renames = manifest.object_graph, options.rename or {}
         self._selection = select(
             graph, rename(graph, renames), only=options.only, skip_slots=options.skip_slots, rename=renames
@@ -222,6 +224,11 @@ class Restoration:
         """The saved keys whose values this rank has restored so far, or has left to newer restores. Local."""
         taken = self._settled.difference(self._skipped, self._dropped)
         return taken.difference(key for key, newer in self._superseded.items() if _still_waits(newer(), key))
+
+    def update_unmatched(self) -> None:
+        """Leave out of the warnings what this rank has restored since. Local."""
+        if self.unmatched and self.agreed is not None:
+            self.unmatched[:] = self.agreed.after(self.taken, self.skipped).partial_warnings(self.source.path)
 
     @property
     def skipped(self) -> list[Mismatch]:

@@ -210,6 +210,7 @@ class Restorer:
         """
         path = restoration.source.path
         self._unreported.pop(path, None)
+        restoration.agreed = report
         if not restoration.options.expect_partial:
             restoration.unmatched = self._unreported[path] = report.partial_warnings(path)
         for oldest in list(self._unreported)[:-_MAX_UNREPORTED]:
@@ -245,6 +246,8 @@ class Restorer:
             applied = sum(restoration.catch_up(live) for restoration in self._active)
         finally:
             self._applying = False
+            for restoration in self._active:
+                restoration.update_unmatched()
             self._forget_finished()
         self._listen(live)
         return applied

@@ -259,6 +259,24 @@ def test_whoever_asked_is_not_warned(how: str, path: str) -> None:
     silent(lambda: live.save(path))
 
 
+def test_what_was_restored_before_the_first_save_is_not_warned_about(path: str) -> None:
+    file = Checkpoint(a=full(1), b=full(2), c=full(3)).write(path)
+    live = Checkpoint(a=full(0))
+    live.read(file)
+    live.b = full(0)
+    with pytest.warns(CheckpointWarning) as caught:
+        live.save(f"{path}-next")
+    assert [str(each.message).partition(" Call")[0] for each in caught] == [
+        f"{file}: 1 saved value(s) were not restored: c."
+    ]
+    live.read(file)
+    live.c = full(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        live.save(f"{path}-next")
+    assert (live.b.tolist(), live.c.tolist()) == ([2, 2], [3, 3])
+
+
 def test_a_restore_of_which_only_the_counter_matched_is_warned_about_at_once(path: str) -> None:
     file = Checkpoint(a=1, b=full(1)).save(path)
     with pytest.warns(CheckpointWarning, match=r"nothing but the save counter matched\. Saved: a, b\.") as caught:
