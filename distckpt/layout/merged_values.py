@@ -226,8 +226,10 @@ def _check_edges(
 ) -> None:
     """A name of one node is a value or an edge, and an object is one value or has parts, on all ranks."""
     for node_id, (children, table) in enumerate(zip(graph.children, tables, strict=True)):
-        edges = {escape(child.local_name) for child in children} if table else ()
-        whole = [name for name in _WHOLE if name in table and (children or len(table) > 1)]
+        if not table or not (children or len(table) > 1):  # most nodes are leaves
+            continue
+        edges = {escape(child.local_name) for child in children}
+        whole = [name for name in _WHOLE if name in table]
         problems += [
             f"{value.key}: a {_kind(value.attribute)} on {rank_list(_ranks(value, holdings))} and another kind of "
             "object elsewhere. Save the same kind everywhere; to hold different values, wrap them in PerRank on all "
