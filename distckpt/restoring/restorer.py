@@ -273,18 +273,24 @@ class Restorer:
         return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
 
     def before_save(self, live: LiveGraph) -> None:
-        """Warn about unmatched values, and give up pending ones that this save replaces. Local; rank 0 warns."""
+        """Give up the pending values that a save replaces, and warn of them and of what stayed unmatched. Local.
+
+        Args:
+            live: What is saved. On other ranks than rank 0, which warns at once, its `dropped` receives those values.
+        """
         messages = [message for unmatched in self._unreported.values() for message in unmatched]
         self._unreported.clear()
-        for restoration in self._active:
-            messages += [
-                f"{key}: a saved value was waiting for this object, which is now saved with a value of its own. The "
-                "waiting value is dropped. Call retry_pending() before save() to apply it."
-                for key in restoration.give_up_met(live)
-            ]
+        dropped = [
+            f"{key}: a saved value was waiting for this object, which is now saved with a value of its own. The "
+            "waiting value is dropped. Call retry_pending() before save() to apply it."
+            for restoration in self._active
+            for key in restoration.give_up_met(live)
+        ]
         self._forget_finished()
         if self._coordinator.rank == 0:
-            warn(messages)
+            warn([*messages, *dropped])
+        else:
+            live.dropped += dropped
 
     def close(self, restoration: Restoration) -> None:
         """Give up the pending values of one restore. Local."""

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpoint, CheckpointWarning, LayoutError, PerRank, SaveOptions, Trackable, load_checkpoint
+from distckpt import (
+    Checkpoint,
+    CheckpointWarning,
+    LayoutError,
+    PerRank,
+    RestoreOptions,
+    SaveOptions,
+    Trackable,
+    load_checkpoint,
+)
 
 MPI = pytest.importorskip("mpi4py.MPI")
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
@@ -55,6 +64,21 @@ def test_optimizer_state_that_only_one_rank_leaves_out(comm: Any, mpi_dir: Path)
     if comm.rank == 0:
         (text,) = first
         assert text.startswith("rank 1: 1 optimizer parameter(s) have state but belong to no tracked object")
+
+
+def test_a_waiting_value_that_a_save_replaces_on_one_rank(comm: Any, mpi_dir: Path) -> None:
+    saved = torch.nn.Linear(2, 2)
+    path = Checkpoint(comm=comm, model=saved).write(mpi_dir / "model", options=SaveOptions(replicas="first"))
+    model = torch.nn.Module()
+    checkpoint = Checkpoint(comm=comm, model=model)
+    warned(lambda: checkpoint.read(path, options=RestoreOptions(expect_partial=True)))
+    if comm.rank == 1:
+        model.bias = torch.nn.Parameter(torch.zeros(2))
+    first = warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST))
+    assert [text.partition(" for this")[0] for text in first] == ["rank 1: model/bias: a saved value was waiting"] * (
+        comm.rank == 0
+    )
+    assert warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
 
 
 # ---- containers of python values ---------------------------------------------------------------------------------
