@@ -56,7 +56,7 @@ def test_a_container_that_only_one_rank_leaves_out_is_warned_of_once(comm: Any, 
 
 def test_optimizer_state_that_only_one_rank_leaves_out(comm: Any, mpi_dir: Path) -> None:
     owned, stray = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.Adam([owned, stray] if comm.rank else [owned])
+    optimizer = torch.optim.Adam([owned, stray] if comm.rank == 1 else [owned])
     owned.grad = stray.grad = torch.ones(2)
     optimizer.step()
     checkpoint = Checkpoint(comm=comm, w=owned, optimizer=optimizer)
@@ -141,7 +141,7 @@ def test_a_restore_warns_of_what_only_another_rank_finds(comm: Any, mpi_dir: Pat
     def make(n_groups: int) -> Checkpoint:
         stage = torch.nn.ModuleDict({f"{comm.rank}{i}": torch.nn.Linear(2, 2) for i in range(2)})
         groups = [list(module.parameters()) for module in stage.values()]
-        if comm.rank == 0 or n_groups == 1:
+        if comm.rank != 1 or n_groups == 1:
             groups = [[parameter for group in groups for parameter in group]]
         optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
         return Checkpoint(comm=comm, stage=stage, optimizer=optimizer)
@@ -180,5 +180,5 @@ def test_a_container_that_is_empty_on_a_rank_is_that_of_the_other(
     assert [tensor.tolist() for tensor in live.tensors] == [[3.0, 3.0]] * (comm.rank == owner)
     if comm.rank != owner:
         saved.checkpoint.x = [1] if kind is list else {"0": 1}
-    with pytest.raises(LayoutError, match=r"x: a python value on rank \d and another kind of object elsewhere"):
+    with pytest.raises(LayoutError, match=r"x: a python value on ranks? .* and another kind of object elsewhere"):
         saved.checkpoint.save(mpi_dir / "ckpt", options=FAST)
