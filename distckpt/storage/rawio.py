@@ -292,12 +292,12 @@ def _open_if_there(path: str, flags: int) -> tuple[int | None, int]:
     try:
         fd = os.open(path, flags | os.O_CLOEXEC)
         return fd, os.fstat(fd).st_size
-    except OSError as error:
+    except BaseException as error:  # also an interrupt
         if fd is not None:
             os.close(fd)
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
-            raise
-        return None, -1
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE):
+            return None, -1
+        raise
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:

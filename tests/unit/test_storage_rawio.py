@@ -247,6 +247,22 @@ def test_open_shared_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     os.close(fd)
 
 
+def test_open_shared_leaves_nothing_open_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    asked: list[int] = []
+
+    def interrupted(fd: int) -> os.stat_result:
+        asked.append(fd)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rawio.os, "fstat", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rawio.open_shared(str(tmp_path / "file"), 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(*asked)
+
+
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
 def test_open_shared_leaves_nothing_open_when_the_file_is_gone(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
