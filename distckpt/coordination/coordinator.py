@@ -366,7 +366,7 @@ class Coordinator:
         """
         with INTERRUPTS.held():
             collectives = self._connect("shared memory")
-            return allocate(self._open().duplicate, collectives, nbytes)
+            return allocate(collectives, nbytes)
 
     def swap(self, outgoing: Payload, incoming: Payload) -> None:
         """Send bytes to one rank and receive bytes from another; no message is sent for an empty payload.

@@ -1,15 +1,23 @@
-"""Memory shared by the ranks of one node: each rank has a part of its own, and sees those of the others."""
+"""Memory shared by the ranks of one node: each rank has a part of its own, and sees those of the others.
+
+It is a file in memory (memfd_create(2)) that rank 0 of the node makes and the others open through /proc. A window of
+MPI would do, if it could fail: where /dev/shm is full, or a rank has no descriptor left, ranks of Open MPI 4.1 wait for
+ever, or end with a segmentation fault.
+"""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from distckpt.coordination.collectives import Collectives
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
+#: What rank 0 tells of its file: process id, descriptor, device and inode; zeros if it has none.
+_PLACE = struct.Struct("<4Q")
 
 
 class SharedMemory:
@@ -20,73 +28,98 @@ class SharedMemory:
 
     Attributes:
         parts: The part of each rank.
-
-    Args:
-        window: The MPI window; None on a node with a single rank.
-        parts: The part of each rank.
     """
 
-    def __init__(self, window: MPI.Win | None, parts: list[memoryview]) -> None:
-        self._window = window
-        self.parts = parts
+    def __init__(self, memory: mmap.mmap, size: int) -> None:
+        """Divide memory among `size` ranks."""
+        whole, nbytes = memoryview(memory), len(memory) // size
+        self.parts = [whole[rank * nbytes : (rank + 1) * nbytes] for rank in range(size)]
 
-    def fence(self, any_set: Callable[[bool], bool], *, failed: bool) -> bool:
+    @staticmethod
+    def fence(any_set: Callable[[bool], bool], *, failed: bool) -> bool:
         """Wait for all ranks, and return whether any has failed. Collective over the ranks of `any_set`.
+
+        No rank returns before all have called, and what one rank has written before a message to another one, that one
+        sees after it: messages within a node are themselves passed on through memory or the kernel.
 
         Args:
             any_set: `Coordinator.any_set` of the ranks to wait for: those of the node, or more.
             failed: Whether this rank has failed.
         """
-        self._sync()
-        any_failed = any_set(failed)
-        self._sync()
-        return any_failed
+        return any_set(failed)
 
     def free(self) -> None:
-        """Give the memory back; it must not be used any more. Collective over the node."""
+        """Give this rank's view of the memory back; it must not be used any more. Local."""
         self.parts = []
-        if self._window is not None:
-            self._window.Unlock_all()
-            self._window.Free()
-
-    def _sync(self) -> None:
-        if self._window is not None:
-            self._window.Sync()
 
 
-def allocate(comm: Any, collectives: Collectives, nbytes: int) -> SharedMemory | None:
-    """Allocate shared memory of `nbytes` bytes for every rank of a node. Collective over the node.
+def allocate(collectives: Collectives, nbytes: int) -> SharedMemory | None:
+    """Allocate shared memory of `nbytes` bytes, whole pages, for every rank of a node. Collective over the node.
 
     Returns:
         The memory; None on all ranks if any cannot allocate it.
     """
-    memory = _allocate(comm, collectives.size, nbytes)
-    # Memory that only some ranks have got stays allocated until the end of the job, as freeing it takes all ranks.
+    memory = _allocate(collectives, nbytes)
     return None if collectives.any_set(memory is None) else memory
 
 
-def _allocate(comm: Any, size: int, nbytes: int) -> SharedMemory | None:
+def _allocate(collectives: Collectives, nbytes: int) -> SharedMemory | None:
+    """This rank's view of new shared memory; None if it cannot have one. Collective over the node."""
+    size = collectives.size
     if size == 1:
-        return _private(nbytes)
-    from mpi4py import MPI
-
-    try:
-        window = MPI.Win.Allocate_shared(nbytes, 1, comm=comm)
-        window.Lock_all()
-        return SharedMemory(window, [_bytes_of(window, rank) for rank in range(size)])
-    except (MPI.Exception, MemoryError):
-        return None
+        return _view(-1, nbytes, size)
+    with _file_of(collectives, size * nbytes) as fd:
+        return None if fd is None else _view(fd, size * nbytes, size)
 
 
-def _private(nbytes: int) -> SharedMemory | None:
+def _view(fd: int, nbytes: int, size: int) -> SharedMemory | None:
     try:
         # Page-aligned, as the bytes of files in the page cache are: x86 copies several times slower to an address that
         # is a few bytes after its source modulo 4 KiB (Intel: Optimization Reference Manual, "4 KiB aliasing"), as the
         # memory of large bytearrays and arrays is.
-        return SharedMemory(None, [memoryview(mmap.mmap(-1, nbytes))])
-    except OSError:
+        return SharedMemory(mmap.mmap(fd, nbytes), size)
+    except (OSError, ValueError, MemoryError):
         return None
 
 
-def _bytes_of(window: Any, rank: int) -> memoryview:
-    return memoryview(window.Shared_query(rank)[0]).cast("B")
+@contextmanager
+def _file_of(collectives: Collectives, nbytes: int) -> Iterator[int | None]:
+    """This rank's descriptor of a new file in memory; None if it has none. Collective over the node, at both ends."""
+    place = bytearray(_PLACE.size)
+    fd = _make(nbytes, place) if collectives.rank == 0 else None
+    collectives.broadcast(place)
+    if collectives.rank != 0:
+        fd = _open(place)
+    try:
+        yield fd
+    finally:
+        collectives.any_set(False)  # rank 0 closes its descriptor when the others have opened theirs
+        if fd is not None:
+            os.close(fd)
+
+
+def _make(nbytes: int, place: bytearray) -> int | None:
+    """Make a file in memory, and put down where it is. Rank 0 only."""
+    fd = None
+    try:
+        fd = os.memfd_create("distckpt")
+        os.ftruncate(fd, nbytes)
+        status = os.fstat(fd)
+    except OSError:
+        if fd is not None:
+            os.close(fd)
+        return None
+    _PLACE.pack_into(place, 0, os.getpid(), fd, status.st_dev, status.st_ino)
+    return fd
+
+
+def _open(place: bytearray) -> int | None:
+    """Open the file of rank 0, whose process may be unknown here or another one, as in another container."""
+    pid, number, device, inode = _PLACE.unpack(place)
+    path = Path(f"/proc/{pid}/fd/{number}")
+    try:
+        status = path.stat()
+        same = (status.st_dev, status.st_ino) == (device, inode)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC) if same else None
+    except OSError:
+        return None

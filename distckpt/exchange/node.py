@@ -131,8 +131,8 @@ def run_rounds(
     if memory is None if ranks is node else ranks.any_set(memory is None):
         if memory is None and node.rank == 0:
             log.warning(
-                "rank %d: MPI has no %d bytes of shared memory on this node. Its ranks exchange messages, or read and "
-                "write for themselves. Make /dev/shm larger.",
+                "rank %d: there are no %d bytes of shared memory on this node. Its ranks exchange messages, or read "
+                "and write for themselves.",
                 ranks.rank,
                 node.size * nbytes,
             )

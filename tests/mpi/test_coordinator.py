@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -590,3 +591,36 @@ def test_same_outcome_for_all_at_once(coordinator: Coordinator, comm: Any) -> No
         outcomes.append(_raised(operation))
     assert _same_everywhere(comm, outcomes)
     assert [outcome is not None for outcome in outcomes] == [number % 3 == 0 for number in range(200)]
+
+
+# ---- shared memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", range(4))
+@pytest.mark.parametrize("scarce", [0, 1])
+def test_all_ranks_of_a_node_have_shared_memory_or_none(
+    coordinator: Coordinator, comm: Any, scarce: int, left: int
+) -> None:
+    """Also if one rank has few descriptors left. A window of MPI would hang or end the job."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    node = coordinator.node
+    first = node.shared_memory(1 << 16)
+    assert first is not None
+    first.free()
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)] if comm.rank == scarce else []
+    if held:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1 + left, most))
+    try:
+        memory = node.shared_memory(1 << 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        for fd in held:
+            os.close(fd)
+    assert _same_everywhere(comm, memory is None)
+    assert (memory is None) == (left == 0) or left in (1, 2)
+    if memory is not None:
+        memory.parts[comm.rank][-1] = 7 + comm.rank
+        assert not memory.fence(node.any_set, failed=False)
+        assert [part[-1] for part in memory.parts] == [7 + rank for rank in range(comm.size)]
+        memory.free()
+    assert _works(coordinator)

@@ -132,8 +132,8 @@ def test_where_memory_for_several_threads_is_missing_one_reads(
     assert not twin.is_restored()
     allocate = shared_memory._allocate
 
-    def little(mpi: Any, size: int, nbytes: int) -> Any:
-        return allocate(mpi, size, nbytes) if nbytes <= 2 * 40_000 else None
+    def little(ranks: Any, nbytes: int) -> Any:
+        return allocate(ranks, nbytes) if nbytes <= 2 * 40_000 else None
 
     monkeypatch.setattr(shared_memory, "_allocate", little)
     twin.checkpoint.read(path, options=threads).assert_consumed()
@@ -208,7 +208,7 @@ def test_without_shared_memory_everything_goes_by_messages(
     assert not twin.is_restored()
     window = None if comm.rank == 2 else object()  # one rank without is enough
     allocate = shared_memory._allocate
-    monkeypatch.setattr(shared_memory, "_allocate", lambda *args: allocate(*args) if args[1] == 1 else window)
+    monkeypatch.setattr(shared_memory, "_allocate", lambda of, nbytes: allocate(of, nbytes) if of.size == 1 else window)
     twin.checkpoint.read(path, options=threads).assert_consumed()
     assert twin.is_restored()
     (source,) = sources

@@ -199,9 +199,9 @@ def test_without_shared_memory_everything_goes_by_messages(
     comm = split("2+2")
     allocate = shared_memory._allocate
 
-    def scarce(of: Any, size: int, nbytes: int) -> Any:
-        if size == 1 or comm.rank < 2:
-            return allocate(of, size, nbytes)
+    def scarce(of: Any, nbytes: int) -> Any:
+        if of.size == 1 or comm.rank < 2:
+            return allocate(of, nbytes)
         return None if comm.rank == 2 else object()  # one rank without is enough
 
     path = Program(comm, [rows] * len(LAYOUTS), blank=False).checkpoint.write(mpi_dir / "x", options=FAST)
