@@ -25,10 +25,13 @@ from distckpt.saving.draft import NewFile
 from distckpt.storage import mpio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.packing import Bundle, Jobs, write_bundles
-from distckpt.storage.rawio import fsync, open_shared
+from distckpt.storage.rawio import fsync, open_shared, require_descriptors
 from distckpt.storage.transfer import Progress, WriteJob
 from distckpt.storage.writing import write_posix
 from distckpt.timing import SAVE_STEPS, Timer
+
+#: Descriptors that a rank must have left for MPI-IO, which hangs on all ranks if it lacks one while it opens the file.
+_MPIO_DESCRIPTORS = 16
 
 
 class Destination(NamedTuple):
@@ -260,6 +263,7 @@ class _Work:
         """
         coordinator, timeout = self.coordinator, self.destination.options.timeout
         with coordinator.step("divide"), self.timer.step("write"):
+            require_descriptors(self.fd, _MPIO_DESCRIPTORS)
             pieces = mpio.split_pieces(self.others)
         n_calls = self._count_collective_calls(len(pieces.large))
         communicator = coordinator.communicator

@@ -300,6 +300,25 @@ def _open_if_there(path: str, flags: int) -> tuple[int | None, int]:
         raise
 
 
+def require_descriptors(fd: int, count: int) -> None:
+    """Check that this process can have `count` more descriptors; `fd` is any open one.
+
+    Raises:
+        OSError: It cannot; says what to do.
+    """
+    copies: list[int] = []
+    try:
+        for _ in range(count):
+            copies.append(os.dup(fd))  # noqa: PERF401  # those made before an error are to be closed
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{count} more file descriptors are needed: {error.strerror}; raise the limit (ulimit -n)"
+        ) from error
+    finally:
+        for copy in copies:
+            os.close(copy)
+
+
 def sync_directory(directory: str | os.PathLike[str]) -> None:
     """Make the entries of a directory durable, where its file system can."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

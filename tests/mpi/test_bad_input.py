@@ -225,6 +225,26 @@ def test_a_file_size_limit_on_one_rank(two: Any, mpi_dir: Path, transport: Any, 
     assert_works(two, program, mpi_dir)
 
 
+@BOTH
+def test_a_rank_without_descriptors(two: Any, mpi_dir: Path, transport: Any) -> None:
+    """MPI-IO would wait for ever in the opening of the file, on all ranks."""
+    program = Program(two, 1)
+    options = SaveOptions(transport=transport)
+    program.checkpoint.save(mpi_dir / "ckpt", options=options)
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]
+    spare = 0 if transport == "posix" else 1  # the file itself can be opened
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1 + spare if two.rank == 1 else limit, most))
+    try:
+        text = same_error(two, CollectiveError, lambda: program.checkpoint.save(mpi_dir / "ckpt", options=options))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        for fd in held:
+            os.close(fd)
+    assert "rank 1: OSError: [Errno 24]" in text
+    assert_works(two, program, mpi_dir)
+
+
 # ---- what is no checkpoint ---------------------------------------------------------------------------------------
 
 
