@@ -7,9 +7,11 @@ ever, or end with a segmentation fault.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,13 @@ from distckpt.coordination.collectives import Collectives
 
 #: What rank 0 tells of its file: process id, descriptor, device and inode; zeros if it has none.
 _PLACE = struct.Struct("<4Q")
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class SharedMemory:
@@ -30,9 +39,9 @@ class SharedMemory:
         parts: The part of each rank.
     """
 
-    def __init__(self, memory: mmap.mmap, size: int) -> None:
+    def __init__(self, whole: memoryview, size: int) -> None:
         """Divide memory among `size` ranks."""
-        whole, nbytes = memoryview(memory), len(memory) // size
+        nbytes = len(whole) // size
         self.parts = [whole[rank * nbytes : (rank + 1) * nbytes] for rank in range(size)]
 
     @staticmethod
@@ -77,9 +86,24 @@ def _view(fd: int, nbytes: int, size: int) -> SharedMemory | None:
         # Page-aligned, as the bytes of files in the page cache are: x86 copies several times slower to an address that
         # is a few bytes after its source modulo 4 KiB (Intel: Optimization Reference Manual, "4 KiB aliasing"), as the
         # memory of large bytearrays and arrays is.
-        return SharedMemory(mmap.mmap(fd, nbytes), size)
-    except (OSError, ValueError, MemoryError):
+        return SharedMemory(_map(fd, nbytes), size)
+    except (OSError, MemoryError):
         return None
+
+
+def _map(fd: int, nbytes: int) -> memoryview:
+    """Map memory, of a file or, with -1, of this process; it is unmapped with the last view of it.
+
+    `mmap.mmap` would keep a descriptor as long, which is until the next garbage collection after an error.
+    """
+    flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    array = (ctypes.c_ubyte * nbytes).from_address(address)
+    weakref.finalize(array, _libc.munmap, address, nbytes).atexit = False
+    return memoryview(array).cast("B")
 
 
 @contextmanager
