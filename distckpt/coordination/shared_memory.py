@@ -129,7 +129,7 @@ def _make(nbytes: int, place: bytearray) -> int | None:
         fd = os.memfd_create("distckpt")
         os.ftruncate(fd, nbytes)
         status = os.fstat(fd)
-    except OSError:
+    except (OSError, MemoryError):
         if fd is not None:
             os.close(fd)
         return None
@@ -145,5 +145,5 @@ def _open(place: bytearray) -> int | None:
         status = path.stat()
         same = (status.st_dev, status.st_ino) == (device, inode)
         return os.open(path, os.O_RDWR | os.O_CLOEXEC) if same else None
-    except OSError:
+    except (OSError, MemoryError):
         return None
