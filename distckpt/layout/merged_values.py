@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,27 +225,38 @@ def _check_edges(
     problems: list[str],
 ) -> None:
     """A name of one node is a value or an edge, and an object is one value or has parts, on all ranks."""
-    for node_id, (children, table) in enumerate(zip(graph.children, tables, strict=True)):
-        if not table or not (children or len(table) > 1):  # most nodes are leaves
-            continue
-        edges = {escape(child.local_name) for child in children}
-        whole = [name for name in _WHOLE if name in table]
+    mixed = [  # most nodes are leaves
+        node_id
+        for node_id, (children, table) in enumerate(zip(graph.children, tables, strict=True))
+        if table and (children or len(table) > 1)
+    ]
+    torn = _torn({node_id: [name for name in _WHOLE if name in tables[node_id]] for node_id in mixed}, groups)
+    for node_id in mixed:
+        edges = {escape(child.local_name) for child in graph.children[node_id]}
         problems += [
             f"{value.key}: a {_kind(value.attribute)} on {rank_list(_ranks(value, holdings))} and another kind of "
             "object elsewhere. Save the same kind everywhere; to hold different values, wrap them in PerRank on all "
             "ranks."
-            for name, value in table.items()
-            if name in edges or (name in whole and _has_parts_elsewhere(node_id, name, groups))
+            for name, value in tables[node_id].items()
+            if name in edges or (node_id, name) in torn
         ]
 
 
-def _has_parts_elsewhere(node_id: int, whole: str, groups: Sequence[RankGroup]) -> bool:
-    """Whether a node has something on ranks that do not have the value which is the whole of its object on others."""
-    nodes = [
-        node for group in groups for found, node in zip(group.node_ids, group.nodes, strict=True) if found == node_id
-    ]
-    names = [{attribute.name for attribute in node.attributes} for node in nodes]
-    return any((node.children or own) and whole not in own for node, own in zip(nodes, names, strict=True))
+def _torn(whole: Mapping[int, Sequence[str]], groups: Sequence[RankGroup]) -> set[tuple[int, str]]:
+    """Values that are the whole of their object on some ranks, while it has parts on others.
+
+    Args:
+        whole: Node id to the names of such values.
+        groups: The graphs.
+    """
+    found: set[tuple[int, str]] = set()
+    for group in groups if any(whole.values()) else ():
+        for node_id, node in zip(group.node_ids, group.nodes, strict=True):
+            names = whole.get(node_id)
+            if names:
+                own = {attribute.name for attribute in node.attributes}
+                found.update((node_id, name) for name in names if name not in own and (own or node.children))
+    return found
 
 
 def _ranks(value: MergedValue, holdings: Sequence[Holding]) -> list[int]:

@@ -64,6 +64,7 @@ def test_every_dtype_comes_back_bit_for_bit(dtype: torch.dtype, path: str) -> No
         assert bits(live[name]) == bits(tensor)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_with_strides(dtype: torch.dtype, path: str) -> None:
     saved, live = random_bits((6, 300), dtype)[::2, 7:], zeros((6, 300), dtype)[::2, 7:]
