@@ -180,15 +180,13 @@ class ManagedDirectory:
         step = number.number if decision.step is None else decision.step
         record = CheckpointRecord(name=number.name, time=now, step=step, metrics=decision.metrics, durable=durable)
         self._latest, self._last = path, LastSave(decision.step, now)
-        self._history = retention.after_save(
-            retention.present(self._history, self._own_files(decision.directory)), record
-        )
+        present = retention.present(self._history, self._own_files(decision.directory))
+        self._history = retention.after_save(present, record)
         try:
             swept = retention.sweep(self._history, self._policy)
         except BaseException:  # from the user's predicate
-            self._write(
-                self._history, decision.directory, durable=durable
-            )  # else the next process would not know that the file is its own
+            # Else the next process would not know that the file is its own.
+            self._write(self._history, decision.directory, durable=durable)
             raise
         self._write(swept.history, decision.directory, durable=durable)
         left = remove_checkpoints(decision.directory, swept.delete)
@@ -257,11 +255,8 @@ class ManagedDirectory:
     def unpin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.unpin`."""
         with self._lock:
-            self._write(
-                retention.unpin(self._history, Path(path).name.removesuffix(SUFFIX) + SUFFIX),
-                self._directory,
-                durable=True,
-            )
+            name = Path(path).name.removesuffix(SUFFIX) + SUFFIX
+            self._write(retention.unpin(self._history, name), self._directory, durable=True)
             return self._view()
 
     # ---- parts of the above ----
