@@ -13,9 +13,10 @@ The words, from a variable to a message (`layout.exchange`, `.rounds` and `.parc
     hull     the smallest span that contains a box
     piece    a box of at most 8 MiB that was written as a whole and has one checksum
     band     overlapping spans, joined: read as a whole, so that pieces can be verified
-    range    a span, and its place in the memory of the rank that moves it
-    unit     the ranges that a rank moves between the file and memory in one round
-    party    ranks that share what they read: those of a node, or of several nodes that want the same
+    mover    who moves bytes between the file and memory: a rank, or one of several threads of a rank
+    range    a span, and its place in the memory of the mover that moves it
+    unit     the ranges that a mover moves in one round
+    party    ranks that share what they read: those of a node, or of several nodes that want the same; and its movers
     cell     a box of a variable whose elements are packed somewhere in memory
     parcel   the cells of a unit that another node wants, as a message
     lane     the ranks at the same position on their nodes, which send parcels to each other

@@ -12,7 +12,7 @@ from distckpt.layout.exchange import Unit
 from distckpt.log import log
 from distckpt.request import Attempt
 
-#: Most bytes that a mover moves in one round. Two such units of every rank of a node are in memory at once, and should
+#: Most bytes that a mover moves in one round. Two such units of every mover of a node are in memory at once, and should
 #: fit into the shared cache; an exchange between nodes holds as many again for what arrives.
 UNIT_NBYTES = 2 << 20
 
@@ -129,10 +129,10 @@ def run_rounds(
     nbytes = n_areas * n_threads * UNIT_NBYTES
     memory = node.shared_memory(nbytes)
     if memory is None if ranks is node else ranks.any_set(memory is None):
-        if memory is None and node.rank == 0:
+        if memory is None and node.rank == 0 and n_threads == 1:  # with several threads less memory may do
             log.warning(
-                "rank %d: there are no %d bytes of shared memory on this node. Its ranks exchange messages, or read "
-                "and write for themselves.",
+                "rank %d: the ranks of this node cannot share %d bytes of memory. They exchange messages, or read and "
+                "write for themselves.",
                 ranks.rank,
                 node.size * nbytes,
             )
@@ -164,7 +164,7 @@ def _run(
             before(this)
         except BaseException as error:
             failure = error
-        if this.memory.fence(ranks.any_set, failed=failure is not None):
+        if ranks.any_set(failure is not None):
             break
         try:
             after(this)

@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A span of a variable, and its place in the memory of the rank that moves it.
+    """A span of a variable, and its place in the memory of the mover that moves it.
 
     Attributes:
         variable: Index of the variable.
@@ -88,7 +88,7 @@ class PieceSpan(NamedTuple):
     checksum: int
 
 
-#: The ranges that one rank moves in one round.
+#: The ranges that one mover moves in one round.
 Unit = list[Range]
 
 
