@@ -362,7 +362,7 @@ class Coordinator:
             nbytes: Bytes of each part, the same on all ranks.
 
         Returns:
-            The memory, which all ranks free together; None on all ranks if any cannot allocate it.
+            The memory; None on all ranks if any cannot allocate it.
         """
         with INTERRUPTS.held():
             collectives = self._connect("shared memory")

@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,12 +28,15 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
+_MFD_CLOEXEC = 1
+
 
 class SharedMemory:
     """Shared memory with one part for each rank of a node. Made by `allocate`, given back by `free`.
 
-    Between two fences a rank may write its own part, and bytes of other parts that the ranks have agreed on. All ranks
-    see after a fence the bytes that were written before it.
+    Between two agreements of all ranks a rank may write its own part, and bytes of other parts that the ranks have
+    agreed on. All ranks see after an agreement the bytes that were written before it: no rank leaves it before all have
+    come, and messages within a node are themselves passed on through memory or the kernel.
 
     Attributes:
         parts: The part of each rank.
@@ -43,19 +46,6 @@ class SharedMemory:
         """Divide memory among `size` ranks."""
         nbytes = len(whole) // size
         self.parts = [whole[rank * nbytes : (rank + 1) * nbytes] for rank in range(size)]
-
-    @staticmethod
-    def fence(any_set: Callable[[bool], bool], *, failed: bool) -> bool:
-        """Wait for all ranks, and return whether any has failed. Collective over the ranks of `any_set`.
-
-        No rank returns before all have called, and what one rank has written before a message to another one, that one
-        sees after it: messages within a node are themselves passed on through memory or the kernel.
-
-        Args:
-            any_set: `Coordinator.any_set` of the ranks to wait for: those of the node, or more.
-            failed: Whether this rank has failed.
-        """
-        return any_set(failed)
 
     def free(self) -> None:
         """Give this rank's view of the memory back; it must not be used any more. Local."""
@@ -87,7 +77,7 @@ def _view(fd: int, nbytes: int, size: int) -> SharedMemory | None:
         # is a few bytes after its source modulo 4 KiB (Intel: Optimization Reference Manual, "4 KiB aliasing"), as the
         # memory of large bytearrays and arrays is.
         return SharedMemory(_map(fd, nbytes), size)
-    except (OSError, MemoryError):
+    except Exception:  # whatever it is: the other ranks wait for this one
         return None
 
 
@@ -126,10 +116,10 @@ def _make(nbytes: int, place: bytearray) -> int | None:
     """Make a file in memory, and put down where it is. Rank 0 only."""
     fd = None
     try:
-        fd = os.memfd_create("distckpt")
+        fd = _memory_file()
         os.ftruncate(fd, nbytes)
         status = os.fstat(fd)
-    except (OSError, MemoryError):
+    except Exception:  # whatever it is: the other ranks wait to hear of the file
         if fd is not None:
             os.close(fd)
         return None
@@ -137,13 +127,25 @@ def _make(nbytes: int, place: bytearray) -> int | None:
     return fd
 
 
+def _memory_file() -> int:
+    """Make an empty file in memory, and return its descriptor."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("distckpt")
+    # Pythons that were built against an old C library lack it, such as those of conda.
+    fd: int = _libc.memfd_create(b"distckpt", _MFD_CLOEXEC)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
 def _open(place: bytearray) -> int | None:
     """Open the file of rank 0, whose process may be unknown here or another one, as in another container."""
-    pid, number, device, inode = _PLACE.unpack(place)
-    path = Path(f"/proc/{pid}/fd/{number}")
     try:
+        pid, number, device, inode = _PLACE.unpack(place)
+        path = Path(f"/proc/{pid}/fd/{number}")
         status = path.stat()
         same = (status.st_dev, status.st_ino) == (device, inode)
         return os.open(path, os.O_RDWR | os.O_CLOEXEC) if same else None
-    except (OSError, MemoryError):
+    except Exception:  # whatever it is: the other ranks wait for this one
         return None

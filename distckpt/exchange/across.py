@@ -173,8 +173,8 @@ def _plan_batches(wants: _Wants, nodes: Nodes, lane: int | None, units: Sequence
 class _Relay:
     """One exchange over several nodes: its plan, the same on all ranks, and this rank's part in the rounds.
 
-    `read_across` makes one and calls `run`. In each round `_read` fills this rank's unit; after the fence `_hand_on`
-    takes from the units of the node, then swaps parcels with the other nodes, batch by batch.
+    `read_across` makes one and calls `run`. In each round `_read` fills this rank's unit; after the agreement
+    `_hand_on` takes from the units of the node, then swaps parcels with the other nodes, batch by batch.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class _Relay:
             for step in batch:
                 self._swap(step, this, arrived[self._node.rank])
             if any(each.parcel.nbytes for step in batch for each in step.incoming):
-                this.memory.fence(self._node.any_set, failed=False)
+                self._node.any_set(False)  # all have arrived
                 self._try(self._take_batch, batch, arrived)
         if self._failures:
             raise self._failures[0]

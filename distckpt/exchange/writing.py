@@ -73,7 +73,7 @@ class _Writing:
     """One exchange of narrow strips: its plan, the same on all ranks of the node, and this rank's part in the rounds.
 
     `write_together` makes one and calls `run`. In each round every rank copies its strips into the units of all ranks;
-    after the fence each writes its own unit.
+    after the agreement each writes its own unit.
 
     Attributes:
         own: The jobs of this rank that the exchange writes.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from distckpt.coordination import coordinator as coordinator_module
-from distckpt.coordination import merging, outcome
+from distckpt.coordination import merging, outcome, shared_memory
 from distckpt.coordination.collectives import MpiCollectives
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.coordination.merging import Parts
@@ -596,6 +596,29 @@ def test_same_outcome_for_all_at_once(coordinator: Coordinator, comm: Any) -> No
 # ---- shared memory -----------------------------------------------------------------------------------------------
 
 
+def test_a_python_without_memfd_create_shares_memory_too(
+    coordinator: Coordinator, comm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    memory = coordinator.node.shared_memory(1 << 16)
+    assert memory is not None
+    memory.parts[comm.rank][-1] = 7 + comm.rank
+    assert not coordinator.node.any_set(False)
+    assert [part[-1] for part in memory.parts] == [7 + rank for rank in range(comm.size)]
+    memory.free()
+
+
+def test_whatever_fails_on_the_rank_that_makes_shared_memory_no_rank_waits(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> int:
+        raise AttributeError("memfd_create")
+
+    monkeypatch.setattr(shared_memory, "_memory_file", failing)
+    assert coordinator.node.shared_memory(1 << 16) is None
+    assert _works(coordinator)
+
+
 @pytest.mark.parametrize("left", range(4))
 @pytest.mark.parametrize("scarce", [0, 1])
 def test_all_ranks_of_a_node_have_shared_memory_or_none(
@@ -620,7 +643,7 @@ def test_all_ranks_of_a_node_have_shared_memory_or_none(
     assert (memory is None) == (left == 0) or left in (1, 2)
     if memory is not None:
         memory.parts[comm.rank][-1] = 7 + comm.rank
-        assert not memory.fence(node.any_set, failed=False)
+        assert not node.any_set(False)
         assert [part[-1] for part in memory.parts] == [7 + rank for rank in range(comm.size)]
         memory.free()
     assert _works(coordinator)
