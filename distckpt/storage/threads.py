@@ -95,7 +95,8 @@ class _Shared(Generic[T]):
 
     def __init__(self, jobs: Iterable[T]) -> None:
         self._jobs = iter(jobs)
-        self._failure: BaseException | None = None  # of the first worker that failed
+        self._failure: BaseException | None = None  # of the first worker that failed, until it is raised
+        self._has_failed = False
         self._n_working = 0
         self._changed = threading.Condition()
         self._inference = torch.is_inference_mode_enabled()
@@ -105,7 +106,7 @@ class _Shared(Generic[T]):
 
     def __next__(self) -> T:
         with self._changed:
-            if self._failure is not None:
+            if self._has_failed:
                 raise StopIteration
             return next(self._jobs)
 
@@ -126,7 +127,9 @@ class _Shared(Generic[T]):
         except BaseException as raised:
             error = raised
         with self._changed:
-            self._failure = self._failure or error
+            if error is not None and not self._has_failed:
+                self._failure, self._has_failed = error, True
+            error = None  # it refers to this frame, which would keep it and all its objects
             self._n_working -= 1
             self._changed.notify_all()
 
@@ -137,8 +140,12 @@ class _Shared(Generic[T]):
 
     def require(self) -> None:
         """Raise the error of the first worker that failed."""
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # see `work`
 
 
 def one_at_a_time(progress: Progress | None) -> Progress | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,7 @@ import distckpt
 from distckpt import Checkpoint, CorruptCheckpointError, RestoreOptions
 from distckpt.cores import cores_of_rank
 from distckpt.layout.box import MAX_PIECE_NBYTES, Box
+from distckpt.layout.collector import collector_off
 from distckpt.storage import parallel_reading, rawio, threads
 from distckpt.storage import verify as verifying
 from distckpt.storage.checksum import digest
@@ -403,6 +405,25 @@ def test_the_error_of_a_part_is_raised_when_all_have_ended() -> None:
         assert begun == set()
         team.do(ended.append)  # the next step finds the team in order
     assert set(ended) >= {0, 1, 2}
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_an_error_of_a_team_keeps_nothing_alive(n_threads: int) -> None:
+    class Held:
+        pass
+
+    held = Held()
+    alive = weakref.ref(held)
+
+    def part(_: int, own: Held) -> None:
+        assert own
+        raise OSError("no luck")
+
+    with collector_off():
+        with Team(n_threads) as team, pytest.raises(OSError, match="no luck"):
+            team.do(partial(part, own=held))
+        del held
+        assert alive() is None
 
 
 def test_a_team_whose_threads_cannot_start_does_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
