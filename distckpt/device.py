@@ -59,7 +59,17 @@ class Joining(NamedTuple):
     def start(self) -> None:
         """Start the copy on the current stream. Only that stream uses the memory of the joined tensors afterwards."""
         with torch.no_grad():
-            self.target.copy_(joined(self.sources), non_blocking=True)
+            try:
+                self.target.copy_(joined(self.sources), non_blocking=True)
+            except torch.OutOfMemoryError:
+                start_all(self._one_by_one())
+
+    def _one_by_one(self) -> list[Copy]:
+        """The copies without joining, for a GPU that has no memory left."""
+        parts = torch.split(self.target, [source.numel() for source in self.sources])
+        return [
+            Copy(self.gpu, part.view(source.shape), source) for part, source in zip(parts, self.sources, strict=True)
+        ]
 
 
 def joining_gpu(dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> torch.device | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distckpt import device
 from distckpt.device import Ticket
 from distckpt.errors import CorruptCheckpointError
 from distckpt.graph import fingerprint as graph_fingerprint
@@ -420,6 +421,19 @@ def test_a_snapshot_joins_small_tensors_on_their_gpu(machine: Machine, deferred:
     copied.complete()
     assert machine.n_copies == 3  # one of each dtype
     assert machine.copied == sum(tensor.nbytes for tensor in tensors)
+    assert_copied(copied, tensors, expected)
+
+
+def test_small_tensors_of_a_gpu_without_memory_are_copied_one_by_one(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device, "joined", none_left)
+    tensors = [machine.put(tensor) for tensor in (torch.randn(7, 3), torch.randn(()), torch.randn(6, 5).t())]
+    expected = expected_copies(tensors)
+    copied = Snapshot(LiveJobs.of(write_jobs(tensors)), [False] * 3, Watch(), HostBuffers(), None)
     assert_copied(copied, tensors, expected)
 
 
