@@ -40,8 +40,8 @@ class _Session:
         self.coordinator = coordinator
         self.counter = 0
         self.timing: Timing | None = None
-        self.saver = Saver(coordinator)
         self.restorer = Restorer(coordinator, weakref.ref(owner))
+        self.saver = Saver(coordinator, self.restorer.forget_dropped)
 
     @property
     def next_base(self) -> int:

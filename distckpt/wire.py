@@ -13,7 +13,7 @@ from distckpt.layout.records import LocalLayout, PlanItem, SavePlan
 from distckpt.request import check_agreement
 
 _COMMON = msgspec.msgpack.Decoder(tuple[bytes, bytes])
-_OWN = msgspec.msgpack.Decoder(tuple[bytes, bytes, list[bytes], list[str], list[str], bytes, list[str]])
+_OWN = msgspec.msgpack.Decoder(tuple[bytes, bytes, list[bytes], list[str], list[str], bytes, list[str], list[str]])
 _COMMON_REPLY = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
 _OWN_REPLY = msgspec.msgpack.Decoder(tuple[list[PlanItem], list[int], list[int]])
 

@@ -71,6 +71,7 @@ def capture(graph: LiveGraph, *, hash_all: bool, skip: np.ndarray | None) -> Cap
         shardings=list(number_of),
         sharding_of=np.array([number_of[words] for words in shardings], np.uint32).tobytes(),
         warnings=graph.warnings(),
+        dropped=list(graph.dropped),
     )
     return Capture(graph, tensors, layout, list(encoded))
 

@@ -100,7 +100,7 @@ class LiveGraph:
         ids: Node id for the `id()` of each object, without slots; valid while `nodes` keeps the objects alive.
         problems: Reasons why objects cannot be stored, one sentence each, beginning with the key.
         omissions: Objects that are left out, of which the user is warned, in the same form.
-        dropped: Waiting values of restores that a save replaces, in the same form; empty on rank 0.
+        dropped: Waiting values of restores that a save replaces, of which the user is warned, in the same form.
         unowned: Number of optimizer parameters with state that no tracked object leads to; their slots are not saved.
     """
 
@@ -117,15 +117,14 @@ class LiveGraph:
         return sum([len(node.values) for node in self.nodes])
 
     def warnings(self) -> list[str]:
-        """What a save leaves out or gives up, of which the user is warned."""
-        found = [*self.omissions, *self.dropped]
+        """What a save leaves out, of which the user is warned."""
         if not self.unowned:
-            return found
+            return self.omissions
         unowned = (
             f"{self.unowned} optimizer parameter(s) have state but belong to no tracked object: their state is not "
             "saved. Track the module that owns them."
         )
-        return [*found, unowned]
+        return [*self.omissions, unowned]
 
     def values(self) -> Iterator[tuple[LiveNode, Value]]:
         """All values "in order" (see `layout.records.LocalLayout`)."""

@@ -41,6 +41,7 @@ class Merged:
         python_state: Checkpoint key to encoded python value.
         plans: What each rank does, by rank.
         warnings: What the user should be told, once.
+        dropped: Waiting values that the save replaces, of which the user should be told each time.
         n_checksums: Number of pieces of all shards.
     """
 
@@ -49,6 +50,7 @@ class Merged:
     python_state: dict[str, bytes]
     plans: list[SavePlan]
     warnings: list[str]
+    dropped: list[str]
     n_checksums: int
 
 
@@ -100,6 +102,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
         python_state=python_state,
         plans=_plans(holdings, items, _watched(values, holdings), _plan_id(layouts, trust_lowest)),
         warnings=[*texts_of_ranks([layout.warnings for layout in layouts]), *comparison.warnings()],
+        dropped=texts_of_ranks([layout.dropped for layout in layouts]),
         n_checksums=items.n_checksums,
     )
 

@@ -148,7 +148,8 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
         problems: What this rank cannot save, one sentence each; not empty means that merging fails with these.
         shardings: Placements and mesh in words, as this rank sees them; only errors show them.
         sharding_of: uint32 for each tensor in order: index in `shardings`.
-        warnings: What this rank leaves out, one sentence each; rank 0 warns of it.
+        warnings: What this rank leaves out, one sentence each; rank 0 warns of it, once.
+        dropped: Waiting values of restores that this save replaces, one sentence each; rank 0 warns of them each time.
     """
 
     graph: bytes
@@ -159,6 +160,7 @@ class LocalLayout(msgspec.Struct, frozen=True, array_like=True):
     shardings: list[str] = []
     sharding_of: bytes = b""
     warnings: list[str] = []
+    dropped: list[str] = []
 
 
 # ---- what rank 0 answers -----------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Restorer:
     `Checkpoint.restore` and `Checkpoint.read` call `restore`, which returns a status. Restores with pending values are
     kept: a new attribute of a trackable object (`on_attribute`), the user (`retry_pending`) or an assertion of the
     status (`refresh`) makes each of them try again. Every save calls `before_save`, which warns about values that
-    stayed unmatched and gives up pending ones that the save replaces.
+    stayed unmatched and gives up pending ones that the save replaces; rank 0 warns of those of all ranks.
     """
 
     def __init__(self, coordinator: Coordinator, checkpoint: weakref.ref[Checkpoint]) -> None:
@@ -78,6 +78,7 @@ class Restorer:
         self._checkpoint = checkpoint
         self._active: list[Restoration] = []  # those with pending values, newest first
         self._unreported: dict[str, list[str]] = {}  # `Restoration.unmatched` by path
+        self._dropped: list[str] = []  # pending values that a save replaces, until rank 0 has heard of them
         self._applying = False
         self._statuses = weakref.WeakSet[RestoreStatus]()
 
@@ -273,24 +274,28 @@ class Restorer:
         return msgspec.msgpack.encode(restoration.report(live, binding, assignment))
 
     def before_save(self, live: LiveGraph) -> None:
-        """Give up the pending values that a save replaces, and warn of them and of what stayed unmatched. Local.
+        """Give up the pending values that a save replaces, and warn of what stayed unmatched. Local.
 
         Args:
-            live: What is saved. On other ranks than rank 0, which warns at once, its `dropped` receives those values.
+            live: What is saved. Its `dropped` receives the values given up, now or for earlier saves that failed before
+                rank 0 heard of them.
         """
+        for restoration in self._active:
+            self._dropped += [
+                f"{key}: a saved value was waiting for this object, which is now saved with a value of its own. The "
+                "waiting value is dropped. Call retry_pending() before save() to apply it."
+                for key in restoration.give_up_met(live)
+            ]
+        self._forget_finished()
+        live.dropped += self._dropped
         messages = [message for unmatched in self._unreported.values() for message in unmatched]
         self._unreported.clear()
-        dropped = [
-            f"{key}: a saved value was waiting for this object, which is now saved with a value of its own. The "
-            "waiting value is dropped. Call retry_pending() before save() to apply it."
-            for restoration in self._active
-            for key in restoration.give_up_met(live)
-        ]
-        self._forget_finished()
         if self._coordinator.rank == 0:
-            warn([*messages, *dropped])
-        else:
-            live.dropped += dropped
+            warn(messages)
+
+    def forget_dropped(self) -> None:
+        """Rank 0 has heard of the pending values given up so far, and warns of them. Local."""
+        self._dropped.clear()
 
     def close(self, restoration: Restoration) -> None:
         """Give up the pending values of one restore. Local."""

@@ -87,7 +87,9 @@ class AgreedLayout:
 
     def holds_for(self, layout: LocalLayout, options: SaveOptions) -> bool:
         """Whether rank 0 can save what this rank holds without hearing more than a digest from it."""
-        if layout.problems or not self.has_layout(layout, options) or not set(layout.warnings) <= self.warned:
+        if layout.problems or layout.dropped or not set(layout.warnings) <= self.warned:
+            return False
+        if not self.has_layout(layout, options):
             return False
         watched = self.plan.watched
         if not watched:

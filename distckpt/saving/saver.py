@@ -40,8 +40,15 @@ class Saver:
         in_flight: The saves in the background.
     """
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, on_told: Callable[[], None]) -> None:
+        """Local.
+
+        Args:
+            coordinator: Coordinator of the ranks that save.
+            on_told: Called on every rank when rank 0 knows which waiting values the save replaces.
+        """
         self._coordinator = coordinator
+        self._on_told = on_told
         self._agreed: dict[str, AgreedLayout] = {}  # by family of operations
         self._buffers = HostBuffers()
         self.in_flight = InFlight(coordinator)
@@ -178,8 +185,11 @@ class Saver:
             digest.require()
             layout = captured.value.layout
             message = encode_message(request.value, layout)
-        reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages))
+        dropped: list[str] = []  # on rank 0, which warns once no rank tells it of them again
+        reply = coordinator.merge_parts("layout", message, lambda messages: self._merge(call, messages, dropped))
+        self._on_told()
         with coordinator.step("plan"), timer.step("plan"):
+            warn(dropped)
             plan = decode_reply(reply)
             weights = weights_of(plan)
             keys = captured.value.tensor_keys(plan.keys)
@@ -188,12 +198,13 @@ class Saver:
         self._agreed[call.family] = agreed
         return agreed
 
-    def _merge(self, call: SaveCall, messages: Sequence[Parts]) -> list[Parts]:
-        """Merge the layouts of all ranks. Rank 0 only."""
+    def _merge(self, call: SaveCall, messages: Sequence[Parts], dropped: list[str]) -> list[Parts]:
+        """Merge the layouts of all ranks, and add to `dropped` what waiting values they replace. Rank 0 only."""
         with call.timer.step("merge"):
             merged = merge_messages(messages, trust_lowest=call.options.replicas == "first")
             self._output(call).adopt(merged)
             self.warn_once(*merged.warnings)
+            dropped += merged.dropped
             return encode_replies(merged)
 
     def _output(self, call: SaveCall) -> Output:

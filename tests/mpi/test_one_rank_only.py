@@ -14,6 +14,7 @@ import torch
 from distckpt import (
     Checkpoint,
     CheckpointWarning,
+    CollectiveError,
     LayoutError,
     PerRank,
     RestoreOptions,
@@ -66,19 +67,67 @@ def test_optimizer_state_that_only_one_rank_leaves_out(comm: Any, mpi_dir: Path)
         assert text.startswith("rank 1: 1 optimizer parameter(s) have state but belong to no tracked object")
 
 
-def test_a_waiting_value_that_a_save_replaces_on_one_rank(comm: Any, mpi_dir: Path) -> None:
-    saved = torch.nn.Linear(2, 2)
-    path = Checkpoint(comm=comm, model=saved).write(mpi_dir / "model", options=SaveOptions(replicas="first"))
-    model = torch.nn.Module()
-    checkpoint = Checkpoint(comm=comm, model=model)
-    warned(lambda: checkpoint.read(path, options=RestoreOptions(expect_partial=True)))
-    if comm.rank == 1:
-        model.bias = torch.nn.Parameter(torch.zeros(2))
-    first = warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST))
-    assert [text.partition(" for this")[0] for text in first] == ["rank 1: model/bias: a saved value was waiting"] * (
-        comm.rank == 0
-    )
-    assert warned(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
+class Replacing:
+    """A program whose saves replace a value that waits for `model.bias`, on some ranks."""
+
+    def __init__(self, comm: Any, mpi_dir: Path, owners: range) -> None:
+        saved = Checkpoint(comm=comm, model=torch.nn.Linear(2, 2))
+        self.path = saved.write(mpi_dir / "model", options=FIRST)
+        self.owns = comm.rank in owners
+        self.checkpoint = Checkpoint(comm=comm, model=torch.nn.Module(), step=1)
+        all_own = len(owners) == comm.size
+        self.expected = [f"{'' if all_own else 'rank 1: '}model/bias: a saved value was waiting"] * (comm.rank == 0)
+
+    def wait(self) -> None:
+        """Read, so that the value waits for a new module, and give the module its own."""
+        self.checkpoint.model = torch.nn.Module()
+        warned(lambda: self.checkpoint.read(self.path, options=RestoreOptions(expect_partial=True)))
+        if self.owns:
+            self.checkpoint.model.bias = torch.nn.Parameter(torch.zeros(2))
+
+    def heard(self, call: Callable[[], object]) -> list[str]:
+        """The beginnings of the warnings of a call."""
+        return [text.partition(" for this")[0] for text in warned(call)]
+
+
+@pytest.fixture(params=["rank 1", "all ranks"])
+def replacing(request: pytest.FixtureRequest, comm: Any, mpi_dir: Path) -> Replacing:
+    return Replacing(comm, mpi_dir, range(1, 2) if request.param == "rank 1" else range(comm.size))
+
+
+def test_a_waiting_value_that_a_save_replaces_is_warned_of_once(replacing: Replacing, mpi_dir: Path) -> None:
+    checkpoint = replacing.checkpoint
+    for _ in range(2):  # the second time no layout has changed
+        replacing.wait()
+        assert replacing.heard(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == replacing.expected
+        assert replacing.heard(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
+
+
+@pytest.mark.parametrize("method", ["save", "write"])
+def test_a_waiting_value_that_a_failed_save_replaced_is_warned_of_in_the_next(
+    comm: Any, replacing: Replacing, mpi_dir: Path, method: str
+) -> None:
+    checkpoint = replacing.checkpoint
+    replacing.wait()
+    checkpoint.step = comm.rank
+
+    def fail() -> None:
+        with pytest.raises(LayoutError, match="step"):
+            checkpoint.save(mpi_dir / "ckpt", options=FAST)
+
+    assert replacing.heard(fail) == []
+    checkpoint.step = 1
+    assert replacing.heard(lambda: getattr(checkpoint, method)(mpi_dir / "ckpt", options=FAST)) == replacing.expected
+    assert replacing.heard(lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST)) == []
+
+
+@pytest.mark.filterwarnings("error::distckpt.CheckpointWarning")
+def test_a_warning_that_is_an_error_fails_one_save(replacing: Replacing, mpi_dir: Path) -> None:
+    checkpoint = replacing.checkpoint
+    replacing.wait()
+    with pytest.raises(CollectiveError, match="model/bias: a saved value was waiting"):
+        checkpoint.save(mpi_dir / "ckpt", options=FAST)
+    checkpoint.save(mpi_dir / "ckpt", options=FAST)
 
 
 # ---- containers of python values ---------------------------------------------------------------------------------

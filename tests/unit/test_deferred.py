@@ -21,6 +21,7 @@ from distckpt import (
     SaveOptions,
     Trackable,
 )
+from distckpt.saving import saver
 
 PARTIAL = RestoreOptions(expect_partial=True)
 
@@ -246,6 +247,30 @@ def test_a_save_drops_a_waiting_value_whose_object_it_meets(method: str, path: s
     assert live.later.tolist() == [6, 6]
     with pytest.raises(AssertionError, match="m/p"):
         status.assert_consumed()
+
+
+def test_each_dropped_value_is_told_in_one_save(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the layout is that of the save before, of which the ranks only compare digests."""
+    merges: list[Any] = []
+    merge = saver.merge_messages
+
+    def count(*args: Any, **options: Any) -> Any:
+        merges.append(args)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(saver, "merge_messages", count)
+    source = nn.Module()
+    source.p = nn.Parameter(full(3))
+    file, live = saved(path, m=source), Checkpoint(m=nn.Module(), here=0)
+    for _ in range(2):
+        live.m = nn.Module()
+        live.restore(file, options=PARTIAL)
+        live.m.p = nn.Parameter(full(0))
+        merges.clear()
+        with pytest.warns(CheckpointWarning, match="^m/p: a saved value was waiting"):
+            live.save(f"{path}-2")
+        live.save(f"{path}-2")
+        assert len(merges) == 1
 
 
 def test_a_save_leaves_what_still_waits(path: str) -> None:
