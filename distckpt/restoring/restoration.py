@@ -111,6 +111,7 @@ class Restoration:
         self._awaited: set[str] = set()  # names of attributes that pending values wait for
         self._holders: dict[str, weakref.ref[object]] = {}  # key to the object restored in place: it may be replaced
         self._skipped: dict[str, Mismatch] = {}  # by key
+        self._caught_up: set[str] = set()  # keys of the live values that `catch_up` has restored
 
     # ---- deciding and doing ----
 
@@ -201,6 +202,8 @@ class Restoration:
                 self.source.read(assignment.reads, verify=self.options.verify)
             assignment.apply()
         self.settle(binding, assignment)
+        taken = (match for match in binding.matches if match.key in assignment.consumed)
+        self._caught_up.update(match.node.attribute_key(match.name) for match in taken)
         return len(assignment.consumed)
 
     def give_up_met(self, live: LiveGraph) -> list[str]:
@@ -228,12 +231,11 @@ class Restoration:
     def update_unmatched(self) -> None:
         """Leave out of the warnings what this rank has restored since. Local."""
         if self.unmatched and self.agreed is not None:
-            self.unmatched[:] = self.agreed.after(self.taken, self.skipped).partial_warnings(self.source.path)
+            self.unmatched[:] = self.update(self.agreed).partial_warnings(self.source.path)
 
-    @property
-    def skipped(self) -> list[Mismatch]:
-        """The values that did not fit on this rank so far. Local."""
-        return list(self._skipped.values())
+    def update(self, report: Report) -> Report:
+        """A report of this restore, with what this rank has restored since. Local."""
+        return report.after(self.taken, self._caught_up, self._skipped.values())
 
     def report(self, live: LiveGraph, binding: Binding, assignment: Assignment) -> LocalReport:
         """This rank's part of the report, from the results of `plan`. Local."""
@@ -243,7 +245,7 @@ class Restoration:
             taken=bytes([key in taken for key in self.keys]),
             missing=[key for key in missing_values(live, binding) if self._selection.covers(key)],
             pending={key: f"{what} of {parent or 'the root'}" for key, (parent, what) in self.pending.items()},
-            mismatched=[(m.key, m.saved, m.live) for m in (*self.skipped, *assignment.mismatches)],
+            mismatched=[(m.key, m.saved, m.live) for m in (*self._skipped.values(), *assignment.mismatches)],
             ambiguous=[*self._conflicts(binding), *self._reassigned(binding)],
             shardings=Shardings.of(process_number(), self.keys, _shardings(assignment)),
             warnings=binding.warnings,

@@ -232,10 +232,11 @@ class Restorer:
 
         The statuses of all restores then show what this rank has restored since.
         """
-        applied = self._retry()
-        for status in self._statuses:
-            status.update_locally()
-        return applied
+        try:
+            return self._retry()
+        finally:  # one restore may have failed after others were applied
+            for status in self._statuses:
+                status.update_locally()
 
     def _retry(self) -> int:
         """Restore the pending values that have a live counterpart now; returns their number. Local."""

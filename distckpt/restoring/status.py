@@ -68,11 +68,14 @@ class Report:
     disputed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def after(self, taken: Collection[str], skipped: Iterable[Mismatch]) -> Report:
+    def after(self, taken: Collection[str], filled: Collection[str], skipped: Iterable[Mismatch]) -> Report:
         """The report when one rank has restored more since, and has skipped what does not fit.
 
+        Live values that are new since and have no saved one are not added to `missing`.
+
         Args:
-            taken: Keys of all values that it has taken so far.
+            taken: Keys of all saved values that it has taken so far.
+            filled: Keys of the live values that it has restored since.
             skipped: The values that it has skipped so far.
         """
         known = {mismatch.key for mismatch in self.mismatched}
@@ -82,6 +85,7 @@ class Report:
         return replace(
             self,
             restored=self.restored + len(self.unexpected) - len(unexpected),
+            missing=tuple(key for key in self.missing if key not in filled),
             unexpected=unexpected,
             pending={key: waits for key, waits in self.pending.items() if key not in settled},
             mismatched=tuple(sorted([*self.mismatched, *more])),
@@ -130,7 +134,8 @@ class RestoreStatus:
     """The result of `restore` or `read`.
 
     The properties are local; they show the state after the restore, or after the last collective method, less what
-    `Checkpoint.retry_pending` has found restored on this rank since. The assertions are collective: each first retries
+    `Checkpoint.retry_pending` has found restored on this rank since. New live values that the file does not have come
+    into `missing` with the next collective method. The assertions are collective: each first retries
     the pending values, then checks. They return the status, so that calls chain.
     """
 
@@ -249,7 +254,7 @@ class RestoreStatus:
     def update_locally(self) -> None:
         """Take into account what this rank has restored since. Local; called after `Checkpoint.retry_pending`."""
         if self._restoration is not None:
-            self._report = self._report.after(self._restoration.taken, self._restoration.skipped)
+            self._report = self._restoration.update(self._report)
 
     def _update(self, assertion: str) -> None:
         if self._restoration is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, CheckpointWarning, RestoreOptions, RestoreStatus, Trackable
+from distckpt import Checkpoint, CheckpointWarning, RestoreMismatchError, RestoreOptions, RestoreStatus, Trackable
 
 OpenFiles = Callable[[], list[str]]
 PARTIAL = RestoreOptions(expect_partial=True)
@@ -309,6 +309,12 @@ def test_warnings_are_never_given_by_the_garbage_collector(path: str) -> None:
     silent(drop)
 
 
+def module(value: float) -> nn.Module:
+    made = nn.Module()
+    made.x = nn.Parameter(full(value))
+    return made
+
+
 # ---- the file ----------------------------------------------------------------------------------------------------
 
 
@@ -348,13 +354,33 @@ def test_retry_pending_refreshes_the_status(path: str) -> None:
     assert (status.pending, status.unexpected) == ((), ("m/weight",))
 
 
+def test_a_missing_value_that_gets_a_saved_one_is_no_longer_missing(path: str) -> None:
+    file = Checkpoint(b=full(2), c=full(3), here=1).write(path)
+    live = Checkpoint(a=full(0), here=0)
+    status = live.read(file)
+    assert (status.missing, status.unexpected) == (("a",), ("b", "c"))
+    live.b = live.a  # one tensor, whose key stays "a"
+    assert live.a.tolist() == [2, 2]
+    assert live.retry_pending() == 0
+    assert (status.missing, status.unexpected) == ((), ("c",))
+    live.c = full(0)
+    silent(lambda: live.save(f"{path}-2"))
+    status.assert_consumed()
+
+
+def test_a_retry_that_fails_shows_what_other_restores_have_applied(path: str) -> None:
+    live = Checkpoint(m=nn.Module(), n=nn.Module(), here=0)
+    older = live.read(Checkpoint(m=module(2), here=1).write(f"{path}-m"), options=PARTIAL)
+    newer = live.read(Checkpoint(n=module(3), here=1).write(f"{path}-n"), options=PARTIAL)  # the first that is tried
+    live.m.x, live.n.x = nn.Parameter(torch.zeros(5)), nn.Parameter(full(0))
+    with pytest.raises(RestoreMismatchError, match="m/x"):
+        live.retry_pending()
+    assert live.n.x.tolist() == [3, 3]
+    assert (older.pending, newer.pending, newer.unexpected) == (("m/x",), (), ())
+
+
 @pytest.mark.parametrize("how", ["close", "root", "superseded"])
 def test_other_ways_to_close_the_file(how: str, path: str, open_files: OpenFiles) -> None:
-    def module(value: float) -> nn.Module:
-        made = nn.Module()
-        made.x = nn.Parameter(full(value))
-        return made
-
     file = Checkpoint(a=full(1), m=module(2)).save(path)
     live = Checkpoint(a=full(0), m=nn.Module())
     status = live.restore(file, options=PARTIAL)
