@@ -28,7 +28,7 @@ class NewFile(msgspec.Struct, frozen=True):
 
     Attributes:
         path: The final path.
-        temp_path: Where the file is until it is committed.
+        temp_path: The temporary path, in the same directory: relative if the user's path is.
         counter: The save counter that it stores; 0 for a file made by `write`.
         nbytes: Length of the file in bytes.
         checksums_offset: Position of the checksum dataset in the file, in bytes.
@@ -57,13 +57,13 @@ class Draft:
     """A checkpoint file while it has its temporary name. Rank 0 only.
 
     Attributes:
-        temp_path: Where it is until it is committed; absolute, as the program may change directory meanwhile.
         file: What all ranks know of it; None until it is described.
         ended: It was committed or abandoned.
     """
 
     def __init__(self, temp_path: str, *, numbered: bool) -> None:
-        self.temp_path = from_here(temp_path)
+        # Both are absolute, as the program may change directory meanwhile.
+        self._temp_path = from_here(temp_path)
         self._final = Path()
         self.file: NewFile | None = None
         self.ended = False
@@ -90,7 +90,7 @@ class Draft:
             OSError: No space, or no permission. Nothing is left.
         """
         assert self._manifest is not None, "described, and not sealed yet"
-        create_like(self.temp_path, self._manifest[0])
+        create_like(self._temp_path, self._manifest[0])
 
     def seal(self, timing: Timing, *, durable: bool) -> None:
         """Write the manifest, without which the file is no checkpoint.
@@ -101,7 +101,7 @@ class Draft:
         """
         assert self._manifest is not None, "described, and not sealed yet"
         skeleton, manifest = self._manifest
-        fd = os.open(self.temp_path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(self._temp_path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             write_manifest(fd, skeleton, *sealed(manifest, timing))
             if durable:
@@ -118,8 +118,8 @@ class Draft:
         """
         assert self.file is not None, "described first"
         assert self._manifest is None, "sealed first"
-        self._finished = Path(self.temp_path).stat()
-        commit(self.temp_path, str(self._final), replace=not self._numbered, durable=durable)
+        self._finished = Path(self._temp_path).stat()
+        commit(self._temp_path, str(self._final), replace=not self._numbered, durable=durable)
         if self._numbered:
             record_save(self._final, durable=durable)
 
@@ -136,9 +136,9 @@ class Draft:
         try:
             if self.file is not None and self._finished is not None and self._numbered:
                 _remove(self._final, self._finished)
-            discard(self.temp_path)
+            discard(self._temp_path)
         except OSError as error:  # all ranks raise what they agreed on; a later sweep removes a temporary file
-            log.warning("%s: what a failed save has left could not be removed: %s", self.temp_path, error)
+            log.warning("%s: what a failed save has left could not be removed: %s", self._temp_path, error)
 
     def number_for(self, prefix: Prefix) -> int:
         """The number of the checkpoint that this will be; 0 when it is of another prefix, or has ended."""

@@ -42,7 +42,8 @@ class Destination(NamedTuple):
         aggregation: The small variables that aggregators write for all ranks.
         options: How to save.
         timer: Measures the save on this rank.
-        temp_path: Where this rank finds the file until it is committed.
+        temp_path: Where this rank finds the file until it is committed: `file.temp_path`; absolute for a save in the
+            background, since the program may change directory meanwhile.
     """
 
     file: NewFile
@@ -283,7 +284,7 @@ class _Work:
         Not in the body of the step, where Ctrl-C could stop one rank: the others would wait for it in the open.
         """
         opened = Attempt.of(
-            lambda: mpio.ParallelFile(self.destination.file.temp_path, communicator, self.destination.options.hints)
+            lambda: mpio.ParallelFile(self.destination.temp_path, communicator, self.destination.options.hints)
         )
         try:
             with self.coordinator.step("open parallel HDF5"):
