@@ -120,7 +120,7 @@ class ManagedDirectory:
     def open(self) -> DirectoryView:
         """Read the directory for the first time, and remove the temporary files of interrupted saves."""
         sweep_temporary_files(self._directory)
-        self._history = retention.present(self._recorded(), self._own_files(self._directory))
+        self._history = retention.present(self._recorded(), self._own_files())
         now = self._clock()
         if now < self._history.last_preserved_time:
             warn([f"{self._directory}: the clock was set back. All checkpoints made so far are kept for good."])
@@ -217,7 +217,7 @@ class ManagedDirectory:
             return Choice(path)
         self._require_nothing_lost()
         with self._lock:  # the checkpoints known so far may have been removed meanwhile
-            self._latest, self._history = None, retention.present(self._history, self._own_files(self._directory))
+            self._latest, self._history = None, retention.present(self._history, self._own_files())
             return Choice(None, self._view())
 
     def restored(self, path: str) -> DirectoryView:
@@ -245,18 +245,18 @@ class ManagedDirectory:
     def pin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.pin`."""
         found = Path(resolve(path))
-        if found.name not in self._own_files(self._directory) or not found.parent.samefile(self._directory):
+        if found.name not in self._own_files() or not found.parent.samefile(self._directory):
             pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
             raise ValueError(f"pin: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
         with self._lock:
-            self._write(retention.pin(self._history, found.name), self._directory, durable=True)
+            self._write(retention.pin(self._history, found.name), durable=True)
             return self._view()
 
     def unpin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.unpin`."""
         with self._lock:
             name = Path(path).name.removesuffix(SUFFIX) + SUFFIX
-            self._write(retention.unpin(self._history, name), self._directory, durable=True)
+            self._write(retention.unpin(self._history, name), durable=True)
             return self._view()
 
     # ---- parts of the above ----
@@ -270,12 +270,17 @@ class ManagedDirectory:
             warn([f"{self._directory}: the manager's records are damaged ({error}). Checkpoints made so far are kept."])
             return self._history
 
-    def _own_files(self, directory: str) -> set[str]:
-        """Names of the existing files of the prefix. A name in the state file counts only if it is one of them."""
-        return {file.name for file in numbered_files(directory) if file.prefix == self._prefix}
+    def _own_files(self, directory: str | None = None) -> set[str]:
+        """Names of the existing files of the prefix. A name in the state file counts only if it is one of them.
 
-    def _write(self, history: History, directory: str, *, durable: bool) -> None:
-        write_entry(directory, self._prefix, retention.encode(history), durable=durable)
+        Args:
+            directory: The directory, where the program may have gone elsewhere meanwhile; see `Decision`.
+        """
+        return {file.name for file in numbered_files(directory or self._directory) if file.prefix == self._prefix}
+
+    def _write(self, history: History, directory: str | None = None, *, durable: bool) -> None:
+        """Write the history into the state file, and keep it; `directory` as for `_own_files`."""
+        write_entry(directory or self._directory, self._prefix, retention.encode(history), durable=durable)
         self._history = history
 
     def _view(self) -> DirectoryView:
