@@ -218,10 +218,12 @@ class Source:
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """A context in which errors about damaged values, which name the value, name the file too."""
+        """A context in which errors about damaged values, which name the value, name the file too, once."""
         try:
             yield
         except CorruptCheckpointError as error:
+            if str(error).startswith(f"{self.path}: "):  # HDF5 could not open it again
+                raise
             raise CorruptCheckpointError(f"{self.path}: {error}") from error
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -513,6 +514,21 @@ def test_a_compressed_file_is_read_as_long_as_it_is_there(tmp_path: Path) -> Non
         (tmp_path / "x.h5").replace(tmp_path / "y.h5")
         with pytest.raises(CheckpointNotFoundError, match=r"y\.h5: the file was deleted or replaced"):
             reader["x"].read()
+
+
+def test_a_file_that_hdf5_cannot_open_again_is_named_once(tmp_path: Path) -> None:
+    """Chunks are read through HDF5, which opens the file anew."""
+    file = Checkpoint(x=numbers(8)).write(tmp_path / "x")
+    with h5py.File(file, "a") as opened:
+        data = opened["x"][...]
+        del opened["x"]
+        opened.create_dataset("x", data=data, chunks=(4,))
+    with load_checkpoint(file) as reader:
+        with Path(file).open("r+b") as damaged:
+            damaged.write(bytes(8))  # the signature
+        with pytest.raises(CorruptCheckpointError, match=rf"^{re.escape(file)}: HDF5 cannot open the file") as caught:
+            reader["x"].read()
+    assert str(caught.value).count(f"{file}: ") == 1
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
