@@ -22,6 +22,9 @@ from distckpt.layout.dtypes import is_castable
 from distckpt.layout.keys import join
 from distckpt.layout.records import OWN_VALUE, STATE, Manifest
 from distckpt.tensor_bytes import torch_dtype
+from distckpt.words import listing
+
+_WHOLE_STATE = "an object that takes all of it or nothing (name all of it there)"
 
 
 class TensorRead(msgspec.Struct, frozen=True):
@@ -150,29 +153,29 @@ class _Builder:
 
     def torn(self, matches: Iterable[Match]) -> set[tuple[int, str]]:
         """The matches, by node and name, of structures of which something is not restored; each is a mismatch."""
-        structures: dict[int, list[Match]] = {}
+        structures: dict[tuple[int, str], list[Match]] = {}
         for match in matches:
-            adapter = match.node.adapter
-            if adapter.structure is not None and adapter.in_structure(match.name):
-                structures.setdefault(id(match.node), []).append(match)
+            structure = match.node.adapter.structure_of(match.name)
+            if structure is not None:
+                structures.setdefault((id(match.node), structure), []).append(match)
         torn: set[tuple[int, str]] = set()
-        for parts in structures.values():
-            missing = [] if self._done.issuperset([match.key for match in parts]) else self._missing_from(parts)
+        for (node_id, structure), parts in structures.items():
+            keys = {match.name: match.key for match in parts}
+            missing = [] if self._done.issuperset(keys.values()) else self._missing_from(structure, keys)
             if missing:
-                node, saved = parts[0].node, f"a part of a state, without {', '.join(missing[:3])}"
-                name = node.adapter.structure or ""
-                live = f"a {type(node.obj).__qualname__}, which takes it as a whole: name the object in only or rename"
-                self.result.mismatches.append(Mismatch(join(node.key, name), saved, live))
-                torn.update((id(match.node), match.name) for match in parts)
+                key = join(parts[0].node.key, structure)
+                saved = f"a state of which only or rename leaves out {listing(missing, 3)}"
+                self.result.mismatches.append(Mismatch(key, saved, _WHOLE_STATE))
+                torn.update((node_id, name) for name in keys)
         return torn
 
-    def _missing_from(self, parts: list[Match]) -> list[str]:
-        """Names of the values that a structure has in the file beside these."""
-        keys = {match.name: match.key for match in parts}
-        structure = parts[0].node.adapter.structure or ""
-        encoded = self._manifest.python_state.get(keys.get(structure, ""))
-        if encoded is None:
+    def _missing_from(self, structure: str, keys: Mapping[str, str]) -> list[str]:
+        """Names of the values that a structure has in the file beside those of `keys`, which are by name."""
+        if structure not in keys:
             return [structure]
+        encoded = self._manifest.python_state.get(keys[structure])
+        if encoded is None:  # a tensor, which refers to nothing
+            return []
         return sorted({*references(decode(bytes(encoded)))} - keys.keys())
 
     def add(self, match: Match) -> None:

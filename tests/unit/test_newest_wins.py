@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, RestoreOptions, ShardedVariable, Trackable
+from distckpt import Checkpoint, RestoreMismatchError, RestoreOptions, ShardedVariable, Trackable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing but the save counter matched")
 PARTIAL = RestoreOptions(expect_partial=True)
@@ -80,6 +80,32 @@ def test_a_state_is_won_as_a_whole(kind: Any, path: str) -> None:
     live.x = kind(c=full(0))
     assert {name: tensor.tolist() for name, tensor in live.x.state.items()} == {"a": [2, 2]}
     status.assert_consumed()
+
+
+def _with_betas(value: float) -> Checkpoint:
+    model = nn.Linear(1, 1)
+    betas = (torch.tensor(value), torch.tensor(value / 2))
+    return Checkpoint(m=model, o=torch.optim.Adam(model.parameters(), betas=betas, foreach=False))
+
+
+def test_a_part_of_a_group_entry_that_waits_is_a_mismatch_where_the_optimizer_is_assigned(path: str) -> None:
+    older, newer = (_with_betas(value).write(f"{path}-{value}") for value in (0.5, 0.75))
+    twin = _with_betas(0.25)
+    live = Checkpoint(m=twin.m)
+    live.read(older, options=PARTIAL)
+    live.read(newer, options=RestoreOptions(only=["o/param_groups/0/betas/0"], expect_partial=True))
+    with pytest.raises(RestoreMismatchError, match="o/param_groups/0/betas: saved a state of which"):
+        live.o = twin.o
+
+
+def test_the_entries_of_a_group_are_won_one_by_one(path: str) -> None:
+    older, newer = (_with_betas(value).write(f"{path}-{value}") for value in (0.5, 0.75))
+    twin = _with_betas(0.25)
+    live = Checkpoint(m=twin.m)
+    live.read(older, options=PARTIAL)
+    live.read(newer, options=RestoreOptions(only=["o/param_groups/0/betas"], expect_partial=True))
+    live.o = twin.o
+    assert [float(beta) for beta in twin.o.param_groups[0]["betas"]] == [0.75, 0.375]
 
 
 def test_the_winner_stays_the_winner_when_other_parts_come_later(path: str) -> None:

@@ -268,12 +268,55 @@ def test_a_part_of_a_state_is_a_mismatch(options: dict[str, Any], path: str) -> 
     assert live.other.tolist() == [1]
 
 
+def _with_betas(value: float) -> tuple[torch.optim.Adam, Checkpoint]:
+    model = nn.Linear(1, 1)
+    betas = (torch.tensor(value), torch.tensor(value / 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(value), betas=betas, foreach=False)
+    return optimizer, Checkpoint(m=model, o=optimizer, other=torch.full((1,), value))
+
+
+BETAS = "o/param_groups/0/betas"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"only": ["other", f"{BETAS}/0"]},
+        {"only": ["other", f"{BETAS}/0", f"{BETAS}/1"]},
+        {"rename": {f"{BETAS}/0": "zz"}},
+        {"rename": {f"{BETAS}/1": f"{BETAS}/7"}},
+        {"rename": {BETAS: "zz"}},
+    ],
+)
+def test_a_part_of_a_group_entry_is_a_mismatch(options: dict[str, Any], path: str) -> None:
+    file = _with_betas(0.5)[1].write(path)
+    optimizer, live = _with_betas(0.25)
+    with pytest.raises(RestoreMismatchError, match=rf"(?m)^  {BETAS}: saved a state of which only"):
+        live.read(file, options=RestoreOptions(**options))
+    assert live.other.tolist() == [0.25]
+    with pytest.warns(CheckpointWarning, match="skipped"):
+        live.read(file, options=RestoreOptions(on_mismatch="skip", expect_partial=True, **options))
+    assert live.other.tolist() == [0.5]
+    assert [float(beta) for beta in optimizer.param_groups[0]["betas"]] == [0.25, 0.125]
+
+
+def test_a_whole_group_entry_is_no_part(path: str) -> None:
+    file = _with_betas(0.5)[1].write(path)
+    optimizer, live = _with_betas(0.25)
+    (group,) = optimizer.param_groups
+    live.read(file, options=RestoreOptions(only=[BETAS])).assert_consumed()
+    assert [float(beta) for beta in group["betas"]] == [0.5, 0.25]
+    assert float(group["lr"]) == 0.25
+    live.read(file, options=RestoreOptions(only=[BETAS.replace("betas", "lr")])).assert_consumed()
+    assert float(group["lr"]) == 0.5
+
+
 @pytest.mark.parametrize("only", ["a", ".state", "b"])
 def test_a_part_of_the_state_of_the_root_is_a_mismatch(only: str, path: str) -> None:
     file = Checkpoint(_Stateful(1), step=1).write(path)
     root = _Stateful(0)
     live = Checkpoint(root, step=0)
-    with pytest.raises(RestoreMismatchError, match=r"\.state: saved a part of a state, without .*name the object"):
+    with pytest.raises(RestoreMismatchError, match=r"\.state: saved a state of which only or rename leaves out "):
         live.read(file, options=RestoreOptions(only=["step", only]))
     assert (live.step, root.state["a"].tolist()) == (0, [0])
     live.read(file, options=RestoreOptions(only=["step"])).assert_consumed()

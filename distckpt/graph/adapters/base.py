@@ -53,8 +53,6 @@ class Adapter:
     takes_all = False
     #: Name of the value without which the others cannot be restored.
     needs: str | None = None
-    #: Name of the python value that refers to tensors of the object by name: all are restored together, or none.
-    structure: str | None = None
     #: The objects are lists, tuples or dicts; see `elements`.
     is_container = False
 
@@ -67,13 +65,17 @@ class Adapter:
         """
         return self.takes_all and name != OWN_VALUE
 
-    def in_structure(self, name: str) -> bool:
-        """Whether a value belongs to the `structure`.
+    def structure_of(self, name: str) -> str | None:
+        """Name of the structure that a value belongs to: a python value that refers to tensors of the object by name.
+        They are restored together, or none of them.
 
         Args:
-            name: Attribute name.
+            name: Attribute name, of the structure or of a tensor.
+
+        Returns:
+            None for a value of its own.
         """
-        return self.structure is not None
+        return self.needs
 
     def handles(self, cls: type) -> bool:
         """Whether objects of this class are of this kind."""

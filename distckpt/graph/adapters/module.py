@@ -23,12 +23,6 @@ _WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
 class ModuleAdapter(Adapter):
     """The parts that `state_dict()` would list, by the same names."""
 
-    structure = _EXTRA_STATE
-
-    def in_structure(self, name: str) -> bool:
-        """The extra state."""
-        return name == _EXTRA_STATE or name.startswith(f"{_EXTRA_STATE}/")
-
     def handles(self, cls: type) -> bool:
         """Modules of every class."""
         return issubclass(cls, torch.nn.Module)
@@ -63,6 +57,10 @@ class ModuleAdapter(Adapter):
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """Extra state is restored as a whole: the file decides which tensors it has."""
         return _EXTRA_STATE in live and name.startswith(f"{_EXTRA_STATE}/")
+
+    def structure_of(self, name: str) -> str | None:
+        """The extra state."""
+        return _EXTRA_STATE if name.partition("/")[0] == _EXTRA_STATE else None
 
     def claim(self, obj: object, name: str) -> Claim:
         """The whole extra state: a module has no other values of its own."""

@@ -150,10 +150,14 @@ class GroupAdapter(Adapter):
                     escape(name), f"a param-group entry of type {kind} cannot be stored. Use numbers or tensors."
                 )
 
+    def structure_of(self, name: str) -> str | None:
+        """The entry: a tuple or list refers to the tensors in it, any other entry is alone."""
+        return name.partition("/")[0]
+
     def claim(self, obj: object, name: str) -> Claim:
         """An entry of the optimizer: the stand-in for the group lives as long as the walk."""
         assert isinstance(obj, Group)
-        return obj.optimizer, f"group {id(obj.group)}: {name}"
+        return obj.optimizer, f"group {id(obj.group)}: {self.structure_of(name)}"
 
     def restore(self, obj: object, saved: Mapping[str, object]) -> None:
         """Set the stored options, new ones too; what else the live group has keeps its value."""

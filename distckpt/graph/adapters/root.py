@@ -38,7 +38,6 @@ class RootAdapter(Adapter):
         self.counter = counter
         self.per_rank = inner.per_rank
         self.takes_all = inner.takes_all
-        self.structure = inner.structure
         self.on_attached: Callable[[str, object], None] | None = None
         self.on_counter: Callable[[int], None] | None = None
 
@@ -66,9 +65,9 @@ class RootAdapter(Adapter):
             return part
         return Problem(part.name, "the root and the Checkpoint both have something of this name. Rename one of them.")
 
-    def in_structure(self, name: str) -> bool:
-        """See `Adapter.in_structure`: nothing attached, else the root's own adapter knows."""
-        return not self._is_attached(name) and self.inner.in_structure(name)
+    def structure_of(self, name: str) -> str | None:
+        """See `Adapter.structure_of`: nothing attached, else the root's own adapter knows."""
+        return None if self._is_attached(name) else self.inner.structure_of(name)
 
     def takes(self, name: str, live: Mapping[str, Value]) -> bool:
         """See `Adapter.takes`: the root's own adapter knows."""

@@ -97,7 +97,6 @@ class StatefulAdapter(Adapter):
 
     takes_all = True
     needs = STATE
-    structure = STATE
 
     def handles(self, cls: type) -> bool:
         """Classes with both methods."""
