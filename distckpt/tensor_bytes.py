@@ -19,8 +19,8 @@ _COPIED_AS_BITS = {torch.complex128} | {
     dtype for n_bits in range(1, 8) for sign in ("", "u") if (dtype := getattr(torch, f"{sign}int{n_bits}", None))
 }
 
-#: Classes of tensors whose operations are torch's own. Those of a subclass may be anything.
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+#: Classes of tensors that have memory of their own and torch's own operations. A subclass may have neither.
+PLAIN_CLASSES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -139,7 +139,7 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
 
 def can_join(dtype: torch.dtype, sources: Iterable[torch.Tensor]) -> bool:
     """Whether torch can join tensors of a dtype in one call, which leaves their bits as they are."""
-    return dtype not in _COPIED_AS_BITS and _PLAIN.issuperset(map(type, sources))
+    return dtype not in _COPIED_AS_BITS and PLAIN_CLASSES.issuperset(map(type, sources))
 
 
 def joined(sources: Iterable[torch.Tensor], target: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,8 +15,8 @@ from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import slots_key
 from distckpt.layout.records import OWN_VALUE, STATE
 
-#: Names of values that are the whole of their object.
-WHOLE = {OWN_VALUE: "a tensor", STATE: "the state of an object with state_dict() or serialize()"}
+#: What the values of `WHOLE` are, for messages.
+WHOLE_IN_WORDS = {OWN_VALUE: "a tensor", STATE: "the state of an object with state_dict() or serialize()"}
 
 
 class Match(msgspec.Struct, frozen=True):

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import MutableMapping, MutableSequence
 
 from distckpt.graph.adapters.optimizer import Groups
-from distckpt.graph.match import WHOLE, Binding, Mismatch, Surplus, describe, is_hollow, refused
+from distckpt.graph.match import Binding, Mismatch, Surplus, describe, is_hollow, refused
 from distckpt.graph.selection import Selection
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import PER_RANK, escape, join, unescape
-from distckpt.layout.records import OWN_VALUE, Node
+from distckpt.layout.records import OWN_VALUE, WHOLE, Node
 
 
 class NodeMatcher:
@@ -96,7 +96,7 @@ class NodeMatcher:
                 self.result.excused.update((live_id, name) for name in surplus)
             return
         before, now = len(saved.children) + len(saved.attributes), len(node.children) + len(node.values)
-        if before != now and WHOLE.keys().isdisjoint(names):
+        if before != now and names.isdisjoint(WHOLE):
             kind = type(node.obj).__qualname__
             self.result.warnings.append(f"{node.key}: a {kind} of {now} element(s), saved with {before}")
 

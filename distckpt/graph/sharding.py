@@ -17,13 +17,12 @@ from distckpt.layout.box import Box, Shape
 from distckpt.layout.meshes import Sharding, strides
 from distckpt.layout.placement import Cut, Interval, boxes_of, inner_first, left_over, local_shape
 from distckpt.layout.records import OWN_VALUE
+from distckpt.tensor_bytes import PLAIN_CLASSES
 from distckpt.words import rank_list
 
 if TYPE_CHECKING:  # loading it takes a second
     from torch.distributed.tensor import DTensor, Placement
 
-#: Classes whose elements are in memory of their own.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 #: Errors list the ranks of a mesh up to this size; of a larger one, its shape.
 _MAX_NAMED = 32
 
@@ -36,7 +35,7 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
             placement is no shard.
     """
     cls = type(tensor)
-    if cls in _PLAIN:
+    if cls in PLAIN_CLASSES:
         _require_plain(tensor)
         return replicated(tensor, name, in_place=in_place)
     if _is_dtensor_class(cls):

@@ -10,12 +10,12 @@ from collections.abc import Container
 
 import torch
 
-from distckpt.graph.match import WHOLE, Match, Mismatch, refused
+from distckpt.graph.match import WHOLE_IN_WORDS, Match, Mismatch, refused
 from distckpt.graph.node_matching import NodeMatcher, is_one_value
 from distckpt.graph.values import is_meta, is_uninitialised
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import PER_RANK, escape, join
-from distckpt.layout.records import OWN_VALUE, Node
+from distckpt.layout.records import OWN_VALUE, WHOLE, Node
 
 
 class ValueMatcher:
@@ -84,7 +84,7 @@ class ValueMatcher:
             self._result.pending.setdefault(key, (node.key, "the memory (to_empty())"))
             return
         if name in WHOLE and not is_uninitialised(node.obj):  # no attribute ever has such a name
-            self._result.mismatches.append(Mismatch(key, WHOLE[name], refused(node)))
+            self._result.mismatches.append(Mismatch(key, WHOLE_IN_WORDS[name], refused(node)))
             return
         for local_name in node.children:
             if name == (join(PER_RANK, local_name) if node.adapter.per_rank else escape(local_name)):

@@ -12,12 +12,9 @@ import numpy.typing as npt
 from distckpt.layout.box import MAX_NDIM
 from distckpt.layout.dtypes import is_known
 from distckpt.layout.keys import escape, join
-from distckpt.layout.records import OWN_VALUE, STATE, LocalAttribute, LocalLayout
+from distckpt.layout.records import OWN_VALUE, WHOLE, LocalAttribute, LocalLayout
 from distckpt.layout.unify import RankGroup, UnifiedGraph
 from distckpt.words import listing, rank_list
-
-#: Names of values that are the whole of their object.
-_WHOLE = (OWN_VALUE, STATE)
 
 _PLAIN_REMEDY = (
     "If these are shards of one tensor, wrap them in ShardedVariable(tensor, global_shape, offset); if each rank has a "
@@ -230,7 +227,7 @@ def _check_edges(
         for node_id, (children, table) in enumerate(zip(graph.children, tables, strict=True))
         if table and (children or len(table) > 1)
     ]
-    torn = _torn({node_id: [name for name in _WHOLE if name in tables[node_id]] for node_id in mixed}, groups)
+    torn = _torn({node_id: [name for name in WHOLE if name in tables[node_id]] for node_id in mixed}, groups)
     for node_id in mixed:
         edges = {escape(child.local_name) for child in graph.children[node_id]}
         problems += [

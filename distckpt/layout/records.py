@@ -24,6 +24,9 @@ OWN_VALUE = ".value"
 #: Name of the value that holds a structure without its tensors, which are values of the same node.
 STATE = ".state"
 
+#: Names of values that are the whole of their object.
+WHOLE = (OWN_VALUE, STATE)
+
 
 # ---- the stored object graph -----------------------------------------------------------------------------------
 

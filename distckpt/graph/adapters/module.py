@@ -14,10 +14,9 @@ from distckpt.graph.adapters.registry import unwrap
 from distckpt.graph.adapters.stateful import flatten, unflatten
 from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, UnsaveableError, Value
+from distckpt.tensor_bytes import PLAIN_CLASSES
 
 _EXTRA_STATE = ".extra_state"
-#: Classes of tensors that can be asked for their address.
-_WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
 
 
 class ModuleAdapter(Adapter):
@@ -133,7 +132,7 @@ def _persistent(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 def _place(value: object) -> object:
     """Identifies the memory of a tensor, of which `state_dict()` gives another object; other values by identity."""
     local: Any = getattr(value, "_local_tensor", value)
-    if type(local) not in _WITH_MEMORY or local.is_meta:
+    if type(local) not in PLAIN_CLASSES or local.is_meta:
         return id(value)
     return local.device, local.data_ptr(), local.shape
 
