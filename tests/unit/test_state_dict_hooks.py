@@ -34,6 +34,11 @@ class Packed(nn.Module):
             destination[f"{prefix}scale"] = self.scale
 
 
+class Unsaved(nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: Any) -> None:
+        raise RuntimeError("ask for the state in another way")
+
+
 class Averaging(nn.Linear):
     """Makes its state where it is asked for it, as the averages of weights of many libraries do."""
 
@@ -80,6 +85,11 @@ def leave_out(state: dict[str, Any], prefix: str) -> None:
     del state[f"{prefix}bias"]
 
 
+def fail(state: dict[str, Any], prefix: str) -> None:
+    del state, prefix
+    raise RuntimeError("ask for the state in another way")
+
+
 def do_nothing(state: dict[str, Any], prefix: str) -> None:
     del state, prefix
 
@@ -91,6 +101,7 @@ LOSING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tensor": (lambda: hooked(add_tensor), "Linear also has 'norm',"),
     "both": (lambda: hooked(add_number, add_tensor), "Linear also has 'version' and 1 more,"),
     "renamed": (lambda: hooked(rename, add_tensor), "Linear also has 'norm',"),
+    "of a class that saves itself": (lambda: hooked(add_number, module=Packed()), "Packed also has 'version',"),
     "own": (lambda: Averaging(2, 2), "Averaging also has 'decay' and 1 more,"),
     "below": (
         lambda: hooked(do_nothing, module=nn.ModuleDict({"a": hooked(add_number)})),
@@ -108,6 +119,14 @@ def test_what_hooks_and_own_state_dicts_add_is_refused(case: str, path: str) -> 
         checkpoint.write(path)
     with pytest.raises(RestoreMismatchError, match=rf"m/0: .*: the state_dict\(\) of this {lost}"):
         checkpoint.read(file)
+
+
+def test_what_hooks_and_the_class_add_is_one_error(path: str) -> None:
+    packed = Packed()
+    packed.scale = torch.ones(2)
+    for hooks, more in (((), ","), ((add_number,), " and 1 more,")):
+        with pytest.raises(LayoutError, match=rf"m: the state_dict\(\) of this Packed also has 'scale'{more}"):
+            Checkpoint(m=hooked(*hooks, module=packed)).write(path)
 
 
 def test_what_only_the_modules_own_state_has_is_refused_on_restore_too(path: str) -> None:
@@ -141,6 +160,8 @@ HARMLESS: dict[str, Callable[[], Any]] = {
     "convert": lambda: hooked(convert),
     "rename and convert": lambda: hooked(rename, convert),
     "leave out": lambda: hooked(leave_out),
+    "fail": lambda: hooked(fail),
+    "fail to save": lambda: Unsaved(2, 2),
     "forward": Forwarding,
     "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),  # its hook writes into the metadata
     "parametrized": parametrized,

@@ -11,7 +11,7 @@ import torch
 
 from distckpt.graph.adapters.base import Adapter, Part
 from distckpt.graph.adapters.registry import unwrap
-from distckpt.graph.adapters.stateful import flatten, unflatten
+from distckpt.graph.adapters.stateful import flatten, state_dict_or_none, unflatten
 from distckpt.graph.claims import Claim
 from distckpt.graph.values import Edge, UnsaveableError, Value
 from distckpt.tensor_bytes import PLAIN_CLASSES
@@ -73,13 +73,12 @@ class ModuleAdapter(Adapter):
 
 def _require_parts(module: torch.nn.Module) -> None:
     """Refuse a module of whose `state_dict()` the parts would lose something."""
-    cls = type(module)
+    cls, found = type(module), list[str]()
     if cls._save_to_state_dict is not torch.nn.Module._save_to_state_dict:
-        lost = _beyond_parts(module)
-    elif module._state_dict_hooks or cls.state_dict is not torch.nn.Module.state_dict:
-        lost = _beyond_tree(module)
-    else:
-        return
+        found += _beyond_parts(module)
+    if module._state_dict_hooks or cls.state_dict is not torch.nn.Module.state_dict:
+        found += _beyond_tree(module)
+    lost = list(dict.fromkeys(found))
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UnsaveableError(
@@ -93,7 +92,10 @@ def _beyond_parts(module: torch.nn.Module) -> list[str]:
     """What a module's own `_save_to_state_dict` adds to the parts, as that of quantized ones does."""
     own: Any = OrderedDict()
     own._metadata = OrderedDict()
-    module._save_to_state_dict(own, "", True)
+    try:
+        module._save_to_state_dict(own, "", True)
+    except Exception:  # as in `state_dict_or_none`
+        return []
     known = {*module._parameters, *module._buffers, "_extra_state"} - module._non_persistent_buffers_set
     return [name for name in own if name not in known and name.partition(".")[0] not in module._modules]
 
@@ -104,7 +106,7 @@ def _beyond_tree(module: torch.nn.Module) -> list[str]:
     They may also rename, convert and leave out: what is known by its name or its memory is no addition, nor are
     tensors that stand for as many that are gone.
     """
-    state: object = module.state_dict()
+    state = state_dict_or_none(module)
     if not isinstance(state, Mapping):  # one of the module's own making
         return []
     known = dict(_persistent(module))

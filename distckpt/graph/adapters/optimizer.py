@@ -15,7 +15,7 @@ import torch
 
 from distckpt.graph.adapters.base import Adapter, Part, Problem
 from distckpt.graph.adapters.containers import assign_python_value
-from distckpt.graph.adapters.stateful import flatten, unflatten
+from distckpt.graph.adapters.stateful import flatten, state_dict_or_none, unflatten
 from distckpt.graph.claims import Claim
 from distckpt.graph.python_value import is_python_value, resolve
 from distckpt.graph.sharding import tensor_value
@@ -90,10 +90,7 @@ def _require_parts(optimizer: torch.optim.Optimizer) -> None:
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)  # those that wrap another one may have none
     if cls.state_dict is torch.optim.Optimizer.state_dict and not hooks:
         return
-    try:
-        state: object = optimizer.state_dict()
-    except Exception:  # of those that keep their state for other ways to ask for it
-        return
+    state = state_dict_or_none(optimizer)
     if not isinstance(state, dict):
         return
     # Dicts and lists are the states of optimizers inside, or of parameters in a form of its own.

@@ -92,6 +92,17 @@ def unflatten(saved: Mapping[str, object], rest_name: str) -> Any:
     return resolve(saved[rest_name], tensors)
 
 
+def state_dict_or_none(obj: torch.nn.Module | torch.optim.Optimizer) -> object:
+    """The `state_dict()` of an object that is stored in parts, to find what they lack; None where it raises.
+
+    Those that keep their state for other ways to ask for it raise: that says nothing of what would be lost.
+    """
+    try:
+        return obj.state_dict()
+    except Exception:
+        return None
+
+
 class StatefulAdapter(Adapter):
     """Schedulers, gradient scalers, data loaders, metrics: anything with `state_dict` and `load_state_dict`."""
 
