@@ -96,7 +96,7 @@ class _Writing:
         for job in self.own:
             self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor.detach()))
         party = Party(covered, range(node.size))
-        self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES)
+        self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES, aligned=True)
 
     def run(self, fd: int, log: ChecksumLog | None) -> bool:
         """Run all rounds; returns False if the node has no shared memory. Collective over the node."""

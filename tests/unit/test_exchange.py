@@ -175,6 +175,27 @@ def test_rounds_are_balanced() -> None:
     assert moved == [8 * 4096 / 4] * 4
 
 
+@given(st.integers(1, 3), st.integers(3, 8), st.integers(0, 300), st.data())
+def test_aligned_units_cross_no_multiple_of_their_size(size: int, bits: int, first: int, data: st.DataObject) -> None:
+    unit_nbytes, offset = 1 << bits, 8 * first
+    files = {}
+    for index, shape in enumerate(data.draw(st.lists(shapes(), min_size=1, max_size=4))):
+        files[index] = InFile(str(index), offset, shape, 8 if index % 2 else 1)
+        offset += 8 * math.prod(shape)
+    numels = {index: math.prod(file.shape) for index, file in files.items()}
+    wanted = Party({i: Wanted([Box.whole(file.shape)], file.shape) for i, file in files.items()}, range(size))
+    moved = {index: [Span(0, numel)] for index, numel in numels.items()}
+    seen = {index: np.zeros(numel, int) for index, numel in numels.items()}
+    for units in plan_rounds(files, moved, [wanted], size, unit_nbytes, aligned=True):
+        for unit in units:
+            assert sum((span.stop - span.start) * files[index].itemsize for index, span, _ in unit) <= unit_nbytes
+            for at, _, nbytes in transfers(unit, files):
+                assert at // unit_nbytes == (at + nbytes - 1) // unit_nbytes
+            for index, span, _ in unit:
+                seen[index][span.start : span.stop] += 1
+    assert all((count == 1).all() for count in seen.values())
+
+
 def test_neighbours_in_the_file_are_moved_by_one_call() -> None:
     variables = {0: InFile("a", 100, (4,), 4), 1: InFile("b", 116, (2,), 4), 2: InFile("c", 200, (2,), 4)}
     unit = [Range(0, Span(0, 4), 0), Range(1, Span(0, 2), 16), Range(2, Span(0, 2), 24)]
