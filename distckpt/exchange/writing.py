@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import torch
@@ -18,7 +19,7 @@ from distckpt.storage.rawio import Writeback
 from distckpt.storage.room import Departing, Departures
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.units import Held, shared_parts, write_unit
-from distckpt.storage.writing import PieceBytes, pieces_of
+from distckpt.storage.writing import Piece, PieceBytes, pieces_of
 
 #: The variable that each job of a rank writes, and its box there.
 _Boxes = list[tuple[InFile, Box]]
@@ -100,16 +101,15 @@ class _Writing:
 
     def run(self, fd: int, log: ChecksumLog | None) -> bool:
         """Run all rounds; returns False if the node has no shared memory. Collective over the node."""
-        if log is not None:
-            agreed(self._node, lambda: _log_checksums(self.own, log))
+        hashing = agreed(self._node, lambda: _Hashing(self.own, log, len(self._rounds)))
         writeback = Writeback(fd)
+
+        def write_and_hash(this: Round) -> None:
+            self._write(this, fd, writeback)
+            hashing.advance(this.number)  # while the disk writes
+
         done = run_rounds(
-            self._node,
-            self._node,
-            self._rounds,
-            before=self._put,
-            after=lambda this: self._write(this, fd, writeback),
-            last=self._departures.finish,
+            self._node, self._node, self._rounds, before=self._put, after=write_and_hash, last=self._departures.finish
         )
         writeback.flush()
         return done
@@ -142,12 +142,35 @@ def _lies_in(job: WriteJob, filled: Sequence[Span]) -> bool:
     return any(band.start <= own.start and own.stop <= band.stop for band in filled)
 
 
-def _log_checksums(jobs: Sequence[WriteJob], log: ChecksumLog) -> bool:
-    source = PieceBytes(log)
-    for batch in source.batches(pieces_of(jobs)):
+class _Hashing:
+    """Computes the checksums of jobs in the rounds, of as many pieces in each.
+
+    Args:
+        jobs: The jobs.
+        log: Receives the checksums; None computes none.
+        n_rounds: Number of rounds.
+    """
+
+    def __init__(self, jobs: Sequence[WriteJob], log: ChecksumLog | None, n_rounds: int) -> None:
+        pieces = [] if log is None else list(pieces_of(jobs))
+        self._n_pieces = len(pieces)
+        self._n_rounds = n_rounds
+        self._steps = _hashed(pieces, PieceBytes(log))
+
+    def advance(self, number: int) -> None:
+        """Compute the checksums due in a round; in the last one all that are left."""
+        done, due = (self._n_pieces * n // self._n_rounds for n in (number, number + 1))
+        is_last = number + 1 == self._n_rounds
+        for _ in itertools.islice(self._steps, None if is_last else due - done):
+            pass
+
+
+def _hashed(pieces: Sequence[Piece], source: PieceBytes) -> Iterator[None]:
+    """Log the checksum of one piece in each step."""
+    for batch in source.batches(pieces):
         for piece in batch:
             if source.needs_flush(piece):
                 source.flushed()
             source.get(piece)
+            yield
         source.flushed()
-    return True

@@ -272,7 +272,7 @@ SAVE_FAULTS = [
     Fault("exchange", distckpt.exchange.writing, "_encode_boxes", EVERY),
     Fault("exchange", mpio.PieceBytes, "get", EVERY),
     Fault("exchange", distckpt.exchange.writing, "plan_rounds", EVERY),
-    Fault("exchange", distckpt.exchange.writing, "_log_checksums", EVERY),
+    Fault("exchange", distckpt.exchange.writing, "pieces_of", EVERY),
     Fault("exchange", mpio.PieceBytes, "flushed", EVERY, transports=BOTH),
     Fault("exchange", distckpt.exchange.writing, "shared_parts", EVERY, transports=BOTH),
     Fault("exchange", distckpt.exchange.writing, "write_unit", EVERY, transports=BOTH),
