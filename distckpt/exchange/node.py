@@ -161,7 +161,8 @@ def _run(
     failure: BaseException | None = None
     for this in rounds:
         try:
-            before(this)
+            if failure is None:  # else a second error would hide the first
+                before(this)
         except BaseException as error:
             failure = error
         if ranks.any_set(failure is not None):

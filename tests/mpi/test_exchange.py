@@ -27,6 +27,7 @@ from distckpt.exchange import across, node, reading, taking, writing
 from distckpt.exchange.node import UNIT_NBYTES
 from distckpt.source import Source
 from distckpt.storage import rawio
+from distckpt.storage import writing as storage_writing
 from distckpt.storage.verify import verify_file
 from tests.imitated_gpu import Machine
 
@@ -287,6 +288,54 @@ def test_a_gpu_that_fails_is_one_error_on_all_ranks(
     machine.fails_at = -1
     checkpoint.write(mpi_dir / "y", options=POSIX)
     checkpoint.read(path).assert_consumed()
+
+
+@pytest.mark.usefixtures("many_rounds")
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_save_that_fails_elsewhere_leaves_no_copy_from_a_gpu_on_the_way(
+    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    machine = Machine(late=True)
+    machine.install(monkeypatch)
+    columns = SHAPE[1] // comm.size
+    own = FULL[:, columns * comm.rank : columns * (comm.rank + 1)]
+    monkeypatch.setattr(storage_writing, "PINNED_NBYTES", own.nbytes)  # the next piece comes while one is hashed
+    shards = {f"x{i}": ShardedVariable(machine.put(own.clone()), SHAPE, (0, columns * comm.rank)) for i in range(3)}
+    write_unit, calls = writing.write_unit, itertools.count()
+
+    def failing_later(*args: Any) -> None:
+        if comm.rank == failing and next(calls) == 12:
+            raise OSError("no luck")
+        write_unit(*args)
+
+    monkeypatch.setattr(writing, "write_unit", failing_later)
+    with pytest.raises(CollectiveError, match=f"rank {failing}: OSError: no luck"):
+        Checkpoint(comm=comm, **shards).write(mpi_dir / "x", options=POSIX)
+    assert len(machine.of("start")) == len(machine.of("wait"))
+
+
+def test_the_first_error_in_the_rounds_is_the_one_that_is_raised(
+    comm: Any, mpi_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "UNIT_NBYTES", 40_000)
+    monkeypatch.setattr(writing, "UNIT_NBYTES", 40_000)
+    columns = SHAPE[1] // comm.size
+    own = FULL[:, columns * comm.rank : columns * (comm.rank + 1)]
+    failed: list[str] = []
+
+    def fail(name: str, *_: Any) -> None:
+        failed.append(name)
+        raise OSError(f"no luck in {name}")
+
+    put = writing._Writing._put
+    if comm.rank == 1:
+        monkeypatch.setattr(writing, "write_unit", lambda *_: fail("write"))
+        monkeypatch.setattr(writing._Writing, "_put", lambda *args: fail("put") if failed else put(*args))
+    with pytest.raises(CollectiveError, match="rank 1: OSError: no luck in write"):
+        Checkpoint(comm=comm, x=ShardedVariable(own, SHAPE, (0, columns * comm.rank))).write(
+            mpi_dir / "x", options=POSIX
+        )
+    assert failed == ["write"] * (comm.rank == 1)
 
 
 def reaches(operation: str, ahead: int) -> bool:
