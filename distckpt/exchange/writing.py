@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -16,10 +16,12 @@ from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted, plan_rounds
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.rawio import Writeback
-from distckpt.storage.room import Departing, Departures
+from distckpt.storage.room import PINNED_NBYTES, Departing, Departures
 from distckpt.storage.transfer import WriteJob
 from distckpt.storage.units import Held, shared_parts, write_unit
-from distckpt.storage.writing import Piece, PieceBytes, pieces_of
+from distckpt.storage.writing import PieceBytes, pieces_of
+
+assert UNIT_NBYTES <= PINNED_NBYTES, "each part of a unit fits into the buffer of `Departures`"
 
 #: The variable that each job of a rank writes, and its box there.
 _Boxes = list[tuple[InFile, Box]]
@@ -108,9 +110,13 @@ class _Writing:
             self._write(this, fd, writeback)
             hashing.advance(this.number)  # while the disk writes
 
-        done = run_rounds(
-            self._node, self._node, self._rounds, before=self._put, after=write_and_hash, last=self._departures.finish
-        )
+        def finish() -> None:
+            try:
+                self._departures.finish()
+            finally:
+                hashing.finish()
+
+        done = run_rounds(self._node, self._node, self._rounds, before=self._put, after=write_and_hash, last=finish)
         writeback.flush()
         return done
 
@@ -155,22 +161,16 @@ class _Hashing:
         pieces = [] if log is None else list(pieces_of(jobs))
         self._n_pieces = len(pieces)
         self._n_rounds = n_rounds
-        self._steps = _hashed(pieces, PieceBytes(log))
+        self._source = PieceBytes(log)
+        self._left = itertools.chain.from_iterable(self._source.batches(pieces))
 
     def advance(self, number: int) -> None:
-        """Compute the checksums due in a round; in the last one all that are left."""
+        """Compute the checksums due in a round; after the last one there are all."""
         done, due = (self._n_pieces * n // self._n_rounds for n in (number, number + 1))
-        is_last = number + 1 == self._n_rounds
-        for _ in itertools.islice(self._steps, None if is_last else due - done):
-            pass
+        for piece in itertools.islice(self._left, due - done):
+            self._source.get(piece)  # logs its checksum
+            self._source.flushed()  # nothing else needs the bytes
 
-
-def _hashed(pieces: Sequence[Piece], source: PieceBytes) -> Iterator[None]:
-    """Log the checksum of one piece in each step."""
-    for batch in source.batches(pieces):
-        for piece in batch:
-            if source.needs_flush(piece):
-                source.flushed()
-            source.get(piece)
-            yield
-        source.flushed()
+    def finish(self) -> None:
+        """Wait for the copies from GPUs that are still on the way after a failure."""
+        self._source.finish()

@@ -125,6 +125,10 @@ class PieceBytes:
         """Tell that all bytes given so far have been written, so that their buffer can be reused."""
         self._staging.clear()
 
+    def finish(self) -> None:
+        """Wait for all copies that were started. Needed only if some pieces of a batch were not taken."""
+        self._copies.finish()
+
     def get(self, piece: Piece) -> memoryview:
         """The packed bytes of a piece; valid until `flushed`."""
         if piece.data is not None:
