@@ -11,7 +11,7 @@ import torch
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.exchange.node import UNIT_NBYTES, FailedElsewhere, Round, agreed, gathered, run_rounds
 from distckpt.layout.box import Box
-from distckpt.layout.exchange import InFile, Span, filled_bands, hull, is_narrow
+from distckpt.layout.exchange import InFile, Span, cut_at_multiples, filled_bands, hull, is_narrow
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted, plan_rounds
 from distckpt.storage.checksum import ChecksumLog
@@ -76,7 +76,7 @@ class _Writing:
     """One exchange of narrow strips: its plan, the same on all ranks of the node, and this rank's part in the rounds.
 
     `write_together` makes one and calls `run`. In each round every rank copies its strips into the units of all ranks;
-    after the agreement each writes its own unit.
+    after the agreement each writes its own unit, and hashes some of its own strips while the disk writes.
 
     Attributes:
         own: The jobs of this rank that the exchange writes.
@@ -99,7 +99,8 @@ class _Writing:
         for job in self.own:
             self._held.setdefault(number_of[_in_file(job)], []).append(Held(job.box, job.tensor.detach()))
         party = Party(covered, range(node.size))
-        self._rounds = plan_rounds(self._files, filled, [party], node.size, UNIT_NBYTES, aligned=True)
+        parts = {number: cut_at_multiples(filled[number], file, UNIT_NBYTES) for number, file in self._files.items()}
+        self._rounds = plan_rounds(self._files, parts, [party], node.size, UNIT_NBYTES)
 
     def run(self, fd: int, log: ChecksumLog | None) -> bool:
         """Run all rounds; returns False if the node has no shared memory. Collective over the node."""
@@ -108,7 +109,7 @@ class _Writing:
 
         def write_and_hash(this: Round) -> None:
             self._write(this, fd, writeback)
-            hashing.advance(this.number)  # while the disk writes
+            hashing.advance(this.number)
 
         def finish() -> None:
             try:

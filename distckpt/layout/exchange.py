@@ -172,6 +172,22 @@ def filled_bands(boxes: Sequence[Box], shape: Shape) -> list[Span]:
     return [band for band, numel in zip(joined, held, strict=True) if numel == band.stop - band.start]
 
 
+def cut_at_multiples(spans: Iterable[Span], file: InFile, nbytes: int) -> list[Span]:
+    """Cut spans at the multiples of `nbytes` in the file.
+
+    Ranks that write such parts share no page, write none twice, and let the page cache use its largest pages. An
+    element in which a multiple lies becomes a span of its own.
+    """
+    parts = []
+    for start, stop in spans:
+        while start < stop:
+            left = nbytes - (file.offset + start * file.itemsize) % nbytes
+            end = min(start + max(left // file.itemsize, 1), stop)
+            parts.append(Span(start, end))
+            start = end
+    return parts
+
+
 def strided_pieces_within(pieces: Iterable[PieceSpan], boxes: Iterable[Box]) -> dict[PieceSpan, Box]:
     """Map each piece that is not contiguous in the file, and lies within one of the boxes, to that box.
 

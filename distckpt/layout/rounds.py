@@ -79,8 +79,6 @@ def plan_rounds(
     parties: Sequence[Party],
     size: int,
     unit_nbytes: int,
-    *,
-    aligned: bool = False,
 ) -> list[list[Unit]]:
     """Divide spans evenly by bytes among movers and rounds; each goes to a mover of a party that wants part of it.
 
@@ -90,9 +88,6 @@ def plan_rounds(
         parties: The parties, with the elements that each wants.
         size: Number of movers.
         unit_nbytes: Most bytes that a mover moves in one round; at least the size of an element.
-        aligned: Cut spans where their position in the file is a multiple of `unit_nbytes`, and begin a unit there, so
-            that no page of the file is written twice, and the page cache can use its largest pages. Otherwise cut
-            between rows, which takes fewer copies.
 
     Returns:
         For each round, for each mover: its unit, empty if the mover has nothing left to move.
@@ -102,15 +97,14 @@ def plan_rounds(
     for index, spans_of in dealt.items():
         for span, share in spans_of:
             share.total += (span.stop - span.start) * files[index].itemsize
-    units = [_Units(unit_nbytes, aligned) for _ in range(size)]
-    cut = _cut_at_multiples if aligned else _cut_between_rows
+    units = [_Units(unit_nbytes) for _ in range(size)]
     for index in sorted(dealt):
-        file = files[index]
+        itemsize, row = files[index].itemsize, math.prod(files[index].shape[1:])
         for span, share in dealt[index]:
-            mover = share.next_mover((span.stop - span.start) * file.itemsize)
+            mover = share.next_mover((span.stop - span.start) * itemsize)
             for wanted in share.wanted(index).of(span):
-                for part in cut(wanted, file, unit_nbytes):
-                    units[mover].add(index, file, part)
+                for part in _cut(wanted, unit_nbytes // itemsize, row):
+                    units[mover].add(index, part, itemsize)
     rounds = itertools.zip_longest(*(of_mover.units for of_mover in units), fillvalue=[])
     return [list(of_movers) for of_movers in rounds]
 
@@ -169,43 +163,30 @@ class _Shares:
 
 
 class _Units:
-    """Fills the units of one mover, one after the other; `aligned` as for `plan_rounds`."""
+    """Fills the units of one mover, one after the other."""
 
-    def __init__(self, unit_nbytes: int, aligned: bool) -> None:
+    def __init__(self, unit_nbytes: int) -> None:
         self.units: list[Unit] = []
         self._unit_nbytes = unit_nbytes
-        self._aligned = aligned
         self._used = unit_nbytes  # of the last unit, in bytes
 
-    def add(self, variable: int, file: InFile, span: Span) -> None:
-        nbytes = (span.stop - span.start) * file.itemsize
-        place = -(-self._used // file.itemsize) * file.itemsize
-        begins = self._aligned and (file.offset + span.start * file.itemsize) % self._unit_nbytes == 0
-        if begins or place + nbytes > self._unit_nbytes:
+    def add(self, variable: int, span: Span, itemsize: int) -> None:
+        nbytes = (span.stop - span.start) * itemsize
+        place = -(-self._used // itemsize) * itemsize
+        if place + nbytes > self._unit_nbytes:
             self.units.append([])
             place = 0
         self.units[-1].append(Range(variable, span, place))
         self._used = place + nbytes
 
 
-def _cut_between_rows(span: Span, file: InFile, max_nbytes: int) -> Iterator[Span]:
-    """Cut a span into spans of at most `max_nbytes`, between rows if a cut there makes the span shorter."""
-    max_numel, row = max_nbytes // file.itemsize, math.prod(file.shape[1:])
+def _cut(span: Span, max_numel: int, row: int) -> Iterator[Span]:
+    """Cut a span into spans of at most `max_numel` elements, between rows if a cut there makes the span shorter."""
     start = span.start
     while start < span.stop:
         stop = min(start + max_numel, span.stop)
         at_row = stop // row * row
         if stop < span.stop and at_row > start:
             stop = at_row
-        yield Span(start, stop)
-        start = stop
-
-
-def _cut_at_multiples(span: Span, file: InFile, max_nbytes: int) -> Iterator[Span]:
-    """Cut a span before the elements that begin at, or contain, a multiple of `max_nbytes` in the file."""
-    start = span.start
-    while start < span.stop:
-        left = max_nbytes - (file.offset + start * file.itemsize) % max_nbytes
-        stop = min(start + max(left // file.itemsize, 1), span.stop)
         yield Span(start, stop)
         start = stop

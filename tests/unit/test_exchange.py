@@ -25,6 +25,7 @@ from distckpt.layout.exchange import (
     Span,
     Unit,
     bands,
+    cut_at_multiples,
     filled_bands,
     hull,
     hulls_that_meet,
@@ -175,25 +176,32 @@ def test_rounds_are_balanced() -> None:
     assert moved == [8 * 4096 / 4] * 4
 
 
-@given(st.integers(1, 3), st.integers(3, 8), st.integers(0, 300), st.data())
-def test_aligned_units_cross_no_multiple_of_their_size(size: int, bits: int, first: int, data: st.DataObject) -> None:
-    unit_nbytes, offset = 1 << bits, 8 * first
-    files = {}
-    for index, shape in enumerate(data.draw(st.lists(shapes(), min_size=1, max_size=4))):
-        files[index] = InFile(str(index), offset, shape, 8 if index % 2 else 1)
-        offset += 8 * math.prod(shape)
-    numels = {index: math.prod(file.shape) for index, file in files.items()}
-    wanted = Party({i: Wanted([Box.whole(file.shape)], file.shape) for i, file in files.items()}, range(size))
-    moved = {index: [Span(0, numel)] for index, numel in numels.items()}
-    seen = {index: np.zeros(numel, int) for index, numel in numels.items()}
-    for units in plan_rounds(files, moved, [wanted], size, unit_nbytes, aligned=True):
-        for unit in units:
-            assert sum((span.stop - span.start) * files[index].itemsize for index, span, _ in unit) <= unit_nbytes
-            for at, _, nbytes in transfers(unit, files):
-                assert at // unit_nbytes == (at + nbytes - 1) // unit_nbytes
-            for index, span, _ in unit:
-                seen[index][span.start : span.stop] += 1
-    assert all((count == 1).all() for count in seen.values())
+@given(
+    st.integers(0, 300), st.sampled_from([1, 2, 8, 16]), st.lists(st.integers(0, 500), max_size=8), st.integers(4, 8)
+)
+def test_parts_to_write_cross_no_multiple(offset: int, itemsize: int, ends: list[int], bits: int) -> None:
+    nbytes, file = 1 << bits, InFile("x", 8 * offset, (500,), itemsize)
+    ordered = sorted(ends)
+    spans = [Span(*pair) for pair in zip(ordered[::2], ordered[1::2], strict=False)]
+    parts = cut_at_multiples(spans, file, nbytes)
+    assert [i for part in parts for i in range(*part)] == [i for span in spans for i in range(*span)]
+    for start, stop in parts:
+        first, end = (file.offset + element * itemsize for element in (start, stop))
+        assert first // nbytes == (end - 1) // nbytes or stop - start == 1
+    assert len(parts) <= len(spans) + 2 * (500 * itemsize // nbytes + 1)
+
+
+def test_the_parts_of_one_variable_are_divided_among_ranks_and_aligned() -> None:
+    file = InFile("x", 1000, (100, 41), 4)
+    parts = cut_at_multiples([Span(0, 4100)], file, 1024)
+    party = Party({0: Wanted([Box.whole(file.shape)], file.shape)}, range(3))
+    rounds = plan_rounds({0: file}, {0: parts}, [party], 3, 1024)
+    calls = [[list(transfers(unit, {0: file})) for unit in units] for units in rounds]
+    moved = [sum(nbytes for of_round in calls for _, _, nbytes in of_round[rank]) for rank in range(3)]
+    assert sum(moved) == file.nbytes
+    assert max(moved) - min(moved) <= 2 * 1024
+    starts = sorted(at for of_round in calls for of_rank in of_round for at, _, _ in of_rank)
+    assert starts == [1000, *range(1024, 1000 + file.nbytes, 1024)]
 
 
 def test_neighbours_in_the_file_are_moved_by_one_call() -> None:
