@@ -85,7 +85,8 @@ def new_like(
         assert _is_dtensor(tensor)  # as its holder is
         return tensor, _dtensor_value(tensor, OWN_VALUE, in_place=True)
     if like.global_shape == shape:
-        tensor = torch.empty(like.tensor.shape, dtype=dtype, device=like.tensor.device)
+        # Laid out alike, such as channels last: kernels of fused optimizers take the elements as they lie in memory.
+        tensor = torch.empty_like(like.tensor.detach().as_subclass(torch.Tensor), dtype=dtype)
         return tensor, TensorValue(OWN_VALUE, tensor, shape, like.boxes)
     return new_plain(shape, dtype, like.tensor.device)
 

@@ -843,3 +843,36 @@ def test_a_state_dict_of_an_optimizers_own_that_has_no_more_is_in_no_ones_way(wr
     model = _Model(1)
     live = Checkpoint(m=model, o=wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
     live.read(live.write(path)).assert_consumed()
+
+
+# ---- how new state lies in memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("layout", ["channels last", "transposed"])
+def test_new_state_lies_in_memory_as_its_parameter(options: dict[str, bool], layout: str, path: str) -> None:
+    """A fused step takes the elements of parameter and state in the order in which they lie."""
+
+    def make(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        model: nn.Module = nn.Conv2d(3, 4, 2)
+        if layout == "channels last":
+            model = model.to(memory_format=torch.channels_last)
+        else:
+            model.weight = nn.Parameter(model.weight.detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+
+    def steps(model: nn.Module, optimizer: Optimizer) -> None:
+        for step in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+
+    (model, optimizer), (twin, other) = make(1), make(2)
+    steps(model, optimizer)
+    Checkpoint(m=twin, o=other).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert not model.weight.is_contiguous()
+    assert other.state[twin.weight]["exp_avg"].stride() == twin.weight.stride()
+    steps(model, optimizer)
+    steps(twin, other)
+    assert torch.equal(twin.weight, model.weight)
