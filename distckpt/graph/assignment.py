@@ -11,6 +11,7 @@ import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
+from distckpt.graph.group_order import Orders, in_live_order
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode, references
@@ -124,7 +125,7 @@ def assign(
         done: Keys that an earlier assignment of the same restore already took.
         skipped: Those of them that did not fit.
     """
-    builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped))
+    builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped), binding.group_orders)
     builder.result.mismatches += binding.mismatches
     torn = builder.torn(binding.matches)
     for match in binding.matches:
@@ -140,12 +141,15 @@ def assign(
 class _Builder:
     """One assignment under construction."""
 
-    def __init__(self, manifest: Manifest, cast: bool, done: frozenset[str], skipped: frozenset[str]) -> None:
+    def __init__(
+        self, manifest: Manifest, cast: bool, done: frozenset[str], skipped: frozenset[str], orders: Orders
+    ) -> None:
         self._variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self._manifest = manifest
         self._cast = cast
         self._done = done
         self._skipped = skipped
+        self._orders = orders
         self._unfit: set[int] = set()  # ids of live objects whose stored value is skipped
         self._on_device: dict[int, frozenset[int]] = {}
         self.result = Assignment()
@@ -231,7 +235,10 @@ class _Builder:
         if isinstance(match.value, TensorValue) and match.value.in_place:
             self._add_mismatch(match, describe(match.value))
             return
-        self._values_to_hand(match)[match.name] = decode(bytes(self._manifest.python_state[match.key]))
+        value = decode(bytes(self._manifest.python_state[match.key]))
+        if match.name == STATE and self._orders:
+            in_live_order(value, match.node.obj, self._orders)
+        self._values_to_hand(match)[match.name] = value
         self.result.consumed.add(match.key)
 
     def _add_tensor(self, match: Match, index: int, value: TensorValue) -> None:

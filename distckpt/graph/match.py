@@ -116,6 +116,7 @@ class Binding:
         matched: Node id and name of each live value that found a stored one, to the key of the first that it found.
         excused: Node id and name of each live value that the file need not have: of slots, and surplus elements.
         surplus: Elements that go when all stored ones of their container are restored.
+        group_orders: Optimizers whose groups are in another order than saved, see `group_order.Orders`.
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -129,6 +130,7 @@ class Binding:
     matched: dict[tuple[int, str], str] = field(default_factory=dict)
     excused: set[tuple[int, str]] = field(default_factory=set)
     surplus: list[Surplus] = field(default_factory=list)
+    group_orders: dict[int, list[int]] = field(default_factory=dict)
 
 
 def parameter_of(node: LiveNode) -> torch.Tensor:

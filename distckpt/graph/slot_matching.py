@@ -44,7 +44,8 @@ class SlotMatcher:
         """Bind the groups of one optimizer."""
         free = list(live_groups)
         left = []
-        for saved_id in saved_groups:
+        position: dict[int, int] = {}
+        for index, saved_id in enumerate(saved_groups):
             # Of a pipeline's group every rank holds only some members, maybe none.
             members = {self._nodes.live_of.get(member) for member in self._saved[saved_id].parameters or ()} - {None}
             twin = next((n for n in free if members == set(self._live[n].parameters or ())), None)
@@ -52,8 +53,10 @@ class SlotMatcher:
                 left.append(saved_id)
             else:
                 free.remove(twin)
+                position[twin] = index
                 self._bind_group(saved_id, twin, key)
         if not left:
+            self._note_order(live_groups, position)
             return
         if len(saved_groups) != len(live_groups):
             self._result.warnings.append(
@@ -67,6 +70,14 @@ class SlotMatcher:
             index = saved_groups.index(saved_id)
             if live_groups[index] in free:
                 self._bind_group(saved_id, live_groups[index], key)
+
+    def _note_order(self, live_groups: list[int], position: dict[int, int]) -> None:
+        """Remember that the groups of an optimizer are in another order than saved: its schedulers count on theirs."""
+        order = [position[live_id] for live_id in live_groups if live_id in position]
+        if order != sorted(order) and len(order) == len(live_groups):
+            group = self._live[live_groups[0]].obj
+            if isinstance(group, Group):
+                self._result.group_orders[id(group.optimizer)] = order
 
     def _bind_group(self, saved_id: int, live_id: int, key: str) -> None:
         """Bind a group, and warn where the optimizer that saved it seems to be of another kind.

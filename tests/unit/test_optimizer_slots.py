@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from distckpt import Checkpoint, CheckpointWarning, LayoutError, RestoreMismatchError, RestoreOptions
 
@@ -876,3 +876,54 @@ def test_new_state_lies_in_memory_as_its_parameter(options: dict[str, bool], lay
     steps(model, optimizer)
     steps(twin, other)
     assert torch.equal(twin.weight, model.weight)
+
+
+# ---- schedulers --------------------------------------------------------------------------------------------------
+
+_SCHEDULERS: dict[str, Callable[[Optimizer, Callable[[list[Any]], list[Any]]], Any]] = {
+    "LambdaLR": lambda o, by: lr_scheduler.LambdaLR(o, by([lambda n: 0.5**n, lambda n: 0.9**n, lambda n: 0.8**n])),
+    "LinearLR": lambda o, _: lr_scheduler.LinearLR(o),
+    "ReduceLROnPlateau": lambda o, by: lr_scheduler.ReduceLROnPlateau(o, patience=0, min_lr=by([0.09, 0.001, 0.01])),
+    "CyclicLR": lambda o, by: lr_scheduler.CyclicLR(
+        o, by([0.1, 0.01, 0.02]), by([0.2, 0.03, 0.5]), step_size_up=3, base_momentum=by([0.1, 0.2, 0.3])
+    ),
+    "OneCycleLR": lambda o, by: lr_scheduler.OneCycleLR(o, by([0.1, 0.01, 0.02]), total_steps=20),
+    "SequentialLR": lambda o, _: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 9)], [2]
+    ),
+    "ChainedScheduler": lambda o, _: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.CosineAnnealingLR(o, 9), lr_scheduler.PolynomialLR(o, 9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _SCHEDULERS)
+def test_the_rates_of_a_scheduler_follow_their_groups(kind: str, path: str) -> None:
+    """A scheduler has one rate per group, by position; the twin has its groups in another order."""
+
+    def make(names: str) -> tuple[nn.Module, Optimizer, Any]:
+        model = _Model(ord(names[0]))
+        rates = {"a": 0.1, "b": 0.01, "c": 0.02}
+        groups = [{"params": [getattr(model, name)], "lr": rates[name]} for name in names]
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+        return model, optimizer, _SCHEDULERS[kind](optimizer, lambda of: [of["abc".index(name)] for name in names])
+
+    def rates(optimizer: Optimizer, scheduler: Any) -> list[float]:
+        found = []
+        for _ in range(4):
+            optimizer.step()
+            scheduler.step(*[1.0] * (kind == "ReduceLROnPlateau"))
+            found += [group["lr"] for group in optimizer.param_groups]
+        return found
+
+    def objects(model: nn.Module, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+        return {"m": model, "o": optimizer, "s": scheduler}
+
+    saved, twin = make("abc"), make("bca")
+    rates(*saved[1:])
+    Checkpoint(**objects(*twin)).read(Checkpoint(**objects(*saved)).write(path)).assert_consumed()
+    expected, found = rates(*saved[1:]), rates(*twin[1:])
+    assert found == [expected[first + place] for first in range(0, 12, 3) for place in (1, 2, 0)]
+    before = twin[2].state_dict()
+    Checkpoint(**objects(*twin)).read(Checkpoint(**objects(*twin)).write(path)).assert_consumed()
+    assert equal(twin[2].state_dict(), before)
