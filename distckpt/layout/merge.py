@@ -90,7 +90,7 @@ def _merge(layouts: Sequence[LocalLayout], trust_lowest: bool) -> Merged:
     tensors = [value for value in values if value.attribute.dtype is not None]
     comparison = Comparison(enabled=not trust_lowest)
     compare_containers(groups, graph, comparison)
-    python_state = compare_python_values(values, holdings, layouts, comparison)
+    python_state = compare_python_values(values, holdings, layouts, graph, comparison)
     covers = cover_tensors(tensors, holdings, comparison, problems)
     if problems or comparison.problems:
         raise _layout_error(problems + comparison.problems)

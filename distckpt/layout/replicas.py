@@ -20,6 +20,11 @@ _WAY_OUT = (
     '(SaveOptions(replicas="first") takes the lowest rank\'s).'
 )
 
+_GROUPS_WAY_OUT = (
+    "Make it the same on every rank; ranks that have other parameters, such as pipeline stages, need the same groups "
+    "in the same order, empty ones too."
+)
+
 #: Most characters of a python value that an error shows, and how many of these come before the first that differs.
 _MAX_CHARS = 60
 _LEAD_CHARS = 25
@@ -84,7 +89,11 @@ def _container_difference(key: str, ranks: dict[frozenset[str], list[int]]) -> s
 
 
 def compare_python_values(
-    values: Sequence[MergedValue], holdings: Sequence[Holding], layouts: Sequence[LocalLayout], comparison: Comparison
+    values: Sequence[MergedValue],
+    holdings: Sequence[Holding],
+    layouts: Sequence[LocalLayout],
+    graph: UnifiedGraph,
+    comparison: Comparison,
 ) -> dict[str, bytes]:
     """Checkpoint key to the encoded value of the lowest holder; sets the weights of compared values.
 
@@ -92,6 +101,7 @@ def compare_python_values(
         values: All values; tensors are skipped.
         holdings: What each group of ranks holds.
         layouts: The layout of each rank, by rank.
+        graph: The merged graph.
         comparison: Receives the values that differ.
     """
     state: dict[str, bytes] = {}
@@ -102,7 +112,8 @@ def compare_python_values(
             if comparison.enabled:
                 _set_weights(value, holdings)
                 if len(ranks) > 1:
-                    comparison.problems.append(_python_difference(value.key, ranks))
+                    way_out = _GROUPS_WAY_OUT if value.node in graph.parameters else _WAY_OUT
+                    comparison.problems.append(f"{_python_difference(value.key, ranks)} {way_out}")
     return state
 
 
@@ -131,7 +142,7 @@ def _python_difference(key: str, ranks: dict[bytes, list[int]]) -> str:
     differs_at = next((place for place, (one, other) in enumerate(pairs) if one != other), 0)
     (expected, first), *others = ((_excerpt(encoded, differs_at), rank_list(on)) for encoded, on in ranks.items())
     got = listing([f"{text} on {on}" for text, on in others], 3)
-    return f"{key}: value differs. Expected {expected}, as on {first}. Got {got}. {_WAY_OUT}"
+    return f"{key}: value differs. Expected {expected}, as on {first}. Got {got}."
 
 
 def _excerpt(encoded: bytes, differs_at: int) -> str:

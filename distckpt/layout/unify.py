@@ -71,7 +71,8 @@ def unify(groups: Sequence[RankGroup], problems: list[str]) -> UnifiedGraph:
 
     Args:
         groups: The graphs.
-        problems: Receives messages on nodes that are a `PerRank` on some ranks only, or that no path leads to.
+        problems: Receives messages on nodes that are a `PerRank` on some ranks only, or that no path leads to, and on
+            parameters that ranks have in different groups.
     """
     classes = _Classes()
     members = [classes.add_edges(group.nodes) for group in groups]
@@ -82,6 +83,7 @@ def unify(groups: Sequence[RankGroup], problems: list[str]) -> UnifiedGraph:
     for group, of_local in zip(groups, members, strict=True):
         group.node_ids = [ids[c] if c >= 0 else -1 for c in of_local]
     _add_parameters(groups, graph)
+    _check_parameters(groups, graph, problems)
     _check_unreachable(groups, problems)
     _check_per_rank(groups, graph, problems)
     return graph
@@ -215,6 +217,36 @@ def _add_parameters(groups: Sequence[RankGroup], graph: UnifiedGraph) -> None:
                 known = graph.parameters.get(node_id, ())
                 members = (*known, *(group.node_ids[member] for member in local.parameters))
                 graph.parameters[node_id] = list(dict.fromkeys(members))
+
+
+def _check_parameters(groups: Sequence[RankGroup], graph: UnifiedGraph, problems: list[str]) -> None:
+    """A parameter is in the same group of its optimizer on all ranks: its options are stored with the group."""
+    for key, children in zip(graph.keys, graph.children, strict=True):
+        group_of: dict[int, Child] = {}
+        for child in children:
+            for member in graph.parameters.get(child.node_id, ()):
+                first = group_of.setdefault(member, child)
+                if first is not child:
+                    problems += _torn_parameter(key, groups, graph.keys[member], member, (first, child))
+                    break  # of each group one parameter tells enough
+
+
+def _torn_parameter(
+    key: str, groups: Sequence[RankGroup], name: str, member: int, places: tuple[Child, Child]
+) -> list[str]:
+    """What is wrong with a parameter in two groups, unless a rank has it in both."""
+    one, other = ([rank for group in groups if _has(group, place, member) for rank in group.ranks] for place in places)
+    if not {*one}.isdisjoint(other):
+        return []
+    first, second = (place.local_name for place in places)
+    where = f"in group {first} on {rank_list(one)} and in group {second} on {rank_list(other)}"
+    return [f"{key}: {name} is {where}. Give every rank the same groups in the same order, empty ones too."]
+
+
+def _has(group: RankGroup, place: Child, member: int) -> bool:
+    """Whether ranks have a parameter in a parameter group."""
+    found = (local for node_id, local in zip(group.node_ids, group.nodes, strict=True) if node_id == place.node_id)
+    return any(group.node_ids[parameter] == member for local in found for parameter in local.parameters or ())
 
 
 def _check_unreachable(groups: Sequence[RankGroup], problems: list[str]) -> None:

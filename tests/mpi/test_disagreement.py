@@ -356,6 +356,19 @@ def test_layouts_that_do_not_fit(three: Any, mpi_dir: Path, name: str, known: bo
             assert "x" not in file
 
 
+def test_parameter_groups_that_differ(three: Any, mpi_dir: Path) -> None:
+    """The options of a group would otherwise be stored once for the members that any rank has in it."""
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.ones_(model.bias)
+    members = [[model.weight], [model.bias]]
+    groups = [{"params": own} for own in (members[::-1] if three.rank == 1 else members)]
+    checkpoint = Checkpoint(comm=three, m=model, o=torch.optim.SGD(groups, lr=0.1))
+    text = same_error(three, LayoutError, lambda: checkpoint.save(mpi_dir / "ckpt", options=FAST))
+    assert "o/param_groups: m/bias is in group 0 on rank 1 and in group 1 on ranks 0, 2. Give every rank" in text, text
+    assert_empty(three, mpi_dir)
+
+
 def test_all_problems_are_in_one_error(three: Any, mpi_dir: Path) -> None:
     variables = {f"v{index}": make(three.rank) for index, (make, _) in enumerate(list(LAYOUT_PROBLEMS.values())[:5])}
     checkpoint = Checkpoint(comm=three, step=three.rank, **variables)

@@ -247,6 +247,36 @@ def test_pipeline_stages_hold_different_parts() -> None:
     check_complete(result)
 
 
+def test_a_parameter_is_in_the_same_group_on_all_ranks() -> None:
+    def rank(*groups: list[str]) -> Rank:
+        made = Rank()
+        for index, members in enumerate(groups):
+            made.group(f"optimizer/param_groups/{index}", members)
+        return made.tensor("m/a", ()).tensor("m/b", ())
+
+    text = refused(rank(["m/a", "m/b"]), rank(["m/a"], ["m/b"]), rank(["m/a", "m/b"]))
+    assert "optimizer/param_groups: m/b is in group 0 on ranks 0, 2 and in group 1 on rank 1. Give every rank" in text
+    assert "1 problem" in text
+    text = refused(rank(["m/a"], ["m/b"]), rank(["m/b"], ["m/a"]))
+    assert "m/b is in group 0 on rank 1 and in group 1 on rank 0" in text
+    check_complete(merged(rank(["m/a"], ["m/b"]), rank([], ["m/b"]), rank(["m/a"]), rank()))
+    check_complete(merged(rank(["m/a"], ["m/a", "m/b"])))  # a rank's own affair
+
+
+def test_options_of_parameter_groups_that_differ_are_explained() -> None:
+    stages = [
+        Rank()
+        .tensor(f"m/{r}", ())
+        .group("o/param_groups/0", [f"m/{r}"])
+        .python("o/param_groups/0", b"%d" % r, name="lr")
+        for r in range(2)
+    ]
+    text = refused(*stages)
+    assert "o/param_groups/0/lr: value differs. Expected 0, as on rank 0. Got 1 on rank 1. Make it the same" in text
+    assert "the same groups in the same order, empty ones too" in text
+    assert "PerRank" not in text
+
+
 def test_edges_come_in_rank_order_then_in_each_ranks_order() -> None:
     first = Rank().tensor("b", ()).tensor("a", ())
     second = Rank().tensor("c", ()).tensor("a", ()).tensor("d", ())
