@@ -13,6 +13,6 @@ A restore then
     selection, rename              takes the part of the stored graph that is wanted, under its live names
     binding, match                 matches it with a walk (node_matching, value_matching, slot_matching)
     assignment                     decides what to read and what to set
-    group_order                    brings the state of schedulers into the order of the live groups
+    group_order                    gives a scheduler its values in the order of the live groups
     claims                         leaves a value to the newest of several restores
 """

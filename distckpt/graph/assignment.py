@@ -11,7 +11,7 @@ import torch
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
-from distckpt.graph.group_order import Orders, in_live_order
+from distckpt.graph.group_order import GroupOrder, in_live_order
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode, references
@@ -142,7 +142,12 @@ class _Builder:
     """One assignment under construction."""
 
     def __init__(
-        self, manifest: Manifest, cast: bool, done: frozenset[str], skipped: frozenset[str], orders: Orders
+        self,
+        manifest: Manifest,
+        cast: bool,
+        done: frozenset[str],
+        skipped: frozenset[str],
+        orders: Mapping[int, GroupOrder],
     ) -> None:
         self._variables = {variable.key: index for index, variable in enumerate(manifest.variables)}
         self._manifest = manifest

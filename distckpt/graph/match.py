@@ -9,6 +9,7 @@ import torch
 
 from distckpt.graph.adapters.optimizer import claim_of_pair
 from distckpt.graph.claims import Claim
+from distckpt.graph.group_order import GroupOrder
 from distckpt.graph.python_value import holds_nothing
 from distckpt.graph.values import PythonValue, TensorValue, Value, dtype_name
 from distckpt.graph.view import LiveNode
@@ -116,7 +117,7 @@ class Binding:
         matched: Node id and name of each live value that found a stored one, to the key of the first that it found.
         excused: Node id and name of each live value that the file need not have: of slots, and surplus elements.
         surplus: Elements that go when all stored ones of their container are restored.
-        group_orders: Optimizers whose groups are in another order than saved, see `group_order.Orders`.
+        group_orders: By `id()` of the optimizer, for those whose groups are not as saved.
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -130,7 +131,7 @@ class Binding:
     matched: dict[tuple[int, str], str] = field(default_factory=dict)
     excused: set[tuple[int, str]] = field(default_factory=set)
     surplus: list[Surplus] = field(default_factory=list)
-    group_orders: dict[int, list[int]] = field(default_factory=dict)
+    group_orders: dict[int, GroupOrder] = field(default_factory=dict)
 
 
 def parameter_of(node: LiveNode) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from distckpt.graph.adapters.optimizer import Group, stepped_elsewhere
+from distckpt.graph.group_order import GroupOrder
 from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
@@ -42,42 +43,38 @@ class SlotMatcher:
 
     def _match_groups(self, saved_groups: list[int], live_groups: list[int], key: str) -> None:
         """Bind the groups of one optimizer."""
-        free = list(live_groups)
+        twins: dict[int, int] = {}  # live group to saved one
         left = []
-        position: dict[int, int] = {}
-        for index, saved_id in enumerate(saved_groups):
+        for saved_id in saved_groups:
             # Of a pipeline's group every rank holds only some members, maybe none.
             members = {self._nodes.live_of.get(member) for member in self._saved[saved_id].parameters or ()} - {None}
-            twin = next((n for n in free if members == set(self._live[n].parameters or ())), None)
+            free = (n for n in live_groups if n not in twins and members == set(self._live[n].parameters or ()))
+            twin = next(free, None)
             if twin is None:
                 left.append(saved_id)
             else:
-                free.remove(twin)
-                position[twin] = index
-                self._bind_group(saved_id, twin, key)
-        if not left:
-            self._note_order(live_groups, position)
-            return
-        if len(saved_groups) != len(live_groups):
+                twins[twin] = saved_id
+        if left and len(saved_groups) != len(live_groups):
             self._result.warnings.append(
                 f"{key}: {len(left)} saved parameter group(s) have no live group with the same parameters; "
                 "the live groups keep their options"
             )
-            return
-        if any(self._saved[saved_id].parameters for saved_id in left):
-            self._result.warnings.append(f"{key}: parameter groups have other members than saved; matched by index")
-        for saved_id in left:
-            index = saved_groups.index(saved_id)
-            if live_groups[index] in free:
-                self._bind_group(saved_id, live_groups[index], key)
+        elif left:
+            if any(self._saved[saved_id].parameters for saved_id in left):
+                self._result.warnings.append(f"{key}: parameter groups have other members than saved; matched by index")
+            twins = {live_groups[saved_groups.index(saved_id)]: saved_id for saved_id in left} | twins
+        for live_id, saved_id in twins.items():
+            self._bind_group(saved_id, live_id, key)
+        self._note_order(saved_groups, live_groups, twins)
 
-    def _note_order(self, live_groups: list[int], position: dict[int, int]) -> None:
-        """Remember that the groups of an optimizer are in another order than saved: its schedulers count on theirs."""
-        order = [position[live_id] for live_id in live_groups if live_id in position]
-        if order != sorted(order) and len(order) == len(live_groups):
-            group = self._live[live_groups[0]].obj
-            if isinstance(group, Group):
-                self._result.group_orders[id(group.optimizer)] = order
+    def _note_order(self, saved_groups: list[int], live_groups: list[int], twins: dict[int, int]) -> None:
+        """Remember where the groups of an optimizer are not as saved: its schedulers have a value for each."""
+        position = {saved_id: index for index, saved_id in enumerate(saved_groups)}
+        saved_of = [position[twins[live_id]] if live_id in twins else None for live_id in live_groups]
+        order = GroupOrder(len(saved_groups), saved_of)
+        group = self._live[live_groups[0]].obj if live_groups else None
+        if isinstance(group, Group) and not order.is_as_saved:
+            self._result.group_orders[id(group.optimizer)] = order
 
     def _bind_group(self, saved_id: int, live_id: int, key: str) -> None:
         """Bind a group, and warn where the optimizer that saved it seems to be of another kind.

@@ -927,3 +927,53 @@ def test_the_rates_of_a_scheduler_follow_their_groups(kind: str, path: str) -> N
     before = twin[2].state_dict()
     Checkpoint(**objects(*twin)).read(Checkpoint(**objects(*twin)).write(path)).assert_consumed()
     assert equal(twin[2].state_dict(), before)
+
+
+_RATES = {"a": 0.1, "b": 0.01, "c": 0.02}
+
+
+def _scheduled(kind: Any, names: str, factor: float = 1.0) -> tuple[nn.Module, Optimizer, Any]:
+    """A model with all three parameters, some of which are trained, each in a group of its own."""
+    model = _Model(len(names))
+    groups = [{"params": [getattr(model, name)], "lr": _RATES[name] * factor} for name in names]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    by = {lr_scheduler.LambdaLR: [[lambda n: 0.5**n] * len(names)], lr_scheduler.CosineAnnealingLR: [8]}
+    return model, optimizer, kind(optimizer, *by.get(kind, []))
+
+
+def _step(optimizer: Optimizer, scheduler: Any) -> list[float]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(("saved", "live"), [("ab", "cab"), ("ab", "bca"), ("ab", "ab")])
+@pytest.mark.parametrize("kind", [lr_scheduler.LinearLR, lr_scheduler.LambdaLR, lr_scheduler.CosineAnnealingLR])
+def test_a_group_that_the_file_lacks_keeps_its_rate(kind: Any, saved: str, live: str, path: str) -> None:
+    """As after unfreezing a layer."""
+    model, optimizer, scheduler = _scheduled(kind, saved)
+    twin, other, its_scheduler = _scheduled(kind, live, 3.0)
+    _step(optimizer, scheduler)
+    file = Checkpoint(m=model, o=optimizer, s=scheduler).write(path)
+    Checkpoint(m=twin, o=other, s=its_scheduler).read(file).assert_consumed()
+    assert its_scheduler.base_lrs == [_RATES[name] * (1.0 if name in saved else 3.0) for name in live]
+    expected, found = _step(optimizer, scheduler), _step(other, its_scheduler)
+    assert [found[live.index(name)] for name in saved] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*have no live group")
+def test_a_group_that_comes_after_the_restore_gets_its_rate(path: str) -> None:
+    model, optimizer, scheduler = _scheduled(lr_scheduler.CosineAnnealingLR, "abc")
+    twin, other, its_scheduler = _scheduled(lr_scheduler.CosineAnnealingLR, "cb", 3.0)
+    _step(optimizer, scheduler)
+    file = Checkpoint(m=model, o=optimizer, s=scheduler).write(path)
+    live = Checkpoint(m=twin, o=other, s=its_scheduler)
+    status = live.read(file)
+    other.add_param_group({"params": [twin.a]})
+    live.retry_pending()
+    status.assert_consumed()
+    expected = _step(optimizer, scheduler)
+    assert _step(other, its_scheduler) == [expected[2], expected[1], expected[0]]
