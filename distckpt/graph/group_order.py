@@ -55,6 +55,16 @@ def in_live_order(state: Any, scheduler: object, orders: Mapping[int, GroupOrder
             in_live_order(its_state, part, orders)
 
 
+def kept_by_position(scheduler: object, optimizer: object, n_groups: int) -> list[str]:
+    """What a scheduler of the user's own class seems to keep per group of an optimizer, beside what torch's keep."""
+    if not isinstance(scheduler, LRScheduler) or getattr(scheduler, "optimizer", None) is not optimizer:
+        return []
+    if type(scheduler).__module__.startswith("torch.optim."):
+        return []
+    own = {name: value for name, value in vars(scheduler).items() if name not in _PER_GROUP}
+    return [name for name, value in own.items() if isinstance(value, list | tuple) and len(value) == n_groups]
+
+
 def _reordered(name: str, saved: object, live: object, order: GroupOrder) -> dict[str, list[Any]]:
     """The entry `name` in the order of the live groups; empty where it has not one value per group."""
     if not isinstance(saved, list) or not isinstance(live, list):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from distckpt.graph.adapters.optimizer import Group, stepped_elsewhere
-from distckpt.graph.group_order import GroupOrder
+from distckpt.graph.group_order import GroupOrder, kept_by_position
 from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
@@ -73,8 +73,16 @@ class SlotMatcher:
         saved_of = [position[twins[live_id]] if live_id in twins else None for live_id in live_groups]
         order = GroupOrder(len(saved_groups), saved_of)
         group = self._live[live_groups[0]].obj if live_groups else None
-        if isinstance(group, Group) and not order.is_as_saved:
-            self._result.group_orders[id(group.optimizer)] = order
+        if not isinstance(group, Group) or order.is_as_saved:
+            return
+        self._result.group_orders[id(group.optimizer)] = order
+        for node in self._live:
+            names = kept_by_position(node.obj, group.optimizer, len(live_groups))
+            if names:
+                self._result.warnings.append(
+                    f"{node.key}: the groups of its optimizer are not those saved, in their order. Values per group in "
+                    f"{listing(names, 3)} are restored as saved: set them anew if they belong to other groups now"
+                )
 
     def _bind_group(self, saved_id: int, live_id: int, key: str) -> None:
         """Bind a group, and warn where the optimizer that saved it seems to be of another kind.

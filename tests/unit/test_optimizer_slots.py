@@ -977,3 +977,24 @@ def test_a_group_that_comes_after_the_restore_gets_its_rate(path: str) -> None:
     status.assert_consumed()
     expected = _step(optimizer, scheduler)
     assert _step(other, its_scheduler) == [expected[2], expected[1], expected[0]]
+
+
+class _Own(lr_scheduler.LRScheduler):
+    """Has values per group under a name of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.factors = [0.5, 0.25]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return [base * factor for base, factor in zip(self.base_lrs, self.factors, strict=True)]
+
+
+def test_what_a_scheduler_of_ones_own_has_per_group_is_warned_of(path: str) -> None:
+    model, optimizer, scheduler = _scheduled(_Own, "ab")
+    file = Checkpoint(m=model, o=optimizer, s=scheduler).write(path)
+    Checkpoint(m=model, o=optimizer, s=scheduler).read(file).assert_consumed()  # in the order saved
+    twin, other, its_scheduler = _scheduled(_Own, "ba")
+    with pytest.warns(CheckpointWarning, match=r"s: the groups of its optimizer are not those saved.* in factors are"):
+        Checkpoint(m=twin, o=other, s=its_scheduler).read(file)
+    assert its_scheduler.base_lrs == [_RATES["b"], _RATES["a"]]
