@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
-from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Slot, flat_size, set_slots, steps_on_device
+from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Group, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
 from distckpt.graph.group_order import GroupOrder, in_live_order
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
@@ -127,6 +128,7 @@ def assign(
     """
     builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped), binding.group_orders)
     builder.result.mismatches += binding.mismatches
+    builder.find_overwritten(binding.matches)
     torn = builder.torn(binding.matches)
     for match in binding.matches:
         if not torn or (id(match.node), match.name) not in torn:
@@ -157,8 +159,16 @@ class _Builder:
         self._orders = orders
         self._unfit: set[int] = set()  # ids of live objects whose stored value is skipped
         self._on_device: dict[int, frozenset[int]] = {}
+        self._overwritten: set[int] = set()  # ids of optimizers whose options are restored again
         self.result = Assignment()
         self._restores: dict[int, NodeRestore] = {}
+
+    def find_overwritten(self, matches: Iterable[Match]) -> None:
+        """Find the optimizers whose scheduler came after their options were restored: its constructor has set some."""
+        for match in matches if self._done else ():
+            scheduler = match.node.obj
+            if match.name == STATE and match.key not in self._done and isinstance(scheduler, LRScheduler):
+                self._overwritten.add(id(getattr(scheduler, "optimizer", None)))
 
     def torn(self, matches: Iterable[Match]) -> set[tuple[int, str]]:
         """The matches, by node and name, of structures of which something is not restored; each is a mismatch."""
@@ -192,7 +202,8 @@ class _Builder:
         key, node, value = match.key, match.node, match.value
         if key in self._skipped:
             self._unfit.add(_identity(node.obj))
-        if key in self._done or (self._unfit and self._follows_unfit(node.obj)):
+        again = key in self._done
+        if (again and not self._is_overwritten(match)) or (self._unfit and self._follows_unfit(node.obj)):
             return
         index = self._variables.get(key)
         encoded = self._manifest.python_state[key] if index is None else None
@@ -211,6 +222,13 @@ class _Builder:
             self._add_mismatch(match, f"{describe(value)} of a {type(node.obj).__qualname__}")
         else:
             self._values_to_hand(match)[match.name] = self._new_tensor(key, index, value)
+        if again:
+            self.result.consumed.discard(key)
+
+    def _is_overwritten(self, match: Match) -> bool:
+        """Whether a value that was restored before is an option of an optimizer that is restored again."""
+        group = match.node.obj
+        return isinstance(group, Group) and id(group.optimizer) in self._overwritten and match.key not in self._skipped
 
     def add_surplus(self, surplus: Surplus) -> None:
         """Elements of a container to drop, where all the stored ones are restored now."""

@@ -645,6 +645,44 @@ def test_schedulers_go_on_as_if_nothing_had_happened(kind: str, order: str, path
     assert _lrs(scheduler, optimizer, 6) != expected
 
 
+@pytest.mark.parametrize("kind", _SCHEDULERS)
+def test_a_scheduler_made_after_its_optimizer_was_restored(kind: str, path: str) -> None:
+    """Its constructor sets rates and momenta of the optimizer."""
+
+    def make(lr: float) -> _Optimizer:
+        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
+
+    optimizer = make(0.1)
+    scheduler = _SCHEDULERS[kind](optimizer)
+    _lrs(scheduler, optimizer, 3)
+    file = Checkpoint(optimizer=optimizer, scheduler=scheduler, step=3).write(path)
+    live = Checkpoint(step=0)
+    status = live.read(file)
+    live.optimizer = late = make(7.0)
+    live.scheduler = _SCHEDULERS[kind](late)
+    status.assert_consumed()
+    assert late.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert _lrs(live.scheduler, late, 6) == _lrs(scheduler, optimizer, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*a dict of 1 element")
+def test_options_of_an_optimizer_that_are_restored_again_count_once(path: str) -> None:
+    def make(lr: float) -> tuple[_Optimizer, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+        return optimizer, lr_scheduler.LinearLR(optimizer)
+
+    (optimizer, scheduler), (other, late) = make(0.1), make(7.0)
+    file = Checkpoint(o=optimizer, more={"s": scheduler, "t": torch.ones(1)}).write(path)
+    more: dict[str, Any] = {"t": torch.zeros(1)}
+    live = Checkpoint(o=other, more=more)
+    live.read(file)
+    more["s"] = late
+    assert live.retry_pending() == 1
+    other.param_groups[0]["lr"] = 0.5  # the user's own, from now on
+    assert live.retry_pending() == 0
+    assert other.param_groups[0]["lr"] == 0.5
+
+
 def test_scheduler_internals_the_file_lacks_keep_their_value(path: str) -> None:
     def make() -> Any:
         return lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 2)
