@@ -542,6 +542,18 @@ def test_an_entry_that_the_live_group_lacks_gets_its_own_name(path: str, name: s
     assert twin_optimizer.param_groups[0][name] == 3
 
 
+@pytest.mark.parametrize("names", ["ba", "cab"])
+@pytest.mark.filterwarnings("ignore:.*matched by index")
+def test_names_of_members_stay_with_them(names: str, path: str, keys_of: Keys) -> None:
+    """Torch keeps in `param_names` how the program called the parameters, in their order."""
+    model, twin = _Model(1, "ab"), _Model(2, names)
+    optimizer, other = (torch.optim.SGD(m.named_parameters(), lr=1.0) for m in (model, twin))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    Checkpoint(m=twin, o=other).read(file)
+    assert other.param_groups[0]["param_names"] == [*names]
+    assert "o/param_groups/0/param_names" not in keys_of(file)
+
+
 def test_a_tensor_rate_is_restored_in_place(path: str) -> None:
     model, twin = _Model(1), _Model(2)
     rate = torch.tensor(0.5)

@@ -25,6 +25,10 @@ from distckpt.layout.records import OWN_VALUE, STATE
 from distckpt.words import listing
 
 
+#: The entries of a param group that say which parameters it has: the list itself, and what the program calls them.
+_MEMBERS = ("params", "param_names")
+
+
 class Groups:
     """Stands for an optimizer's list of parameter groups as a node of the graph."""
 
@@ -118,7 +122,7 @@ class GroupsAdapter(Adapter):
 
 
 class GroupAdapter(Adapter):
-    """One group: everything but its parameters."""
+    """One group: everything but its parameters and their names."""
 
     takes_all = True
 
@@ -131,7 +135,7 @@ class GroupAdapter(Adapter):
         assert isinstance(obj, Group)
         entries: Iterable[tuple[object, Any]] = obj.group.items()  # named by str, but nothing enforces it
         for name, value in entries:
-            if name == "params":
+            if name in _MEMBERS:
                 continue
             if not isinstance(name, str):
                 yield Problem("", f"a param-group entry named {name!r} cannot be stored. Use str as its name.")
