@@ -124,6 +124,10 @@ class SlotMatcher:
         stored: dict[int, dict[str, int]] = {}
         for slot in saved.slot_variables:
             stored.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = slot.slot_variable_node_id
+        is_ordered = stored and isinstance(node.obj, torch.optim.LBFGS)
+        if is_ordered and not self._is_in_order(saved, next(iter(stored)), node):
+            self._leave_slots(node, node.slots)
+            return
         elsewhere = stepped_elsewhere(node.obj)
         for parameter_id in self._parameters_of(node):
             variable_id = self._nodes.saved_of.get(parameter_id)
@@ -144,6 +148,20 @@ class SlotMatcher:
                 self._defer(node, variable_id, slots)
             else:
                 self._combine(saved, node, first, slots)
+
+    def _is_in_order(self, saved: Node, variable_id: int, node: LiveNode) -> bool:
+        """Whether an LBFGS optimizer has its parameters in the order saved; if not, that is a mismatch."""
+        lists = [self._saved[child.node_id] for child in saved.children if child.local_name == "param_groups"]
+        groups = [self._saved[child.node_id] for found in lists for child in found.children]
+        live_of, live = self._nodes.live_of, self._parameters_of(node)
+        before = [live_of[member] for group in groups for member in group.parameters or () if member in live_of]
+        if not groups or variable_id not in live_of or before == live:
+            return True
+        key = slots_key(node.key, self._live[live_of[variable_id]].key)
+        was, now = (listing([self._live[member].key for member in members], 3) for members in (before, live))
+        text = f"LBFGS vectors over {was}, which cannot be brought into another order"
+        self._result.mismatches.append(Mismatch(key, text, f"parameters in the order {now}"))
+        return False
 
     def _combine(self, saved: Node, node: LiveNode, first_id: int, slots: dict[str, int]) -> None:
         """Two saved parameters are one live one, as after a pipeline whose end stages share an embedding."""

@@ -205,6 +205,26 @@ def test_lbfgs_cannot_be_resharded(path: str) -> None:
     Checkpoint(m=twin, o=torch.optim.LBFGS(twin.parameters())).read(file).assert_consumed()
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh twin", "trained twin"])
+def test_lbfgs_over_its_parameters_in_another_order_is_a_mismatch(stepped: bool, path: str) -> None:
+    """Its vectors have the elements of all parameters, in the order of these."""
+    model, twin = _Model(1), _Model(2, "cab")
+    optimizer, twin_optimizer = (torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3) for m in (model, twin))
+    train(model, optimizer, range(2))
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    if stepped:
+        train(twin, twin_optimizer, range(20, 22))
+    before = slots(twin, twin_optimizer)
+    live = Checkpoint(m=twin, o=twin_optimizer)
+    with pytest.raises(RestoreMismatchError, match=r"o/\.slots/m/a: .*over m/a, m/b, m/c.* order m/c, m/a, m/b"):
+        live.read(file)
+    with pytest.warns(CheckpointWarning, match="order m/c, m/a, m/b"):
+        live.read(file, options=RestoreOptions(on_mismatch="skip", expect_partial=True))
+    assert equal(slots(twin, twin_optimizer), before)
+    assert torch.equal(twin.a, model.a)
+    live.read(file, options=RestoreOptions(skip_slots=True)).expect_partial()
+
+
 def test_saves_and_restores_leave_the_training_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = _Model(1), _Model(1)
     optimizer = torch.optim.AdamW([{"params": [model.a]}, {"params": [model.b, model.c], "lr": 0.2}], lr=0.1)

@@ -24,7 +24,6 @@ from distckpt.layout.keys import escape, unescape
 from distckpt.layout.records import OWN_VALUE, STATE
 from distckpt.words import listing
 
-
 #: The entries of a param group that say which parameters it has: the list itself, and what the program calls them.
 _MEMBERS = ("params", "param_names")
 
