@@ -35,7 +35,7 @@ class SlotMatcher:
     # ---- parameter groups ----
 
     def match_groups(self) -> None:
-        """Match groups by their set of parameters, in any order; failing that by index."""
+        """Match groups by their set of parameters, in any order; failing that by their order."""
         for saved_id, live_id in self._nodes.groups:
             saved_groups = [child.node_id for child in self._saved[saved_id].children]
             live_groups = list(self._live[live_id].children.values())
@@ -62,7 +62,8 @@ class SlotMatcher:
         elif left:
             if any(self._saved[saved_id].parameters for saved_id in left):
                 self._result.warnings.append(f"{key}: parameter groups have other members than saved; matched by index")
-            twins = {live_groups[saved_groups.index(saved_id)]: saved_id for saved_id in left} | twins
+            free_groups = [n for n in live_groups if n not in twins]
+            twins |= dict(zip(free_groups, left, strict=True))
         for live_id, saved_id in twins.items():
             self._bind_group(saved_id, live_id, key)
         self._note_order(saved_groups, live_groups, twins)

@@ -596,6 +596,17 @@ def test_groups_with_other_members_match_by_index_with_a_warning(path: str) -> N
     status.assert_consumed()
 
 
+def test_a_group_with_other_members_gets_the_options_that_no_other_group_has(path: str) -> None:
+    """As after freezing a parameter where the groups are in another order, too."""
+    model, twin = _Model(1), _Model(2)
+    optimizer = torch.optim.SGD([{"params": [model.a, model.b], "lr": 1.0}, {"params": [model.c], "lr": 2.0}])
+    twin_optimizer = torch.optim.SGD([{"params": [twin.c]}, {"params": [twin.a]}], lr=9.0)
+    file = Checkpoint(m=model, o=optimizer).write(path)
+    with pytest.warns(CheckpointWarning, match="parameter groups have other members"):
+        Checkpoint(m=twin, o=twin_optimizer).read(file).assert_consumed()
+    assert _groups(twin_optimizer) == [2.0, 1.0]
+
+
 def test_members_that_the_program_no_longer_has_do_not_count(path: str) -> None:
     """As on a pipeline stage, which has some members of a group, or none."""
     model, twin = _Model(1), _Model(2, "b")
