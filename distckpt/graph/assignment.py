@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distckpt.graph.adapters.optimizer import FLAT_SLOTS, Group, Slot, flat_size, set_slots, steps_on_device
 from distckpt.graph.adapters.stateful import unflatten
-from distckpt.graph.group_order import GroupOrder, in_live_order
+from distckpt.graph.group_order import GroupOrder, in_live_order, late_values
 from distckpt.graph.match import Binding, Match, Mismatch, NewSlots, Surplus, describe, parameter_of
 from distckpt.graph.memory import overlaps_itself
 from distckpt.graph.python_value import decode, references
@@ -81,6 +81,7 @@ class Assignment:
         reads: Tensors to read.
         nodes: Values to hand to adapters after reading.
         slots: Optimizer state to set after reading.
+        late: Lists of schedulers that get values for groups which came late, and these.
         mismatches: What does not fit; those values are in none of the above.
         consumed: Keys of all stored values that this rank takes.
         pairs: Keys of the pairs (optimizer, parameter) whose state is set or dropped as a whole, once.
@@ -89,6 +90,7 @@ class Assignment:
     reads: list[TensorRead] = field(default_factory=list)
     nodes: list[NodeRestore] = field(default_factory=list)
     slots: list[SlotsRestore] = field(default_factory=list)
+    late: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     consumed: set[str] = field(default_factory=set)
     pairs: set[str] = field(default_factory=set)
@@ -108,6 +110,8 @@ class Assignment:
             except Exception as error:  # of the user's own methods
                 error.add_note(f"while {restore.node.key or 'the root'} was given its saved state")
                 raise
+        for values, late in self.late:
+            values += late
         for slots in self.slots:
             optimizer, parameter = slots.new.optimizer.obj, parameter_of(slots.new.parameter)
             assert isinstance(optimizer, torch.optim.Optimizer)
@@ -203,6 +207,8 @@ class _Builder:
         if key in self._skipped:
             self._unfit.add(_identity(node.obj))
         again = key in self._done
+        if again and match.name == STATE:
+            self._add_late_groups(match)
         if (again and not self._is_overwritten(match)) or (self._unfit and self._follows_unfit(node.obj)):
             return
         index = self._variables.get(key)
@@ -224,6 +230,12 @@ class _Builder:
             self._values_to_hand(match)[match.name] = self._new_tensor(key, index, value)
         if again:
             self.result.consumed.discard(key)
+
+    def _add_late_groups(self, match: Match) -> None:
+        """A scheduler that was restored before: groups that its optimizer has got since bring it their values."""
+        encoded = self._manifest.python_state.get(match.key)
+        if encoded is not None and isinstance(match.node.obj, LRScheduler) and match.key not in self._skipped:
+            self.result.late += late_values(decode(bytes(encoded)), match.node.obj, self._orders)
 
     def _is_overwritten(self, match: Match) -> bool:
         """Whether a value that was restored before is an option of an optimizer that is restored again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,13 @@ _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_
 def in_live_order(state: Any, scheduler: object, orders: Mapping[int, GroupOrder]) -> None:
     """Bring the saved state of a scheduler into the order of the live groups, in place.
 
-    A live group that the file lacks keeps its value. Those of saved groups that the optimizer lacks come last, since it
-    may get these later.
+    A live group that the file lacks keeps its value. Saved groups that the optimizer lacks have none: see
+    `late_values`.
 
     Args:
         state: What `state_dict()` gave. That of an object which is no scheduler stays as it is.
         scheduler: The live object.
-        orders: By `id()` of the optimizer, for those whose groups are not as saved.
+        orders: By `id()` of the optimizer.
     """
     if not isinstance(scheduler, LRScheduler) or not isinstance(state, dict):
         return
@@ -49,10 +49,34 @@ def in_live_order(state: Any, scheduler: object, orders: Mapping[int, GroupOrder
         live = scheduler.state_dict()
         for name in _PER_GROUP:
             state.update(_reordered(name, state.get(name), live.get(name), order))
-    inner, saved = getattr(scheduler, "_schedulers", None), state.get("_schedulers")
-    if isinstance(inner, list) and isinstance(saved, list):  # of a SequentialLR or ChainedScheduler
-        for part, its_state in zip(inner, saved, strict=False):
-            in_live_order(its_state, part, orders)
+    for part, its_state in _inner(scheduler, state):
+        in_live_order(its_state, part, orders)
+
+
+def late_values(
+    state: Any, scheduler: object, orders: Mapping[int, GroupOrder]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """What a scheduler that was restored before lacks of saved groups that its optimizer has got since.
+
+    Args:
+        state: As saved.
+        scheduler: The live object.
+        orders: As for `in_live_order`.
+
+    Yields:
+        A list of the scheduler, and the values that go to its end, as groups do.
+    """
+    order = orders.get(id(getattr(scheduler, "optimizer", None)))
+    if order is None or not isinstance(state, dict):
+        return
+    for name in _PER_GROUP:
+        saved, live = state.get(name), getattr(scheduler, name, None)
+        if isinstance(saved, list) and isinstance(live, list) and len(saved) == order.n_saved:
+            late = [None if position is None else saved[position] for position in order.saved_of[len(live) :]]
+            if late and all(isinstance(value, int | float) for value in late):
+                yield live, late
+    for part, its_state in _inner(scheduler, state):
+        yield from late_values(its_state, part, orders)
 
 
 def kept_by_position(scheduler: object, optimizer: object, n_groups: int) -> list[str]:
@@ -65,6 +89,13 @@ def kept_by_position(scheduler: object, optimizer: object, n_groups: int) -> lis
     return [name for name, value in own.items() if isinstance(value, list | tuple) and len(value) == n_groups]
 
 
+def _inner(scheduler: object, state: dict[str, Any]) -> Iterator[tuple[object, Any]]:
+    """The schedulers inside a SequentialLR or ChainedScheduler, each with its saved state."""
+    inner, saved = getattr(scheduler, "_schedulers", None), state.get("_schedulers")
+    if isinstance(inner, list) and isinstance(saved, list):
+        yield from zip(inner, saved, strict=False)
+
+
 def _reordered(name: str, saved: object, live: object, order: GroupOrder) -> dict[str, list[Any]]:
     """The entry `name` in the order of the live groups; empty where it has not one value per group."""
     if not isinstance(saved, list) or not isinstance(live, list):
@@ -72,5 +103,4 @@ def _reordered(name: str, saved: object, live: object, order: GroupOrder) -> dic
     if len(saved) != order.n_saved or len(live) != len(order.saved_of):
         return {}
     pairs = zip(order.saved_of, live, strict=True)
-    values = [own if position is None else saved[position] for position, own in pairs]
-    return {name: values + [value for position, value in enumerate(saved) if position not in order.saved_of]}
+    return {name: [own if position is None else saved[position] for position, own in pairs]}

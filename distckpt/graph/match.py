@@ -117,7 +117,7 @@ class Binding:
         matched: Node id and name of each live value that found a stored one, to the key of the first that it found.
         excused: Node id and name of each live value that the file need not have: of slots, and surplus elements.
         surplus: Elements that go when all stored ones of their container are restored.
-        group_orders: By `id()` of the optimizer, for those whose groups are not as saved.
+        group_orders: By `id()` of the optimizer.
     """
 
     matches: list[Match] = field(default_factory=list)

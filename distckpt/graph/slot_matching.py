@@ -69,15 +69,15 @@ class SlotMatcher:
         self._note_order(saved_groups, live_groups, twins)
 
     def _note_order(self, saved_groups: list[int], live_groups: list[int], twins: dict[int, int]) -> None:
-        """Remember where the groups of an optimizer are not as saved: its schedulers have a value for each."""
+        """Remember which saved groups those of an optimizer are: its schedulers have a value for each."""
         position = {saved_id: index for index, saved_id in enumerate(saved_groups)}
         saved_of = [position[twins[live_id]] if live_id in twins else None for live_id in live_groups]
         order = GroupOrder(len(saved_groups), saved_of)
         group = self._live[live_groups[0]].obj if live_groups else None
-        if not isinstance(group, Group) or order.is_as_saved:
+        if not isinstance(group, Group):
             return
         self._result.group_orders[id(group.optimizer)] = order
-        for node in self._live:
+        for node in () if order.is_as_saved else self._live:
             names = kept_by_position(node.obj, group.optimizer, len(live_groups))
             if names:
                 self._result.warnings.append(
