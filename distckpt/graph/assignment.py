@@ -369,7 +369,9 @@ class _Builder:
         """See `adapters.optimizer.steps_on_device`; asked once per optimizer."""
         known = self._on_device.get(id(optimizer))
         if known is None:
-            known = self._on_device[id(optimizer)] = steps_on_device(optimizer.obj)
+            nodes = [(restore.node.obj, restore.values) for restore in self.result.nodes]
+            options = {id(node.group): values for node, values in nodes if isinstance(node, Group)}
+            known = self._on_device[id(optimizer)] = steps_on_device(optimizer.obj, options)
         return known
 
     def _own_value(self, parameter: LiveNode) -> TensorValue:

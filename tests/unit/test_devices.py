@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distckpt import Checkpoint, RestoreOptions, RNGState, load_checkpoint
 from distckpt.cluster import ElasticSampler
-from distckpt.graph.sharding import new_like
+from distckpt.graph import assignment
+from distckpt.graph.sharding import new_like, new_plain
 from distckpt.graph.values import replicated
 
 
@@ -21,6 +24,28 @@ def test_a_new_slot_lies_beside_its_parameter(device: str) -> None:
             tensor, value = new_like(parameter, replicated(parameter), shape, torch.float32)
             assert tensor.device == torch.device(device)
             assert value.global_shape == shape
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_new_step_lies_where_the_options_of_the_file_want_it(
+    fused: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, an optimizer that is fused has it beside its parameter, and fails otherwise; any other on the CPU."""
+    on_cpu = []
+
+    def make_plain(*args: Any) -> Any:
+        on_cpu.append(args)
+        return new_plain(*args)
+
+    monkeypatch.setattr(assignment, "new_plain", make_plain)
+    model, twin = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    other = torch.optim.Adam(twin.parameters(), fused=not fused)
+    Checkpoint(m=twin, o=other).read(Checkpoint(m=model, o=optimizer).write(path)).assert_consumed()
+    assert other.param_groups[0]["fused"] is fused
+    assert len(on_cpu) == (0 if fused else 1)
 
 
 def test_a_default_device_changes_nothing(path: str) -> None:

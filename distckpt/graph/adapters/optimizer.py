@@ -266,10 +266,16 @@ def flat_size(optimizer: object) -> int | None:
 FLAT_SLOTS = ("d", "prev_flat_grad")
 
 
-def steps_on_device(optimizer: object) -> frozenset[int]:
-    """`id()` of the parameters whose step count is on their own device; by default an optimizer has it on the CPU."""
+def steps_on_device(optimizer: object, restored: Mapping[int, Mapping[str, object]]) -> frozenset[int]:
+    """`id()` of the parameters whose step count is on their own device; by default an optimizer has it on the CPU.
+
+    Args:
+        optimizer: The optimizer.
+        restored: By `id()` of a parameter group, the options that it is about to get.
+    """
     assert isinstance(optimizer, torch.optim.Optimizer)
-    groups = [group for group in optimizer.param_groups if group.get("capturable") or group.get("fused")]
+    options = [(group, {**group, **restored.get(id(group), {})}) for group in optimizer.param_groups]
+    groups = [group for group, now in options if now.get("capturable") or now.get("fused")]
     return frozenset(id(parameter) for group in groups for parameter in group["params"])
 
 
