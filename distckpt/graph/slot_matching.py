@@ -198,8 +198,8 @@ class SlotMatcher:
         return [parameter for group in groups for parameter in self._live[group].parameters or ()]
 
     def _match_pair(self, node: LiveNode, parameter_id: int, stored: dict[str, int]) -> None:
-        """All slots of a pair or none."""
-        live = node.slots.get(parameter_id, {})
+        """All slots of a pair or none; those of LBFGS, which change in number and kind at some steps, as new ones."""
+        live = {} if isinstance(node.obj, torch.optim.LBFGS) else node.slots.get(parameter_id, {})
         if live and live.keys() == stored.keys():
             for name, slot_id in live.items():
                 self._values.match_attributes(self._saved[stored[name]], slot_id)

@@ -181,6 +181,23 @@ def test_lbfgs_whose_state_is_a_structure(stepped: bool, search: str | None, pat
     assert equal(twin.values(), model.values())
 
 
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_goes_back_to_its_first_step(search: str | None, path: str) -> None:
+    """It has other slots then than later, and numbers in place of tensors."""
+    model = _Model(1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=1, line_search_fn=search)
+    train(model, optimizer, range(1))
+    live = Checkpoint(m=model, o=optimizer)
+    file, saved = live.write(path), set(optimizer.state[model.a])
+    train(model, optimizer, range(1, 4))
+    expected = model.values()
+    assert saved < set(optimizer.state[model.a])
+    live.read(file).assert_consumed()
+    assert saved == set(optimizer.state[model.a])
+    train(model, optimizer, range(1, 4))
+    assert equal(model.values(), expected)
+
+
 # ---- nothing disturbs the training -------------------------------------------------------------------------------
 
 
