@@ -79,14 +79,22 @@ def late_values(
         yield from late_values(its_state, part, orders)
 
 
-def kept_by_position(scheduler: object, optimizer: object, n_groups: int) -> list[str]:
-    """What a scheduler of the user's own class seems to keep per group of an optimizer, beside what torch's keep."""
-    if not isinstance(scheduler, LRScheduler) or getattr(scheduler, "optimizer", None) is not optimizer:
+def kept_by_position(scheduler: object, state: object, optimizer: object, n_groups: int) -> list[str]:
+    """What a scheduler of the user's own class seems to keep per group of an optimizer, beside what torch's keep.
+
+    Args:
+        scheduler: The live object, maybe of a class that is none of torch's.
+        state: What `state_dict()` gives now.
+        optimizer: The optimizer.
+        n_groups: Number of its groups.
+    """
+    if getattr(scheduler, "optimizer", None) is not optimizer or not isinstance(state, dict):
         return []
     if type(scheduler).__module__.startswith("torch.optim."):
         return []
-    own = {name: value for name, value in vars(scheduler).items() if name not in _PER_GROUP}
-    return [name for name, value in own.items() if isinstance(value, list | tuple) and len(value) == n_groups]
+    known = _PER_GROUP if isinstance(scheduler, LRScheduler) else ()
+    lists = [name for name, value in state.items() if isinstance(value, list | tuple) and len(value) == n_groups]
+    return [str(name) for name in lists if name not in known]
 
 
 def _inner(scheduler: object, state: dict[str, Any]) -> Iterator[tuple[object, Any]]:

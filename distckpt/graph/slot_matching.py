@@ -15,9 +15,10 @@ from distckpt.graph.group_order import GroupOrder, kept_by_position
 from distckpt.graph.match import Mismatch, NewSlots
 from distckpt.graph.node_matching import NodeMatcher
 from distckpt.graph.value_matching import ValueMatcher
+from distckpt.graph.values import PythonValue
 from distckpt.graph.view import LiveNode
 from distckpt.layout.keys import slots_key
-from distckpt.layout.records import OWN_VALUE, Node
+from distckpt.layout.records import OWN_VALUE, STATE, Node
 from distckpt.words import listing
 
 
@@ -78,7 +79,9 @@ class SlotMatcher:
             return
         self._result.group_orders[id(group.optimizer)] = order
         for node in () if order.is_as_saved else self._live:
-            names = kept_by_position(node.obj, group.optimizer, len(live_groups))
+            state = node.values.get(STATE)
+            held = state.value if isinstance(state, PythonValue) else None
+            names = kept_by_position(node.obj, held, group.optimizer, len(live_groups))
             if names:
                 self._result.warnings.append(
                     f"{node.key}: the groups of its optimizer are not those saved, in their order. Values per group in "

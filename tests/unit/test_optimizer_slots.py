@@ -1087,3 +1087,26 @@ def test_what_a_scheduler_of_ones_own_has_per_group_is_warned_of(path: str) -> N
     with pytest.warns(CheckpointWarning, match=r"s: the groups of its optimizer are not those saved.* in factors are"):
         Checkpoint(m=twin, o=other, s=its_scheduler).read(file)
     assert its_scheduler.base_lrs == [_RATES["b"], _RATES["a"]]
+
+
+class _Foreign:
+    """A scheduler that is none of torch's, as libraries have them."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base_lrs": self.base_lrs, "epoch": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base_lrs = state["base_lrs"]
+
+
+def test_what_a_scheduler_of_another_library_has_per_group_is_warned_of(path: str) -> None:
+    model, optimizer, scheduler = _scheduled(_Foreign, "ab")
+    file = Checkpoint(m=model, o=optimizer, s=scheduler).write(path)
+    Checkpoint(m=model, o=optimizer, s=scheduler).read(file).assert_consumed()  # in the order saved
+    twin, other, its_scheduler = _scheduled(_Foreign, "ba")
+    with pytest.warns(CheckpointWarning, match=r"s: the groups of its optimizer are not those saved.* in base_lrs are"):
+        Checkpoint(m=twin, o=other, s=its_scheduler).read(file)
