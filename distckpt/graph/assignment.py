@@ -170,9 +170,8 @@ class _Builder:
     def find_overwritten(self, matches: Iterable[Match]) -> None:
         """Find the optimizers whose scheduler came after their options were restored: its constructor has set some."""
         for match in matches if self._done else ():
-            scheduler = match.node.obj
-            if match.name == STATE and match.key not in self._done and isinstance(scheduler, LRScheduler):
-                self._overwritten.add(id(getattr(scheduler, "optimizer", None)))
+            if match.name == STATE and match.key not in self._done:  # of any class: not all schedulers are torch's
+                self._overwritten.add(id(getattr(match.node.obj, "optimizer", None)))
 
     def torn(self, matches: Iterable[Match]) -> set[tuple[int, str]]:
         """The matches, by node and name, of structures of which something is not restored; each is a mismatch."""

@@ -1110,3 +1110,20 @@ def test_what_a_scheduler_of_another_library_has_per_group_is_warned_of(path: st
     twin, other, its_scheduler = _scheduled(_Foreign, "ba")
     with pytest.warns(CheckpointWarning, match=r"s: the groups of its optimizer are not those saved.* in base_lrs are"):
         Checkpoint(m=twin, o=other, s=its_scheduler).read(file)
+
+
+def test_a_scheduler_of_another_library_made_after_its_optimizer_was_restored(path: str) -> None:
+    class Warmup(_Foreign):
+        def __init__(self, optimizer: Optimizer) -> None:
+            super().__init__(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-6
+
+    model, optimizer, scheduler = _scheduled(_Foreign, "ab")
+    file = Checkpoint(m=model, o=optimizer, s=scheduler).write(path)
+    twin, other, _ = _scheduled(_Foreign, "ab", 3.0)
+    live = Checkpoint(m=twin, o=other)
+    status = live.read(file)
+    live.s = Warmup(other)
+    status.assert_consumed()
+    assert [group["lr"] for group in other.param_groups] == [_RATES["a"], _RATES["b"]]
