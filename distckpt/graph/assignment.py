@@ -119,7 +119,13 @@ class Assignment:
 
 
 def assign(
-    binding: Binding, manifest: Manifest, *, cast: bool, done: Iterable[str] = (), skipped: Iterable[str] = ()
+    binding: Binding,
+    manifest: Manifest,
+    *,
+    cast: bool,
+    done: Iterable[str] = (),
+    skipped: Iterable[str] = (),
+    optimizers: Iterable[object] = (),
 ) -> Assignment:
     """Decide what to read and to set. Local; changes nothing live.
 
@@ -129,10 +135,11 @@ def assign(
         cast: Convert dtypes of the same kind.
         done: Keys that an earlier assignment of the same restore already took.
         skipped: Those of them that did not fit.
+        optimizers: Those whose options it took.
     """
     builder = _Builder(manifest, cast, frozenset(done), frozenset(skipped), binding.group_orders)
     builder.result.mismatches += binding.mismatches
-    builder.find_overwritten(binding.matches)
+    builder.find_overwritten(binding.matches, optimizers)
     torn = builder.torn(binding.matches)
     for match in binding.matches:
         if not torn or (id(match.node), match.name) not in torn:
@@ -167,11 +174,12 @@ class _Builder:
         self.result = Assignment()
         self._restores: dict[int, NodeRestore] = {}
 
-    def find_overwritten(self, matches: Iterable[Match]) -> None:
+    def find_overwritten(self, matches: Iterable[Match], restored: Iterable[object]) -> None:
         """Find the optimizers whose scheduler came after their options were restored: its constructor has set some."""
-        for match in matches if self._done else ():
+        known = {id(optimizer) for optimizer in restored}
+        for match in matches if known else ():
             if match.name == STATE and match.key not in self._done:  # of any class: not all schedulers are torch's
-                self._overwritten.add(id(getattr(match.node.obj, "optimizer", None)))
+                self._overwritten |= known & {id(getattr(match.node.obj, "optimizer", None))}
 
     def torn(self, matches: Iterable[Match]) -> set[tuple[int, str]]:
         """The matches, by node and name, of structures of which something is not restored; each is a mismatch."""

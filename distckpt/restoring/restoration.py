@@ -110,6 +110,7 @@ class Restoration:
         self._superseded: dict[str, weakref.ref[Restoration]] = {}  # key to the newer restore that waits for it now
         self._awaited: set[str] = set()  # names of attributes that pending values wait for
         self._holders: dict[str, weakref.ref[object]] = {}  # key to the object restored in place: it may be replaced
+        self._optimizers: weakref.WeakSet[object] = weakref.WeakSet()  # those that got options
         self._skipped: dict[str, Mismatch] = {}  # by key
         self._caught_up: set[str] = set()  # keys of the live values that `catch_up` has restored
 
@@ -121,7 +122,9 @@ class Restoration:
         self._leave_to_newer(binding)
         binding.mismatches = [m for m in binding.mismatches if m.key not in self._settled]
         manifest, cast = self.source.manifest, self.options.cast
-        assignment = assign(binding, manifest, cast=cast, done=self._settled, skipped=self._skipped)
+        assignment = assign(
+            binding, manifest, cast=cast, done=self._settled, skipped=self._skipped, optimizers=self._optimizers
+        )
         self.pending = {key: waits for key, waits in binding.pending.items() if key not in self._settled}
         self._awaited = binding.awaited
         return binding, assignment
@@ -169,7 +172,9 @@ class Restoration:
             # Groups and slots of optimizers are stand-ins, made anew by every walk.
             if type(obj) is Slot:
                 self._settled.add(match.node.key.rpartition("/")[0])  # the pair, even if training adds slots to it
-            elif type(obj) is not Group and type(value) is TensorValue and value.in_place and match.key in consumed:
+            elif match.key in consumed and type(obj) is Group:
+                self._optimizers.add(obj.optimizer)
+            elif type(value) is TensorValue and value.in_place and match.key in consumed:
                 self._holders[match.key] = weakref.ref(obj)
         for mismatch in assignment.mismatches:
             self._skipped[mismatch.key] = mismatch

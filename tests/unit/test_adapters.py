@@ -683,6 +683,22 @@ def test_options_of_an_optimizer_that_are_restored_again_count_once(path: str) -
     assert other.param_groups[0]["lr"] == 0.5
 
 
+def test_a_scheduler_of_an_optimizer_that_replaced_the_restored_one(path: str) -> None:
+    """An object that is reassigned after it was restored keeps what the program gave it."""
+
+    def make(lr: float) -> _Optimizer:
+        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+
+    optimizer = make(0.1)
+    file = Checkpoint(o=optimizer, s=lr_scheduler.ExponentialLR(optimizer, 0.9)).write(path)
+    live = Checkpoint(o=make(7.0))
+    live.read(file).expect_partial()
+    live.o = other = make(0.5)
+    live.s = lr_scheduler.ExponentialLR(other, 0.8)
+    assert live.s.gamma == 0.9
+    assert other.param_groups[0]["lr"] == 0.5
+
+
 def test_scheduler_internals_the_file_lacks_keep_their_value(path: str) -> None:
     def make() -> Any:
         return lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 2)
