@@ -100,7 +100,8 @@ class PreemptionGuard:
         self._first_step = True
         self._saved_within_step = 0.0
         self._longest_save: float | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[int, Any] = {}
+        self._closed = False
         self._install(signals)
         atexit.register(self._at_exit)
 
@@ -115,10 +116,10 @@ class PreemptionGuard:
     def close(self) -> None:
         """Restore the previous signal handlers. Local."""
         atexit.unregister(self._at_exit)
-        for number, handler in self._previous.items():
+        self._closed = True
+        for number in self._previous:
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._previous = {}
+                self._give_back(number)
 
     # ---- the collective call ----
 
@@ -191,7 +192,8 @@ class PreemptionGuard:
     def _install(self, signals: Iterable[signal.Signals]) -> None:
         try:
             for number in signals:
-                self._previous[number] = signal.signal(number, self._on_signal)
+                previous = signal.signal(number, self._on_signal)
+                self._previous.setdefault(number, previous)  # SIGIOT is SIGABRT: one signal may be listed twice
         except (ValueError, OSError, TypeError) as error:  # not the main thread, SIGKILL and its like, or no signals
             self.close()
             raise ValueError(
@@ -210,13 +212,19 @@ class PreemptionGuard:
                 signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() == self._process:
+        if os.getpid() == self._process and not self._closed:
             self._received = number
             return
-        # A forked child has inherited this handler but never calls `should_stop`. Whoever sends it a signal, such as
-        # `multiprocessing.Pool.terminate`, waits for it to end.
-        self.close()
+        # Nobody calls `should_stop`, and whoever has sent the signal waits for the process to end. This is a forked
+        # child, such as a worker of `multiprocessing.Pool`, or the guard is closed, and a handler that came later, such
+        # as that of another guard, has given back this one.
+        self._give_back(number)
         os.kill(os.getpid(), number)
+
+    def _give_back(self, number: int) -> None:
+        """Restore the handler that was there before this guard."""
+        handler = self._previous[number]
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _end_step(self) -> None:
         """Record the duration of the step, except of the first one: it compiles, opens files and fills caches."""

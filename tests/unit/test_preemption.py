@@ -189,6 +189,40 @@ def test_a_signal_ends_a_forked_child_as_without_a_guard() -> None:
     assert done.stdout.split("\n")[:2] == ["True", "True False"]
 
 
+OUT_OF_ORDER = """
+import signal
+from distckpt.cluster import PreemptionGuard
+outer, inner = PreemptionGuard(signals=[signal.SIGTERM]), PreemptionGuard(signals=[signal.SIGTERM])
+outer.close()
+inner.close()
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_ends_the_process_once_all_guards_are_closed_in_whatever_order() -> None:
+    done = subprocess.run([sys.executable, "-c", OUT_OF_ORDER], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_a_handler_of_the_users_is_called_again_once_all_guards_are_closed() -> None:
+    called: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _frame: called.append(number))
+    try:
+        outer, inner = PreemptionGuard(), PreemptionGuard()
+        outer.close()
+        inner.close()
+        signal.raise_signal(signal.SIGUSR2)
+        assert called == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_signal_that_is_listed_twice_is_given_back() -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    PreemptionGuard(signals=[signal.SIGUSR2, signal.SIGUSR2]).close()
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
 def test_another_thread_cannot_make_one_that_handles_signals() -> None:
     errors: list[BaseException] = []
 
