@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-from distckpt.errors import CheckpointError, CheckpointNotFoundError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from distckpt.log import warn
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import SUFFIX, NumberedFile, as_text, numbered_files
@@ -34,7 +34,8 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
 
     Args:
         directory: The directory.
-        verify: Compare the checksums of all data too.
+        verify: Compare the checksums of all data too. One that was saved without them counts as complete, with a
+            warning.
 
     Returns:
         Path of the checkpoint, below `directory`.
@@ -89,8 +90,14 @@ def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = Fa
     """
     by_prefix = groupby(saved_files(directory), lambda file: file.prefix)
     found = [_newest_first(directory, list(files), verify) for _, files in by_prefix]
-    for checkpoint in heapq.merge(*found, reverse=True):
-        yield checkpoint.path
+    # Not heapq.merge: its frame would be the line that a warning points at.
+    heads = [(head, rest) for rest in found if (head := next(rest, None)) is not None]
+    while heads:
+        newest, rest = max(heads, key=itemgetter(0))
+        yield newest.path
+        heads.remove((newest, rest))
+        if (head := next(rest, None)) is not None:
+            heads.append((head, rest))
 
 
 def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
@@ -118,17 +125,38 @@ class _Found:
 
 def _newest_first(directory: str | os.PathLike[str], files: list[NumberedFile], verify: bool) -> Iterator[_Found]:
     """The complete checkpoints by descending number; `files` are those of one prefix, in ascending order."""
-    for file in reversed(files):
+    tried: set[str] = set()
+    while files:
+        file = files.pop()
+        tried.add(file.name)
         path = str(Path(directory, file.name))
         try:
-            manifest = open_checkpoint(path).manifest
-            problems = verify_file(path) if verify else []
+            found = _look_at(path, file.number, verify)
         except (CheckpointError, OSError) as error:
-            problems = [str(error)]
-        if problems:
-            _warn(f"{path} is passed over: {'; '.join(problems[:3])}")
-        elif manifest.save_counter is not None:
-            yield _Found(manifest.time, file.number, path)
+            if not os.path.lexists(path):  # whoever has removed it, such as a manager, has made a newer one before
+                present = [other for other in numbered_files(directory) if other.prefix == file.prefix]
+                files = [other for other in present if other.name not in tried]
+                continue
+            _warn(f"{path} is passed over: {str(error).removeprefix(f'{path}: ')}")
+        else:
+            if found is not None:
+                yield found
+
+
+def _look_at(path: str, number: int, verify: bool) -> _Found | None:
+    """Open a file, and verify its data if wanted; None if it was made by `write`.
+
+    Raises:
+        CheckpointError: It is damaged.
+        OSError: It cannot be read.
+    """
+    opened = open_checkpoint(path)
+    if verify and opened.checksums is None:
+        _warn(f"{path} is not verified: it was saved without checksums, or with those of a newer version.")
+    elif verify and (problems := verify_file(path)):
+        raise CorruptCheckpointError("; ".join(problems[:3]))
+    counter = opened.manifest.save_counter
+    return None if counter is None else _Found(opened.manifest.time, number, path)
 
 
 def _warn(message: str) -> None:

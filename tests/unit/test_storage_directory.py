@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpoint, CheckpointManager
+from distckpt import Checkpoint, CheckpointManager, SaveOptions
 from distckpt.errors import CheckpointNotFoundError, CheckpointWarning
-from distckpt.storage import paths, state
+from distckpt.storage import latest, paths, state
 from distckpt.storage.latest import is_complete, latest_checkpoint
 from distckpt.storage.paths import next_number, numbered_files, resolve, single_path, split_prefix
 from distckpt.storage.state import DamagedStateError, known_prefixes, read_state, record_save, write_state
@@ -306,6 +306,38 @@ def test_verify_reads_the_data_too(tmp_path: Path) -> None:
         assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-2.h5")
     with pytest.warns(CheckpointWarning, match=r"ckpt-2.h5 is passed over: w: .*damaged"):
         assert latest_checkpoint(tmp_path, verify=True) == str(tmp_path / "ckpt-1.h5")
+
+
+def test_what_has_no_checksums_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(x=1)
+    path = checkpoint.save(tmp_path / "ckpt", options=SaveOptions(checksums=False))
+    with pytest.warns(CheckpointWarning, match=r"ckpt-1.h5 is not verified: it was saved without checksums"):
+        assert latest_checkpoint(tmp_path, verify=True) == path
+
+
+def test_a_file_that_is_removed_during_the_look_has_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training job that keeps one checkpoint goes on while another program looks for it."""
+    make(tmp_path, "ckpt-1.h5")
+    open_checkpoint = latest.open_checkpoint
+
+    def open_late(path: str) -> Any:
+        if path.endswith("ckpt-1.h5"):
+            make(tmp_path, "ckpt-2.h5")
+            (tmp_path / "ckpt-1.h5").unlink()
+        return open_checkpoint(path)
+
+    monkeypatch.setattr(latest, "open_checkpoint", open_late)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-2.h5")
+
+
+def test_a_link_that_leads_nowhere_is_passed_over_once(tmp_path: Path) -> None:
+    make(tmp_path, "ckpt-1.h5")
+    (tmp_path / "ckpt-2.h5").symlink_to(tmp_path / "gone.h5")
+    with pytest.warns(CheckpointWarning, match=r"ckpt-2.h5 is passed over: no such checkpoint") as warned:
+        assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-1.h5")
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_is_complete(tmp_path: Path) -> None:
