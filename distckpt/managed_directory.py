@@ -116,6 +116,7 @@ class ManagedDirectory:
         self._latest: str | None = None
         self._candidates: Iterator[str] = iter(())
         self._rejected: list[str] = []
+        self._warned = False  # of metrics without the one of `keep_best`
 
     def open(self) -> DirectoryView:
         """Read the directory for the first time, and remove the temporary files of interrupted saves."""
@@ -125,7 +126,7 @@ class ManagedDirectory:
         if now < self._history.last_preserved_time:
             warn([f"{self._directory}: the clock was set back. All checkpoints made so far are kept for good."])
             self._history = retention.after_clock_reset(self._history, now)
-        self._latest = next(complete_checkpoints(self._directory), None)
+        self._latest = next(complete_checkpoints(self._directory, prefix=self._prefix), None)
         return self._view()
 
     # ---- save ----
@@ -139,7 +140,20 @@ class ManagedDirectory:
         with self._lock:
             step, now = self._read_step(), self._clock()
             due = self._schedule.is_due(step, now, self._newest(), check_interval=check_interval)
-            return Decision(due, now, step, retention.finite_metrics(metrics), from_here(self._directory))
+            finite = retention.finite_metrics(metrics)
+            if due and metrics:
+                self._warn_of_metrics(metrics)
+            return Decision(due, now, step, finite, from_here(self._directory))
+
+    def _warn_of_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Warn, once, if the metric by which the best are kept has another name: the best would be deleted."""
+        best = self._policy.keep_best
+        if best is None or best.metric in metrics or self._warned:
+            return
+        self._warned = True
+        given = ", ".join(repr(name) for name in metrics)
+        expected = f"metrics: expected {best.metric!r} among them, by which keep_best ranks the checkpoints"
+        warn([f"{expected}. Got {given}. This checkpoint is not among the best, whatever it is."])
 
     def begin(self, decision: Decision, ended: Ended) -> None:
         """Count intervals from a save that has begun in the background, until it ends.
@@ -197,7 +211,7 @@ class ManagedDirectory:
 
     def begin_restore(self) -> None:
         """Begin a restore: `choose` starts with the newest checkpoint."""
-        self._candidates = complete_checkpoints(self._directory)
+        self._candidates = complete_checkpoints(self._directory, prefix=self._prefix)
         self._rejected = []
 
     def choose(self, problem: str) -> Choice:
@@ -232,7 +246,7 @@ class ManagedDirectory:
 
     def _require_nothing_lost(self) -> None:
         """Raise if the directory has checkpoints at all: only the user may decide to start anew in spite of them."""
-        paths = [Path(self._directory, file.name) for file in saved_files(self._directory)]
+        paths = [Path(self._directory, file.name) for file in saved_files(self._directory, self._prefix)]
         problems = [*self._rejected, *(problem for path in paths if (problem := is_complete(path)) is not None)]
         if problems:
             lines = "\n  ".join(problems[:10])
@@ -244,22 +258,27 @@ class ManagedDirectory:
 
     def pin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.pin`."""
-        found = Path(resolve(path))
-        if found.name not in self._own_files() or not found.parent.samefile(self._directory):
-            pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
-            raise ValueError(f"pin: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
-        with self._lock:
+        with self._lock:  # first of all: a background save may be removing this one
+            found = Path(resolve(path))
+            if found.name not in self._own_files() or not found.parent.samefile(self._directory):
+                raise self._not_ours("pin", path)
             self._write(retention.pin(self._history, found.name), durable=True)
             return self._view()
 
     def unpin(self, path: str) -> DirectoryView:
         """See `CheckpointManager.unpin`."""
         with self._lock:
+            if Path(path).parent.resolve() != Path(self._directory).resolve():
+                raise self._not_ours("unpin", path)
             name = Path(path).name.removesuffix(SUFFIX) + SUFFIX
             self._write(retention.unpin(self._history, name), durable=True)
             return self._view()
 
     # ---- parts of the above ----
+
+    def _not_ours(self, operation: str, path: str) -> ValueError:
+        pattern = str(Path(self._directory, f"{self._prefix}-<number>{SUFFIX}"))
+        return ValueError(f"{operation}: expected a checkpoint of this manager, {pattern}. Got {path!r}.")
 
     def _recorded(self) -> History:
         """The history in the state file; the current one if there is none, or if it is damaged."""

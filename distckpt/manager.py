@@ -294,6 +294,9 @@ class CheckpointManager:
 
         Args:
             path: Path of the checkpoint, with or without ".h5"; nothing happens if it is not pinned.
+
+        Raises:
+            CollectiveError: It is in another directory.
         """
         self._change_pin("unpin", path, self._managed.unpin)
 

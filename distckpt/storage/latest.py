@@ -76,7 +76,9 @@ def file_of(path: str | os.PathLike[str]) -> str:
     return latest
 
 
-def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = False) -> Iterator[str]:
+def complete_checkpoints(
+    directory: str | os.PathLike[str], *, verify: bool = False, prefix: str | None = None
+) -> Iterator[str]:
     """The complete checkpoints that `save` has made in a directory, newest first.
 
     Files are opened one by one during the iteration; a damaged one is passed over with a warning.
@@ -84,11 +86,12 @@ def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = Fa
     Args:
         directory: The directory.
         verify: Compare the checksums of all data too.
+        prefix: As for `saved_files`.
 
     Yields:
         Paths, below `directory`.
     """
-    by_prefix = groupby(saved_files(directory), lambda file: file.prefix)
+    by_prefix = groupby(saved_files(directory, prefix), lambda file: file.prefix)
     found = [_newest_first(directory, list(files), verify) for _, files in by_prefix]
     # Not heapq.merge: its frame would be the line that a warning points at.
     heads = [(head, rest) for rest in found if (head := next(rest, None)) is not None]
@@ -100,8 +103,13 @@ def complete_checkpoints(directory: str | os.PathLike[str], *, verify: bool = Fa
             heads.append((head, rest))
 
 
-def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
-    """The numbered files of the prefixes in the state file; of all prefixes if there is no usable state file."""
+def saved_files(directory: str | os.PathLike[str], prefix: str | None = None) -> list[NumberedFile]:
+    """The numbered files of the prefixes in the state file; of all prefixes if there is no usable state file.
+
+    Args:
+        directory: The directory.
+        prefix: One whose files count although the state file lacks it, as when they were copied; None for none.
+    """
     files = numbered_files(directory)
     try:
         state = read_state(directory)
@@ -110,7 +118,7 @@ def saved_files(directory: str | os.PathLike[str]) -> list[NumberedFile]:
         state = None
     if state is None:
         return files
-    known = known_prefixes(state)
+    known = known_prefixes(state) | {prefix}
     return [file for file in files if file.prefix in known]
 
 

@@ -214,6 +214,17 @@ def test_what_was_saved_while_the_predicate_failed_is_known_after_a_restart(tmp_
     assert files(tmp_path) == ["ckpt-4"]
 
 
+def test_metrics_under_another_name_than_that_of_the_best_are_warned_of_once(tmp_path: Path) -> None:
+    manager = CheckpointManager(make(), tmp_path, max_to_keep=1, keep_best=("loss", "min", 1))
+    manager.save()
+    manager.save(metrics={"loss": 1.0, "accuracy": 0.5})
+    with pytest.warns(CheckpointWarning, match=r"expected 'loss' among them.*Got 'val_loss', 'accuracy'\.") as warned:
+        manager.save(metrics={"val_loss": 2.0, "accuracy": 0.5})
+    assert [warning.filename for warning in warned] == [__file__]
+    manager.save(metrics={"val_loss": 3.0})
+    assert files(tmp_path) == ["ckpt-2", "ckpt-4"]
+
+
 def test_custom_numbers(tmp_path: Path) -> None:
     step = torch.tensor(0)
     checkpoint = Checkpoint(step=step)
@@ -485,6 +496,23 @@ def test_the_fallback_goes_from_newest_to_oldest_over_all_names(tmp_path: Path) 
     assert manager.restore_or_initialize() is None
 
 
+def test_files_of_the_name_count_whatever_the_state_file_knows(tmp_path: Path) -> None:
+    """They were copied beside those of another manager, or the job ended before the state file was written."""
+    make().save(tmp_path / "best")
+    shutil.copy(make(3.0).save(tmp_path / "elsewhere" / "ckpt"), tmp_path / "ckpt-4.h5")
+    checkpoint = make()
+    manager = CheckpointManager(checkpoint, tmp_path)
+    assert manager.latest_checkpoint == manager.restore_or_initialize() == str(tmp_path / "ckpt-4.h5")
+    assert checkpoint.w[0] == 3.0
+    os.truncate(tmp_path / "ckpt-4.h5", 5000)
+    (tmp_path / "best-1.h5").unlink()
+    with (
+        pytest.warns(CheckpointWarning, match="passed over"),
+        pytest.raises(CorruptCheckpointError, match="no checkpoint can be restored"),
+    ):
+        CheckpointManager(make(), tmp_path).restore_or_initialize()
+
+
 def test_when_all_are_damaged_nothing_starts_anew(tmp_path: Path) -> None:
     paths = four_saves(tmp_path)[-2:]
     for path in tmp_path.glob("ckpt-[12].h5"):
@@ -575,6 +603,19 @@ def test_a_pin_needs_no_state_file(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").unlink()
     CheckpointManager(make(), tmp_path).pin(paths[0])
     assert sorted(state_of(tmp_path)["prefixes"]) == ["ckpt", "other"]
+
+
+def test_a_namesake_in_another_directory_unpins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = CheckpointManager(make(), tmp_path / "a", max_to_keep=1)
+    manager.pin(str(manager.save()))
+    with pytest.raises(CollectiveError, match=r"unpin: expected a checkpoint of this manager, .*/a/ckpt-<number>\.h5"):
+        manager.unpin(tmp_path / "b" / "ckpt-1")
+    manager.save()
+    assert files(tmp_path / "a") == ["ckpt-1", "ckpt-2"]
+    monkeypatch.chdir(tmp_path / "a")
+    manager.unpin("ckpt-1")
+    manager.save()
+    assert files(tmp_path / "a") == ["ckpt-3"]
 
 
 def test_what_cannot_be_pinned(tmp_path: Path) -> None:

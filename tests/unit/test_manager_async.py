@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import distckpt.managed_directory
 import distckpt.saving.writer
-from distckpt import Checkpoint, CheckpointManager, CheckpointRecord, CollectiveError, SaveOptions, latest_checkpoint
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointNotFoundError,
+    CheckpointRecord,
+    CollectiveError,
+    SaveOptions,
+    latest_checkpoint,
+)
 from distckpt.coordination.coordinator import Coordinator
 from distckpt.saving.background_save import BackgroundSave
 
@@ -224,3 +233,26 @@ def test_pins_while_a_save_goes_on(tmp_path: Path) -> None:
     handle.result(PATIENCE)
     assert numbers(tmp_path) == [1, 11]
     assert CheckpointManager(make(), tmp_path, max_to_keep=1).checkpoints == manager.checkpoints
+
+
+def test_a_pin_never_comes_to_what_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin that succeeds keeps the checkpoint, also while a save in the background deletes old ones."""
+    manager = CheckpointManager(make(), tmp_path, max_to_keep=1)
+    first = str(manager.save())
+    removing, go_on = threading.Event(), threading.Event()
+    remove = distckpt.managed_directory.remove_checkpoints
+
+    def remove_slowly(directory: str, names: tuple[str, ...]) -> list[str]:
+        removing.set()
+        assert go_on.wait(PATIENCE)
+        return remove(directory, names)
+
+    monkeypatch.setattr(distckpt.managed_directory, "remove_checkpoints", remove_slowly)
+    handle = manager.save_async()
+    assert handle is not None
+    assert removing.wait(PATIENCE)
+    threading.Timer(0.3, go_on.set).start()
+    with pytest.raises(CheckpointNotFoundError, match="ckpt-1"):
+        manager.pin(first)
+    handle.result(PATIENCE)
+    assert numbers(tmp_path) == [2]
