@@ -17,7 +17,7 @@ from distckpt.storage.commit import commit, discard
 from distckpt.storage.creation import create_like, write_manifest
 from distckpt.storage.manifest import Unsealed, sealed
 from distckpt.storage.paths import Prefix, from_here, parse_numbered
-from distckpt.storage.rawio import fsync
+from distckpt.storage.rawio import fsync, naming
 from distckpt.storage.skeleton import Skeleton
 from distckpt.storage.state import record_save
 from distckpt.timing import Timing
@@ -103,9 +103,10 @@ class Draft:
         skeleton, manifest = self._manifest
         fd = os.open(self._temp_path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            write_manifest(fd, skeleton, *sealed(manifest, timing))
-            if durable:
-                fsync(fd)
+            with naming(self._final):
+                write_manifest(fd, skeleton, *sealed(manifest, timing))
+                if durable:
+                    fsync(fd)
         finally:
             os.close(fd)
         self._manifest = None

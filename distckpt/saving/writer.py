@@ -25,7 +25,7 @@ from distckpt.saving.draft import NewFile
 from distckpt.storage import mpio
 from distckpt.storage.checksum import ChecksumLog
 from distckpt.storage.packing import Bundle, Jobs, write_bundles
-from distckpt.storage.rawio import fsync, open_shared, require_descriptors
+from distckpt.storage.rawio import fsync, naming, open_shared, require_descriptors
 from distckpt.storage.transfer import Progress, WriteJob
 from distckpt.storage.writing import write_posix
 from distckpt.timing import SAVE_STEPS, Timer
@@ -85,7 +85,7 @@ def write_shards(
         else:
             work.write_posix()
         timer.collect(coordinator.gather_rows, SAVE_STEPS)
-        with coordinator.step("fsync"), timer.step("fsync"):
+        with coordinator.step("fsync"), timer.step("fsync"), naming(destination.file.path):
             seal()
             if destination.options.durable:
                 fsync(fd)
@@ -158,14 +158,14 @@ def write_alone(destination: Destination, rest: Rest) -> None:
     with timer.step("open"):
         fd = destination.open()
     try:
-        with timer.step("write"):
+        with timer.step("write"), naming(destination.file.path):
             jobs = rest.jobs
             others = [jobs[index] for index in jobs.packing.others]
             checksums = write_posix(fd, others, checksums=options.checksums)
             checksums.extend(rest.log)
             write_bundles(fd, jobs, rest.bundles, checksums if options.checksums else None)
             checksums.write(fd, destination.file.checksums_offset)
-        with timer.step("fsync"):
+        with timer.step("fsync"), naming(destination.file.path):
             if options.durable:
                 fsync(fd)
     except BaseException:
@@ -237,7 +237,7 @@ class _Work:
         node = self.coordinator.node
         with self.timer.step("exchange"):
             rest = Attempt.of(lambda: write_together(node, self.fd, self.others, self._log))
-        with self.coordinator.step("exchange"):
+        with self.coordinator.step("exchange"), naming(self.destination.file.path):
             rest.require()
         return replace(self, others=rest.value)
 
@@ -251,6 +251,7 @@ class _Work:
         with (
             self.coordinator.step("write"),
             self.timer.step("write"),
+            naming(self.destination.file.path),
             progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
         ):
             checksums = self.destination.options.checksums
@@ -305,7 +306,10 @@ class _Work:
         return max(int.from_bytes(count, "little") for count in counts)
 
     def _fill(self, file: mpio.ParallelFile, pieces: mpio.SplitPieces, n_calls: int | None) -> bool:
-        with progress_bar(self.coordinator.rank, "save", self.nbytes) as progress:
+        with (
+            naming(self.destination.file.path),
+            progress_bar(self.coordinator.rank, "save", self.nbytes) as progress,
+        ):
             checksums = mpio.write_mpio(
                 file,
                 self.fd,

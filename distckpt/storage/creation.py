@@ -63,7 +63,8 @@ def _new_file(path: str) -> Iterator[int]:
     """A new file, which is removed if the body fails."""
     fd = _open_new(path)
     try:
-        yield fd
+        with rawio.naming(Path(path).parent):
+            yield fd
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise

@@ -7,7 +7,8 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from distckpt.errors import CheckpointError, CorruptCheckpointError
@@ -250,6 +251,17 @@ def _reserve_blocks(fd: int, nbytes: int) -> bool:
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
     return True
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which an `OSError` that names no file, such as that of a write, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
 
 
 # ---- descriptors -------------------------------------------------------------------------------------------------

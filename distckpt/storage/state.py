@@ -97,9 +97,10 @@ def write_state(directory: str | os.PathLike[str], state: Mapping[str, Any], *, 
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            rawio.write_all(fd, memoryview(data), 0)
-            if durable:
-                rawio.fsync(fd)
+            with rawio.naming(path):
+                rawio.write_all(fd, memoryview(data), 0)
+                if durable:
+                    rawio.fsync(fd)
         finally:
             os.close(fd)
         temp.replace(path)

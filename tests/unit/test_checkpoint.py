@@ -383,6 +383,25 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-2.h5")
 
 
+@pytest.mark.parametrize("calls", [("pwrite", "pwritev"), ("fsync",)])
+@pytest.mark.parametrize("background", [False, True])
+def test_an_error_of_the_disk_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...], background: bool
+) -> None:
+    checkpoint = Checkpoint(a=full(1))
+    checkpoint.save(tmp_path / "ckpt")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    for name in calls:
+        monkeypatch.setattr(os, name, refuse)
+    save = (lambda prefix: checkpoint.save_async(prefix).result()) if background else checkpoint.save
+    with pytest.raises(CollectiveError, match=f"Input/output error: '{tmp_path}(/ckpt-2.h5)?'"):
+        save(tmp_path / "ckpt")
+    assert files(tmp_path) == ["checkpoint", "ckpt-1.h5"]
+
+
 def test_after_a_save_that_fails_the_layout_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, create, created = Checkpoint(a=full(1)), outputs.create_file, list[str]()
 

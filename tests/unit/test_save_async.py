@@ -266,7 +266,7 @@ def test_no_space_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             time.sleep(0.001)
     with pytest.raises(CollectiveError, match=r"step 'create' failed on 1 rank.*\n.*no space") as caught:
         handle.result() if asked else checkpoint.save(tmp_path / "ckpt")
-    assert caught.value.failures == {0: "OSError: [Errno 28] no space"}
+    assert caught.value.failures == {0: f"OSError: [Errno 28] no space: '{tmp_path}'"}
     assert names(tmp_path) == ["checkpoint", "ckpt-1.h5"]
     assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-1.h5")
     assert checkpoint.save_counter == 1
@@ -360,7 +360,7 @@ def test_a_failure_is_raised_by_the_result_each_time(tmp_path: Path, monkeypatch
         for _ in range(2):
             with pytest.raises(CollectiveError, match=r"step 'write' failed on 1 rank.*\n.*no quota") as caught:
                 handle.result(PATIENCE)
-            assert caught.value.failures == {0: "OSError: [Errno 28] no quota"}
+            assert caught.value.failures == {0: f"OSError: [Errno 28] no quota: '{tmp_path}/ckpt-1.h5'"}
             assert isinstance(caught.value.__cause__, OSError)
     assert handle.done()
     assert checkpoint.save_counter == 0

@@ -196,7 +196,7 @@ def test_the_state_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state.rawio, "write_all", refuse)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/checkpoint'"):
         write_state(tmp_path, {"prefixes": ["b"]}, durable=True)
     assert read_state(tmp_path) == {"prefixes": ["a"]}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

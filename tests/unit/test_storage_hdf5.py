@@ -343,6 +343,7 @@ def test_a_full_disk_is_a_clean_error(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"No space|bytes free") as raised:
             creation.create_file(str(mount / "file.h5"), [DatasetSpec("w", "float32", (4 << 20,))], 1, 500)
         assert raised.value.errno == errno.ENOSPC
+        assert raised.value.filename == str(mount)
         assert list(mount.iterdir()) == []
         creation.create_file(str(mount / "file.h5"), [DatasetSpec("w", "float32", (1 << 20,))], 1, 500)
     finally:
