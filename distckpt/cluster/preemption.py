@@ -215,9 +215,13 @@ class PreemptionGuard:
         if os.getpid() == self._process and not self._closed:
             self._received = number
             return
-        # Nobody calls `should_stop`, and whoever has sent the signal waits for the process to end. This is a forked
-        # child, such as a worker of `multiprocessing.Pool`, or the guard is closed, and a handler that came later, such
-        # as that of another guard, has given back this one.
+        # Nobody calls `should_stop`. Either the guard is closed, and a handler that came later, such as that of another
+        # guard, has given back this one; or this is a forked child, such as a worker of a data loader. Launchers send
+        # the warning to the children of a rank, too, which needs them for its last step; but whoever sends SIGTERM,
+        # such as `multiprocessing.Pool.terminate`, waits for the child to end.
+        forked, unhandled = os.getpid() != self._process, self._previous[number] in {signal.SIG_DFL, None}
+        if forked and unhandled and number != signal.SIGTERM:
+            return
         self._give_back(number)
         os.kill(os.getpid(), number)
 

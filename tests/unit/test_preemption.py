@@ -189,6 +189,31 @@ def test_a_signal_ends_a_forked_child_as_without_a_guard() -> None:
     assert done.stdout.split("\n")[:2] == ["True", "True False"]
 
 
+WARNED = """
+import os, signal, time
+from distckpt.cluster import PreemptionGuard
+guard = PreemptionGuard()
+ready, done = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    os.write(done, b".")
+    time.sleep(0.5)
+    os._exit(7)
+os.read(ready, 1)
+os.killpg(0, signal.SIGUSR2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), guard.should_stop())
+"""
+
+
+def test_the_warning_to_a_whole_process_group_ends_no_worker_that_the_last_step_needs() -> None:
+    """mpirun forwards a signal to the process group of each rank, workers of its data loaders included."""
+    done = subprocess.run(
+        [sys.executable, "-c", WARNED], capture_output=True, text=True, timeout=60, check=True, start_new_session=True
+    )
+    assert done.stdout == "7 True\n"
+
+
 OUT_OF_ORDER = """
 import signal
 from distckpt.cluster import PreemptionGuard
