@@ -219,8 +219,9 @@ class PreemptionGuard:
         # guard, has given back this one; or this is a forked child, such as a worker of a data loader. Launchers send
         # the warning to the children of a rank, too, which needs them for its last step; but whoever sends SIGTERM,
         # such as `multiprocessing.Pool.terminate`, waits for the child to end.
-        forked, unhandled = os.getpid() != self._process, self._previous[number] in {signal.SIG_DFL, None}
-        if forked and unhandled and number != signal.SIGTERM:
+        previous = self._previous[number]
+        unhandled = previous is None or previous == signal.SIG_DFL
+        if os.getpid() != self._process and unhandled and number != signal.SIGTERM:
             return
         self._give_back(number)
         os.kill(os.getpid(), number)
