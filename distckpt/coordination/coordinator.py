@@ -158,7 +158,7 @@ class Coordinator:
             return agreed
 
     def uninterrupted(self) -> AbstractContextManager[None]:
-        """Hold KeyboardInterrupt back over an operation of several steps. Local.
+        """Hold KeyboardInterrupt, and what handlers of other signals raise, back over several steps. Local.
 
         It is let through where ranks can agree on it: in the body of a step, in functions run on rank 0 and while
         waiting for arrivals; otherwise at the end.
@@ -166,7 +166,7 @@ class Coordinator:
         return INTERRUPTS.held()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let KeyboardInterrupt through, also within `uninterrupted`, while no rank depends on this one. Local."""
+        """Let such interrupts through, also within `uninterrupted`, while no rank depends on this one. Local."""
         return INTERRUPTS.allowed()
 
     # ---- local work ----------------------------------------------------------------------------------------------

@@ -536,16 +536,16 @@ PATIENCE = 0.7
 
 
 class Interrupter:
-    """Sends SIGINT to this process once, after a delay."""
+    """Sends a signal to this process once, after a delay."""
 
-    def __init__(self, delay: float) -> None:
-        self._thread = threading.Thread(target=self._run, args=(delay,))
+    def __init__(self, delay: float, number: signal.Signals) -> None:
+        self._thread = threading.Thread(target=self._run, args=(delay, number))
         self._thread.start()
 
     @staticmethod
-    def _run(delay: float) -> None:
+    def _run(delay: float, number: signal.Signals) -> None:
         time.sleep(delay)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     def wait(self) -> None:
         """Until the signal has been handled."""
@@ -554,19 +554,22 @@ class Interrupter:
 
 
 @pytest.fixture
-def sigint_raises() -> Iterator[None]:
-    # mpirun's ranks may have inherited an ignored SIGINT.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_raise() -> Iterator[None]:
+    # mpirun's ranks may have inherited an ignored SIGINT. Many programs raise SystemExit in a handler of SIGTERM.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, signal.default_int_handler) for number in numbers]
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in zip(numbers, previous, strict=True):
+        signal.signal(number, handler)
 
 
 # Python drops an interrupt that comes in a destructor, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("sigint_raises")
+@pytest.mark.usefixtures("signals_raise")
 @pytest.mark.parametrize("operation", ["save", "restore", "assert"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(
-    subcomm: Any, mpi_dir: Path, operation: str
+    subcomm: Any, mpi_dir: Path, operation: str, number: signal.Signals
 ) -> None:
     comm = subcomm(SIZE)
     if comm is None:
@@ -582,7 +585,7 @@ def test_an_interrupt_at_any_moment_separates_no_rank_from_the_others(
         counter = program.checkpoint.save_counter
         outcome = Outcome("KeyboardInterrupt")  # where it comes before the call
         try:
-            interrupter = Interrupter(delay) if comm.rank == victim else None
+            interrupter = Interrupter(delay, number) if comm.rank == victim else None
             if operation == "save":
                 # A rank interrupted before all have come has left: the others wait for it until the timeout.
                 options = SaveOptions(durable=False, transport=transport, timeout=PATIENCE)

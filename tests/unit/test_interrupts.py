@@ -79,6 +79,54 @@ def test_handlers_of_the_user_are_called_and_put_back() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCHLD])
+def test_handlers_of_other_signals_that_raise_are_held_too(number: signal.Signals) -> None:
+    """Many programs exit in a handler of SIGTERM, and data loaders raise an error where a worker has died."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(3)
+
+    before, interrupts, reached = signal.signal(number, leave), Interrupts(), list[str]()
+    try:
+        with pytest.raises(SystemExit), interrupts.held():  # noqa: PT012 - see `reached`
+            signal.raise_signal(number)
+            reached.append("held")
+            with pytest.raises(SystemExit), interrupts.allowed():
+                pytest.fail("the body must not run")
+            interrupts.postpone()
+            reached.append("postponed")
+        assert reached == ["held", "postponed"]
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
+
+
+def test_each_pending_signal_is_delivered_whatever_the_handlers_of_others_raise() -> None:
+    called: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: called.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), Interrupts().held():  # noqa: PT012 - see `called`
+            _interrupt()
+            signal.raise_signal(signal.SIGTERM)
+            assert called == []
+        assert called == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_handler_that_is_set_within_a_region_stays() -> None:
+    def handler(*_: object) -> None:
+        pytest.fail("not called")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with Interrupts().held():
+            signal.signal(signal.SIGINT, handler)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_nothing_is_done_where_python_has_no_handler(handler: signal.Handlers) -> None:
     before = signal.signal(signal.SIGINT, handler)
