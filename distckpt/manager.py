@@ -152,6 +152,7 @@ class CheckpointManager:
     def latest_checkpoint(self) -> str | None:
         """Path of the newest complete checkpoint in the directory, whoever made it; None if there is none.
 
+        Those of other managers, which differ in the name, count only if there is no other.
         Collective over the communicator at the first use of the manager, local afterwards.
         """
         return self._view().latest
@@ -251,6 +252,7 @@ class CheckpointManager:
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint, or call `init_fn` if there is none. Collective over the communicator.
 
+        Those of other managers of the directory, which differ in the name, come last.
         A damaged checkpoint is skipped with a warning, and the next older one is tried. Afterwards the property
         `status` has the status of the restore.
 

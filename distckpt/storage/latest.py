@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -13,7 +13,7 @@ from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptChe
 from distckpt.log import warn
 from distckpt.storage.hdf5 import open_checkpoint
 from distckpt.storage.paths import SUFFIX, NumberedFile, as_text, numbered_files
-from distckpt.storage.state import DamagedStateError, known_prefixes, read_state
+from distckpt.storage.state import DamagedStateError, known_prefixes, managed_prefixes, read_state
 from distckpt.storage.verify import verify_file
 
 
@@ -86,14 +86,20 @@ def complete_checkpoints(
     Args:
         directory: The directory.
         verify: Compare the checksums of all data too.
-        prefix: As for `saved_files`.
+        prefix: The prefix of a manager: as for `saved_files`, and those of other managers come last. None for none.
 
     Yields:
         Paths, below `directory`.
     """
+    others = managed_prefixes(directory) - {prefix} if prefix is not None else frozenset()
     by_prefix = groupby(saved_files(directory, prefix), lambda file: file.prefix)
-    found = [_newest_first(directory, list(files), verify) for _, files in by_prefix]
-    # Not heapq.merge: its frame would be the line that a warning points at.
+    found = {name: _newest_first(directory, list(files), verify) for name, files in by_prefix}
+    yield from _merged([files for name, files in found.items() if name not in others])
+    yield from _merged([files for name, files in found.items() if name in others])
+
+
+def _merged(found: Iterable[Iterator[_Found]]) -> Iterator[str]:
+    """The paths of all, newest first. Not heapq.merge: its frame would be the line that a warning points at."""
     heads = [(head, rest) for rest in found if (head := next(rest, None)) is not None]
     while heads:
         newest, rest = max(heads, key=itemgetter(0))

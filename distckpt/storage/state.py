@@ -78,6 +78,14 @@ def known_prefixes(state: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(_prefixes(state))
 
 
+def managed_prefixes(directory: str | os.PathLike[str]) -> frozenset[str]:
+    """The file prefixes of the managers that have an entry; none if there is no usable state file."""
+    try:
+        return frozenset(_mapping((read_state(directory) or {}).get(_MANAGERS)))
+    except DamagedStateError:
+        return frozenset()
+
+
 def _prefixes(state: Mapping[str, Any]) -> list[Any]:
     prefixes = state.get("prefixes")
     return prefixes if isinstance(prefixes, list) else [None]

@@ -496,6 +496,27 @@ def test_the_fallback_goes_from_newest_to_oldest_over_all_names(tmp_path: Path) 
     assert manager.restore_or_initialize() is None
 
 
+def test_managers_of_one_directory_restore_checkpoints_of_their_own(tmp_path: Path) -> None:
+    """Such as those of a student and its teacher, which fit each other."""
+
+    def managers(value: float) -> list[CheckpointManager]:
+        return [CheckpointManager(make(value), tmp_path, checkpoint_name=name) for name in ("student", "teacher")]
+
+    saved = []
+    for value, manager in enumerate(managers(0.0), start=1):
+        manager.checkpoint.w.fill_(value)
+        saved.append(manager.save())
+    for value, manager in enumerate(managers(5.0), start=1):
+        assert manager.checkpoint.w[0] == 5
+        assert manager.latest_checkpoint == manager.restore_or_initialize() == saved[value - 1]
+        assert manager.checkpoint.w[0] == value
+    by_program = make(7.0).save(tmp_path / "preempted")
+    assert [manager.restore_or_initialize() for manager in managers(5.0)] == [by_program] * 2
+    for path in (saved[0], by_program):
+        Path(path).unlink()
+    assert managers(5.0)[0].restore_or_initialize() == saved[1]
+
+
 def test_files_of_the_name_count_whatever_the_state_file_knows(tmp_path: Path) -> None:
     """They were copied beside those of another manager, or the job ended before the state file was written."""
     make().save(tmp_path / "best")
