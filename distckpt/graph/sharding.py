@@ -31,19 +31,22 @@ def tensor_value(tensor: torch.Tensor, name: str = OWN_VALUE, *, in_place: bool 
     """The value of a tensor: a DTensor's local shard, any other tensor as a replicated one.
 
     Raises:
-        UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized, subclasses without memory), or a
-            placement is no shard.
+        UnsaveableError: The tensor has no bytes to store (meta, sparse, quantized, subclasses without memory, freed
+            storage), or a placement is no shard.
     """
     cls = type(tensor)
     if cls in PLAIN_CLASSES:
         _require_plain(tensor)
+        _require_storage(tensor)
         return replicated(tensor, name, in_place=in_place)
     if _is_dtensor_class(cls):
         value = _dtensor_value(tensor, name, in_place)  # type: ignore[arg-type]  # it is a DTensor
     else:
         _require_plain(tensor)
         value = replicated(tensor, name, in_place=in_place)
-    if type(value.tensor) is not torch.Tensor:
+    if type(value.tensor) is torch.Tensor:
+        _require_storage(value.tensor)
+    else:
         _require_memory(value.tensor)
     return value
 
@@ -123,6 +126,15 @@ def _require_plain(tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnsaveableError(
             f"a {tensor.layout} / {tensor.dtype} tensor is not dense. Convert it with to_dense() or dequantize()."
+        )
+
+
+def _require_storage(tensor: torch.Tensor) -> None:
+    """Sharding and offloading free the storage of a tensor that keeps its shape: reading it would end the process."""
+    if not tensor.data_ptr() and tensor.numel():
+        raise UnsaveableError(
+            "a tensor whose storage was freed, as by untyped_storage().resize_(0), has no data. Bring its data back "
+            "first, or track the tensors that hold them."
         )
 
 

@@ -512,6 +512,27 @@ def test_a_tensor_without_memory_of_its_own_is_refused(path: str) -> None:
                 Checkpoint(**live).write(path)
 
 
+def _freed() -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("make", [_freed, lambda: torch._efficientzerotensor(3)], ids=["freed", "zeros"])
+@pytest.mark.parametrize("wrap", [lambda t: t, torch.nn.Parameter, lambda t: [t]], ids=["tensor", "parameter", "list"])
+def test_a_tensor_whose_storage_was_freed_is_refused(path: str, make: Any, wrap: Any) -> None:
+    """As sharding and offloading do between steps. Reading its memory would end the process."""
+    file = Checkpoint(w=wrap(torch.ones(3)), other=torch.ones(2)).write(path)
+    other = torch.zeros(2)
+    live = Checkpoint(w=wrap(make()), other=other)
+    for save in (live.save, live.write, live.save_async):
+        with pytest.raises(LayoutError, match=r"w.*: a tensor whose storage was freed"):
+            save(path)
+    with pytest.raises(RestoreMismatchError, match=r"w.*: .*storage was freed"):
+        live.read(file)
+    assert not other.any()
+
+
 def test_new_tensors_without_memory_are_refused(path: str) -> None:
     """As above: the tensors are real, but what a save or restore makes beside them would not be."""
     live = Checkpoint(w=torch.ones(3, 4).t())
