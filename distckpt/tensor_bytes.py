@@ -14,9 +14,11 @@ from distckpt.errors import CheckpointError
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-#: Dtypes that torch cannot copy as what they are: elements shorter than a byte at all, the others unless aligned.
-_COPIED_AS_BITS = {torch.complex128} | {
-    dtype for n_bits in range(1, 8) for sign in ("", "u") if (dtype := getattr(torch, f"{sign}int{n_bits}", None))
+#: Dtypes that torch cannot copy as what they are: complex128 unless aligned, the others at all or with some strides.
+_COPIED_AS_BITS = {
+    dtype
+    for name in ("complex128", "float4_e2m1fn_x2", *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)))
+    if (dtype := getattr(torch, name, None))
 }
 
 #: Classes of tensors that have memory of their own and torch's own operations. A subclass may have neither.

@@ -63,12 +63,17 @@ def array_value(array: np.ndarray, name: str = OWN_VALUE, *, in_place: bool = Tr
     if not array.flags.writeable:
         array, in_place = array.copy(), False
     try:
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(_in_common_form(array))
     except (TypeError, ValueError) as error:
         raise UnsaveableError(
             f"a NumPy array of dtype {array.dtype} cannot be stored ({error}). Use a copy of a native numeric dtype."
         ) from error
     return replicated(tensor, name, in_place=in_place, numpy=True)
+
+
+def _in_common_form(array: np.ndarray) -> np.ndarray:
+    """The same memory as the type that has the array's dtype: C has two of 64 bits, and torch knows one unsigned."""
+    return array.view(np.uint64) if array.dtype == np.uint64 else array
 
 
 @torch.inference_mode(mode=False)  # else training could not change it
@@ -133,8 +138,8 @@ def _require_storage(tensor: torch.Tensor) -> None:
     """Sharding and offloading free the storage of a tensor that keeps its shape: reading it would end the process."""
     if not tensor.data_ptr() and tensor.numel():
         raise UnsaveableError(
-            "a tensor whose storage was freed, as by untyped_storage().resize_(0), has no data. Bring its data back "
-            "first, or track the tensors that hold them."
+            "a tensor without memory has no data; untyped_storage().resize_(0) frees that of a tensor. Bring it back "
+            "first, or track the tensors that hold the data."
         )
 
 

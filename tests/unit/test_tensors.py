@@ -73,6 +73,17 @@ def test_every_dtype_with_strides(dtype: torch.dtype, path: str) -> None:
     assert bits(live) == bits(saved)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_transposed(dtype: torch.dtype, path: str) -> None:
+    """Torch transposes what is not tiny by another way than it copies, which not every dtype has."""
+    for save in (Checkpoint.write, Checkpoint.save, lambda checkpoint, path: checkpoint.save_async(path).result()):
+        saved, live = random_bits((60, 64), dtype).t(), zeros((64, 120), dtype)[:, ::2]
+        assert bits(live) != bits(saved)
+        Checkpoint(t=live).read(save(Checkpoint(t=saved), path)).assert_consumed()
+        assert bits(live) == bits(saved)
+
+
 def test_numbers_that_are_none_keep_their_bits(path: str) -> None:
     patterns = [0x7FC00000, 0x7FC00123, 0x7F800001, -0x400000, -0x7FFFFF, 0x7F800000, -0x80000000, 1]
     saved = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
@@ -386,7 +397,10 @@ def test_the_dtype_of_a_lazy_module_counts(path: str) -> None:
 # ---- NumPy arrays and generators ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"])
+_NUMPY_DTYPES = ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "Q", "f2", "f4", "f8", "c8", "c16"]
+
+
+@pytest.mark.parametrize("dtype", _NUMPY_DTYPES)
 def test_numpy_arrays(dtype: str, path: str, manifest_of: Callable[[str], Manifest]) -> None:
     rng = np.random.default_rng(0)
     saved = rng.integers(0, 2 if dtype == "?" else 100, (4, 6)).astype(dtype)
@@ -526,9 +540,9 @@ def test_a_tensor_whose_storage_was_freed_is_refused(path: str, make: Any, wrap:
     other = torch.zeros(2)
     live = Checkpoint(w=wrap(make()), other=other)
     for save in (live.save, live.write, live.save_async):
-        with pytest.raises(LayoutError, match=r"w.*: a tensor whose storage was freed"):
+        with pytest.raises(LayoutError, match=r"w.*: a tensor without memory"):
             save(path)
-    with pytest.raises(RestoreMismatchError, match=r"w.*: .*storage was freed"):
+    with pytest.raises(RestoreMismatchError, match=r"w.*: .*tensor without memory"):
         live.read(file)
     assert not other.any()
 
