@@ -112,6 +112,38 @@ def share_memory(tensors: Iterable[torch.Tensor]) -> bool:
     return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
+def sharing_memory(tensors: Sequence[torch.Tensor]) -> set[int]:
+    """Indices of the tensors that may share memory with another one; columns of one buffer do not."""
+    spans = sorted([(tensor.data_ptr(), index) for index, tensor in enumerate(tensors) if tensor.numel()])
+    found: set[int] = set()
+    band: list[int] = []  # tensors whose spans, as in `share_memory`, are connected
+    stop = 0
+    for start, index in [*spans, (1 << 64, -1)]:
+        if start >= stop:
+            if len(band) > 1 and not _are_columns([tensors[member] for member in band]):
+                found.update(band)
+            band = []
+        if index >= 0:
+            band.append(index)
+            stop = max(stop, start + _extent(tensors[index]))
+    return found
+
+
+def _are_columns(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors, by address, are disjoint parts of the rows of one buffer."""
+    pitches, columns = set(), []
+    for tensor in tensors:
+        dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+        stride, size = max(dims, default=(0, 1))
+        pitches.add(stride * tensor.element_size())
+        columns.append((tensor.data_ptr(), _extent(tensor) - (size - 1) * stride * tensor.element_size()))
+    pitch = pitches.pop()
+    if pitches or not pitch:
+        return False
+    places = sorted(((start - columns[0][0]) % pitch, nbytes) for start, nbytes in columns)
+    return all(place + nbytes <= after for (place, nbytes), (after, _) in itertools.pairwise([*places, (pitch, 0)]))
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the start of the first element to the end of the last."""
     if tensor.is_contiguous():

@@ -19,7 +19,6 @@ from distckpt.layout.exchange import hulls_that_meet, is_worth_exchanging
 from distckpt.layout.parcels import cells_of
 from distckpt.layout.rounds import Party, Wanted
 from distckpt.storage.threads import SHARE_NBYTES, Team, threads_of_rank
-from distckpt.tensor_bytes import share_memory
 
 #: Most threads of each rank. More are no faster, as all wait for each other in every round.
 _MAX_THREADS = 4
@@ -102,9 +101,6 @@ class _Told(NamedTuple):
 def _tell(node: Coordinator, want: Want, own: Own, variables: Iterable[int]) -> bytes:
     """What this rank tells the others, encoded. Local."""
     threads = want.threads or threads_of_rank(node.size)
-    tensors = [read.target.tensor for read in own.reads.values()]
-    if threads > 1 and share_memory(tensors):
-        threads = 1  # so that the last one that is read wins
     return msgspec.msgpack.encode(_Told(threads, own.wishes(variables)))
 
 

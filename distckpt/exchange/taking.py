@@ -25,7 +25,7 @@ from distckpt.storage.room import Arrivals
 from distckpt.storage.threads import one_at_a_time
 from distckpt.storage.transfer import Progress
 from distckpt.storage.units import Held, HeldArray, shared_arrays, shared_parts
-from distckpt.tensor_bytes import is_packed, mark_changed
+from distckpt.tensor_bytes import is_packed, mark_changed, sharing_memory
 
 
 class Want(NamedTuple):
@@ -50,7 +50,9 @@ class Own(NamedTuple):
     """The reads of a `Want` that an exchange can serve.
 
     Attributes:
-        reads: Variable index to read, for variables that are one range of the file and need no conversion.
+        reads: Variable index to read, for variables that are one range of the file and need no conversion, and whose
+            tensors have their memory for themselves: of those that share it the last one read wins, and an exchange
+            would mix them.
         hulls: For each variable of the file, the hull of this rank's boxes as (start, stop), in elements; (0, 0)
             without any. The bytes of an int64 array of shape (variables, 2).
     """
@@ -61,7 +63,12 @@ class Own(NamedTuple):
     @classmethod
     def of(cls, want: Want) -> Own:
         """Select the reads and compute their hulls. Local."""
-        reads = {read.variable: read for read in want.reads if _can_be_exchanged(want.source, read)}
+        sharing = sharing_memory([read.target.tensor for read in want.reads])
+        reads = {
+            read.variable: read
+            for number, read in enumerate(want.reads)
+            if number not in sharing and _can_be_exchanged(want.source, read)
+        }
         hulls = np.zeros((len(want.source.manifest.variables), 2), np.int64)
         hulls[list(reads)] = [_hull(read) for read in reads.values()] or np.empty((0, 2))
         return cls(reads, hulls.tobytes())
@@ -203,7 +210,6 @@ class Taking:
             of_variable.setdefault(cell.variable, []).append(cell)
         for index, ranges in itertools.groupby(unit, key=operator.attrgetter("variable")):
             self._copy(of_variable.get(index, ()), memory, self._arrivals[mover % self.n_threads])
-            # At once: another variable may be restored into the same memory.
             self._verifier.feed(ranges, memory, mover)
 
     def _copy(self, cells: Sequence[Cell], memory: memoryview, arrivals: Arrivals) -> None:

@@ -112,6 +112,29 @@ def test_threads_read_each_byte_once_and_verify_it(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("distckpt-team")]
 
 
+def test_of_tensors_that_share_memory_the_last_one_wins(comm: Any, mpi_dir: Path, threads: RestoreOptions) -> None:
+    """An exchange moves them in several rounds, and would leave parts of each."""
+    first, last = FULL + 1, FULL + 2
+    path = Checkpoint(comm=comm, first=first, last=last, x=FULL).write(mpi_dir / "x", options=POSIX)
+    memory = torch.zeros_like(FULL)
+    live = Checkpoint(comm=comm, first=memory, last=memory.view_as(memory), x=torch.zeros_like(FULL))
+    live.read(path, options=threads).assert_consumed()
+    assert torch.equal(memory, last)
+    assert torch.equal(live.x, FULL)
+
+
+def test_columns_of_one_buffer_are_exchanged(
+    comm: Any, mpi_dir: Path, sources: list[Source], threads: RestoreOptions
+) -> None:
+    path = Checkpoint(comm=comm, a=FULL + 1, b=FULL + 2).write(mpi_dir / "x", options=POSIX)
+    buffer = torch.zeros(SHAPE[0], 2, SHAPE[1], dtype=FULL.dtype)
+    Checkpoint(comm=comm, a=buffer[:, 0], b=buffer[:, 1]).read(path, options=threads).assert_consumed()
+    assert torch.equal(buffer[:, 0], FULL + 1)
+    assert torch.equal(buffer[:, 1], FULL + 2)
+    (source,) = sources
+    assert comm.allreduce(source.bytes_read) == 2 * FULL.nbytes
+
+
 @pytest.mark.usefixtures("many_rounds")
 def test_as_many_threads_as_the_rank_with_the_fewest_can_use(
     comm: Any, mpi_dir: Path, readers: list[str], monkeypatch: pytest.MonkeyPatch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import struct
 import weakref
 
 import pytest
 import torch
 
-from distckpt.tensor_bytes import Memory, bytes_of
+from distckpt.tensor_bytes import Memory, bytes_of, sharing_memory
 
 LIKE = {
     "vector": torch.randn(5),
@@ -55,3 +57,34 @@ def test_the_last_room_ends_with_the_memory() -> None:
     assert memory.room(torch.empty(5), 80).untyped_storage().nbytes() == 100
     with pytest.raises(RuntimeError):
         memory.room(torch.empty(6), 80)
+
+
+# ---- memory in common --------------------------------------------------------------------------------------------
+
+
+def test_those_that_share_memory_are_found() -> None:
+    memory, other = torch.zeros(10, 12), torch.zeros(4)
+    assert sharing_memory([]) == set()
+    assert sharing_memory([memory[:5], other, memory[5:], memory[3:3]]) == set()
+    assert sharing_memory([memory[:5], other, memory[4:]]) == {0, 2}
+    assert sharing_memory([memory, other, memory, memory[9, 11:]]) == {0, 2, 3}
+    assert sharing_memory([memory[:, 4:8], memory[:, :4], memory[:, 8:]]) == set()
+    assert sharing_memory([memory[:, :5], memory[:, 4:8], other[::2], other[1::2]]) == {0, 1}
+    assert sharing_memory([memory.t(), memory[:, 3]]) == {0, 1}
+    assert sharing_memory([memory[::2], memory[1::2]]) == set()
+    assert sharing_memory([memory[:, 0, None], memory[0]]) == {0, 1}
+
+
+def test_none_that_shares_memory_is_missed() -> None:
+    random.seed(0)
+    numbers = torch.arange(200)
+    for _ in range(300):
+        views = []
+        for _ in range(random.randint(2, 4)):
+            sizes = [random.randint(1, 4) for _ in range(random.randint(0, 3))]
+            strides = [random.choice([1, 2, 3, 4, 8, 12, 24]) for _ in sizes]
+            views.append(numbers.as_strided(sizes, strides, random.randint(0, 50)))
+        elements = [set(view.reshape(-1).tolist()) for view in views]
+        pairs = itertools.combinations(range(len(views)), 2)
+        sharing = {index for pair in pairs if elements[pair[0]] & elements[pair[1]] for index in pair}
+        assert sharing_memory(views) >= sharing
