@@ -18,7 +18,7 @@ from distckpt.storage.filling import STEP_NBYTES, Filler
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
-from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed
+from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed, share_memory
 
 #: Staging room for the boxes that are joined into one read, in bytes.
 _JOINED_NBYTES = STEP_NBYTES + rawio.MAX_VECTORS * ALIGNMENT
@@ -143,10 +143,18 @@ class Reader:
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{self._waiting[0].job.key}: {error}") from error
         self.report.bytes_read += self._stop - self._start
+        again = self._is_mixed()
         for waiting in self._waiting:
+            if again and waiting.room is None:
+                self._read_alone(waiting)  # after what comes before it, of which a part was in a room
             self._accept(waiting)
         self._waiting.clear()
         self._arrivals.make_room(_JOINED_NBYTES)
+
+    def _is_mixed(self) -> bool:
+        """Whether tensors that have been read into directly may share memory with some that have not."""
+        n_staged = sum(waiting.room is not None for waiting in self._waiting)
+        return 0 < n_staged < len(self._waiting) and share_memory(waiting.job.tensor for waiting in self._waiting)
 
     def _accept(self, waiting: _Waiting) -> None:
         job = waiting.job

@@ -234,6 +234,18 @@ def test_views_are_variables_of_their_own_with_one_warning(path: str, keys_of: C
     assert live.whole.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_of_views_of_the_same_memory_the_last_one_wins(path: str, verify: bool) -> None:
+    """Neighbours in the file are read with one call: one of them into its memory at once, the other one later."""
+    file = Checkpoint(a=torch.full((50,), 1.0), b=torch.full((100,), 2.0), c=torch.full((10,), 3.0)).write(path)
+    memory = torch.zeros(100)
+    live = Checkpoint(a=memory[::2], b=memory, c=memory[1:20:2])
+    live.read(file, options=RestoreOptions(verify=verify)).assert_consumed()
+    assert torch.equal(live.c, torch.full((10,), 3.0))
+    live.c.fill_(2)
+    assert torch.equal(memory, torch.full((100,), 2.0))
+
+
 def test_parts_of_one_storage_that_do_not_overlap_are_no_reason_to_warn(path: str) -> None:
     flat = torch.arange(6.0)
     Checkpoint(a=flat[:3], b=flat[3:], empty=flat[2:2]).write(path)
