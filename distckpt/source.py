@@ -31,7 +31,7 @@ from distckpt.storage.rawio import open_shared
 from distckpt.storage.reading import ReadReport, read_through_hdf5
 from distckpt.storage.transfer import Progress, ReadJob, sub_tensor
 from distckpt.storage.units import Held, UnitReader, taken_verifier
-from distckpt.tensor_bytes import copy_bits, share_memory
+from distckpt.tensor_bytes import copy_bits, sharing_memory
 from distckpt.timing import Timer
 
 
@@ -111,7 +111,7 @@ class Source:
             raise ValueError(f"{self.path}: the checkpoint is closed.")
         with torch.no_grad():
             whole = [read for read in reads if read.cast is None]
-            if threads > 1 and share_memory(read.target.tensor for read in whole):
+            if threads > 1 and sharing_memory([read.target.tensor for read in whole]):
                 threads = 1
             self._run(self._jobs(whole, verify), verify, progress, threads)
             for read in reads:

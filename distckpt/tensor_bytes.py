@@ -103,20 +103,15 @@ def is_packed(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def share_memory(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether any two tensors may share memory.
-
-    A tensor counts as holding all bytes from its first to its last element; an empty one holds none.
-    """
-    spans = sorted([(start := tensor.data_ptr(), start + _extent(tensor)) for tensor in tensors if tensor.numel()])
-    return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
-
-
 def sharing_memory(tensors: Sequence[torch.Tensor]) -> set[int]:
-    """Indices of the tensors that may share memory with another one; columns of one buffer do not."""
+    """Indices of the tensors that may share memory with another one.
+
+    A tensor counts as holding all bytes from its first to its last element, except beside other columns of one buffer;
+    an empty one holds none.
+    """
     spans = sorted([(tensor.data_ptr(), index) for index, tensor in enumerate(tensors) if tensor.numel()])
     found: set[int] = set()
-    band: list[int] = []  # tensors whose spans, as in `share_memory`, are connected
+    band: list[int] = []  # tensors whose bytes overlap, as a chain
     stop = 0
     for start, index in [*spans, (1 << 64, -1)]:
         if start >= stop:

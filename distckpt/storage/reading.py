@@ -18,7 +18,7 @@ from distckpt.storage.filling import STEP_NBYTES, Filler
 from distckpt.storage.hdf5 import open_readonly
 from distckpt.storage.room import ALIGNMENT, Arrivals, Room
 from distckpt.storage.transfer import Block, Progress, ReadJob, blocks_of, part_of
-from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed, share_memory
+from distckpt.tensor_bytes import bytes_of, is_packed, mark_changed, sharing_memory
 
 #: Staging room for the boxes that are joined into one read, in bytes.
 _JOINED_NBYTES = STEP_NBYTES + rawio.MAX_VECTORS * ALIGNMENT
@@ -154,7 +154,8 @@ class Reader:
     def _is_mixed(self) -> bool:
         """Whether tensors that have been read into directly may share memory with some that have not."""
         n_staged = sum(waiting.room is not None for waiting in self._waiting)
-        return 0 < n_staged < len(self._waiting) and share_memory(waiting.job.tensor for waiting in self._waiting)
+        is_mixture = 0 < n_staged < len(self._waiting)
+        return is_mixture and bool(sharing_memory([waiting.job.tensor for waiting in self._waiting]))
 
     def _accept(self, waiting: _Waiting) -> None:
         job = waiting.job

@@ -75,6 +75,16 @@ def test_those_that_share_memory_are_found() -> None:
     assert sharing_memory([memory[:, 0, None], memory[0]]) == {0, 1}
 
 
+def test_parts_of_a_vector_share_memory_where_they_overlap() -> None:
+    memory = torch.zeros(100)
+    assert sharing_memory([memory[:50], memory[50:], memory[3:3]]) == set()
+    assert sharing_memory([memory[:50], torch.zeros(4), memory[49:]]) == {0, 2}
+    assert sharing_memory([memory, memory]) == {0, 1}
+    assert sharing_memory([memory[:50:2], memory[50::2]]) == set()
+    assert sharing_memory([memory[::2], memory[1::2]]) == set()  # side by side
+    assert sharing_memory([memory[::2], memory[::4]]) == {0, 1}
+
+
 def test_none_that_shares_memory_is_missed() -> None:
     random.seed(0)
     numbers = torch.arange(200)

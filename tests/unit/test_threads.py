@@ -27,7 +27,6 @@ from distckpt.storage.parallel_reading import read_in_threads
 from distckpt.storage.threads import Team, share_out
 from distckpt.storage.transfer import ReadJob
 from distckpt.storage.verify import verify_file
-from distckpt.tensor_bytes import share_memory
 from tests.checkpoint_files import bits
 from tests.imitated_gpu import Machine
 
@@ -347,16 +346,6 @@ def test_the_cores_of_a_rank(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(bound)))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert cores_of_rank(ranks) == expected
-
-
-def test_memory_in_common() -> None:
-    memory = torch.zeros(100)
-    assert not share_memory([])
-    assert not share_memory([memory[:50], memory[50:], memory[3:3]])
-    assert share_memory([memory[:50], torch.zeros(4), memory[49:]])
-    assert share_memory([memory, memory])
-    assert share_memory([memory[::2], memory[1::2]])  # side by side: taken for shared
-    assert not share_memory([memory[:50:2], memory[50::2]])
 
 
 # ---- teams -------------------------------------------------------------------------------------------------------
